@@ -1,0 +1,306 @@
+"""The whole: PaliGemma.
+
+How do eyes, projector and voice become one model?
+
+Tangled from chapters/10_paligemma.py: edit there, then run python -m sigma_book.tangle.
+"""
+
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sigma_book.gemma import Gemma, GemmaConfig, tied_logits
+from sigma_book.kv_cache import KVCache
+from sigma_book.projector import Projector, prefix_mask, replace_image_tokens, step_mask
+from sigma_book.siglip import SiglipConfig, SiglipVisionTower
+
+__all__ = ["PaliGemma", "PaliGemmaConfig", "TEXT_DEFAULTS", "VISION_DEFAULTS", "count_parameters"]
+
+# What a key of `config.json` means when the file leaves it out, for each kind of decoder.
+TEXT_DEFAULTS = {
+    "gemma": {
+        "hidden_size": 2048,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "vocab_size": 257152,
+    },
+    "gemma2": {
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "vocab_size": 256000,
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "sliding_window": 4096,
+    },
+}
+VISION_DEFAULTS = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+}
+
+
+@dataclass(frozen=True)
+class PaliGemmaConfig:
+    """The sizes of all parts and the ids of the tokens with a meaning of their own.
+
+    Parameters
+    ----------
+    vision : SiglipConfig
+    text : GemmaConfig
+    image_token_id : int
+        The placeholder that projected patches replace.
+    pad_token_id, bos_token_id, eos_token_id : int
+    """
+
+    vision: SiglipConfig
+    text: GemmaConfig
+    image_token_id: int = 257152
+    pad_token_id: int = 0
+    bos_token_id: int = 2
+    eos_token_id: int = 1
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.vision.num_patches
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "PaliGemmaConfig":
+        """Read what `config.json` holds; keys that it leaves out mean the defaults of that model type.
+
+        Raises
+        ------
+        ValueError
+            If the file describes another model, or one with a part that this code does not have.
+        """
+        if values.get("model_type") != "paligemma":
+            raise ValueError(f"model_type is {values.get('model_type')!r}: expected 'paligemma'")
+        text = dict(values.get("text_config") or {})
+        kind = text.get("model_type", "gemma")
+        if kind not in TEXT_DEFAULTS:
+            raise ValueError(f"text_config.model_type is {kind!r}: expected 'gemma' or 'gemma2'")
+        text = TEXT_DEFAULTS[kind] | text
+        vision = VISION_DEFAULTS | (values.get("vision_config") or {})
+        _expect(vision, "vision_config", "hidden_act", ("gelu_pytorch_tanh",))
+        _expect(text, "text_config", "hidden_act", ("gelu_pytorch_tanh", "gelu"))
+        _expect(text, "text_config", "hidden_activation", ("gelu_pytorch_tanh", None))
+        _expect(text, "text_config", "attention_bias", (False,))
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        _expect(rope, "text_config.rope_parameters", "rope_type", ("default",))
+        text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta", 10_000.0))
+        layers = text["num_hidden_layers"]
+        if kind == "gemma2":
+            text["four_norms"] = True
+            text["layer_types"] = tuple(
+                text.get("layer_types") or ("sliding_attention", "full_attention") * ((layers + 1) // 2)
+            )[:layers]
+        else:  # Gemma 1 ignores what only Gemma 2 has
+            for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+                text.pop(key, None)
+            text["layer_types"] = None
+        text["tie_word_embeddings"] = values.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
+        special = {
+            key: text[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id") if text.get(key) is not None
+        }
+        image_token_id = values.get("image_token_index", values.get("image_token_id", 256_000))
+        return cls(_pick(SiglipConfig, vision), _pick(GemmaConfig, text), image_token_id, **special)
+
+    def to_dict(self) -> dict:
+        """The same as `config.json` spells it, so that `transformers` reads it too."""
+        text = asdict(self.text)
+        four_norms, tied = text.pop("four_norms"), text.pop("tie_word_embeddings")
+        text["rope_parameters"] = {"rope_theta": text.pop("rope_theta"), "rope_type": "default"}
+        text["num_image_tokens"] = self.num_image_tokens
+        text |= {
+            "pad_token_id": self.pad_token_id,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+        }
+        if four_norms:
+            text |= {"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh"}
+        else:
+            text |= {"model_type": "gemma", "hidden_act": "gelu_pytorch_tanh"}
+            text = {key: value for key, value in text.items() if value is not None}
+        vision = asdict(self.vision) | {
+            "model_type": "siglip_vision_model",
+            "hidden_act": "gelu_pytorch_tanh",
+            "projection_dim": self.text.hidden_size,
+            "vision_use_head": False,
+        }
+        return {
+            "architectures": ["PaliGemmaForConditionalGeneration"],
+            "model_type": "paligemma",
+            "hidden_size": self.text.hidden_size,
+            "projection_dim": self.text.hidden_size,
+            "image_token_index": self.image_token_id,
+            "tie_word_embeddings": tied,
+            "text_config": text | {"tie_word_embeddings": tied},
+            "vision_config": vision,
+        }
+
+
+def _expect(values: dict, where: str, key: str, allowed: tuple) -> None:
+    if key in values and values[key] not in allowed:
+        raise ValueError(f"{where}.{key} is {values[key]!r}: this model knows only {allowed[0]!r}")
+
+
+def _pick(config_class: type, values: dict):
+    names = {field.name for field in fields(config_class)}
+    return config_class(**{key: value for key, value in values.items() if key in names})
+
+
+class PaliGemma(nn.Module):
+    """A picture and a prompt in, scores for the next token out.
+
+    Its parameters carry the names of Hugging Face checkpoints, without the prefixes that vary (chapter 12).
+
+    Parameters
+    ----------
+    config : PaliGemmaConfig
+
+    References
+    ----------
+    Beyer et al. 2024, "PaliGemma: A versatile 3B VLM for transfer", section 3.
+    """
+
+    def __init__(self, config: PaliGemmaConfig):
+        super().__init__()
+        self.config = config
+        self.vision_tower = SiglipVisionTower(config.vision)
+        self.multi_modal_projector = Projector(config.vision.hidden_size, config.text.hidden_size)
+        self.language_model = Gemma(config.text)
+        if not config.text.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.embed_tokens.weight.device
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pictures (N, 3, S, S) to features in the decoder's space (N, P, D)."""
+        return self.multi_modal_projector(self.vision_tower(pixel_values))
+
+    def embed(self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None) -> torch.Tensor:
+        """Token ids (B, T) to embeddings (B, T, D), with features (N, P, D) where `<image>` stands."""
+        is_image = input_ids == self.config.image_token_id
+        # <image> may lie behind the last row of the embedding; its row is never used
+        embeddings = self.language_model.embed(input_ids.masked_fill(is_image, self.config.pad_token_id))
+        return embeddings if image_features is None else replace_image_tokens(embeddings, image_features, is_image)
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states (..., D) to scores (..., V): ask only for the places you need."""
+        weight = (
+            self.language_model.embed_tokens.weight if self.config.text.tie_word_embeddings else self.lm_head.weight
+        )
+        return tied_logits(hidden_states, weight, self.config.text.final_logit_softcapping)
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        image_features: torch.Tensor | None,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor,
+        caches: list[KVCache] | None = None,
+    ) -> torch.Tensor:
+        """Read whole sequences: (B, T, D), normalized.
+
+        Parameters
+        ----------
+        input_ids, attention_mask, token_type_ids : torch.Tensor
+            (B, T): ids; 0 at padding; 0 in the prefix and 1 in the suffix.
+        image_features : torch.Tensor, optional
+            (N, P, D), from `encode_images`.
+        caches : list of KVCache, optional
+            Filled on the way.
+        """
+        masks = {
+            window: prefix_mask(attention_mask, token_type_ids, window) for window in self.language_model.windows()
+        }
+        positions = attention_mask.long().cumsum(-1)  # (B, T): from 1, padding does not count
+        return self.language_model(self.embed(input_ids, image_features), positions, masks, caches)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """Scores at every place, (B, T, V): for looking and for proofs. Training and generation ask for fewer."""
+        features = None if pixel_values is None else self.encode_images(pixel_values)
+        return self.logits(self.hidden_states(input_ids, features, attention_mask, token_type_ids))
+
+    def loss(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor,
+        labels: torch.Tensor,
+    ) -> torch.Tensor:
+        """Mean cross-entropy, in nats, over the tokens whose label is not -100.
+
+        Place t is asked for the label at t + 1, and only places with a label reach the head.
+
+        Parameters
+        ----------
+        labels : torch.Tensor
+            (B, T); the other arguments are those of `forward`.
+        """
+        features = None if pixel_values is None else self.encode_images(pixel_values)
+        hidden_states = self.hidden_states(input_ids, features, attention_mask, token_type_ids)[:, :-1]
+        targets = labels[:, 1:]
+        wanted = targets != -100
+        return F.cross_entropy(self.logits(hidden_states[wanted]).float(), targets[wanted])
+
+    def prefill(
+        self,
+        input_ids: torch.Tensor,
+        image_features: torch.Tensor | None,
+        attention_mask: torch.Tensor,
+        caches: list[KVCache],
+    ) -> torch.Tensor:
+        """Read prompts (B, T), padded on the left, and give the scores (B, V) for the first new token."""
+        prefix = torch.zeros_like(input_ids)
+        hidden_states = self.hidden_states(input_ids, image_features, attention_mask, prefix, caches)
+        return self.logits(hidden_states[:, -1])
+
+    def decode(self, token_ids: torch.Tensor, attention_mask: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
+        """Take one new token for each row and give the scores (B, V) for the one after it.
+
+        Parameters
+        ----------
+        token_ids : torch.Tensor
+            (B, 1).
+        attention_mask : torch.Tensor
+            (B, S) of all columns including the new one.
+        caches : list of KVCache
+            As `prefill` filled them; they grow by one column.
+        """
+        column = caches[0].length  # of the new token
+        masks = {}
+        for index, cache in enumerate(caches):
+            window = self.config.text.window(index)
+            if window not in masks:
+                masks[window] = step_mask(attention_mask, cache.columns(column + 1))
+        positions = attention_mask.long().sum(-1, keepdim=True)  # (B, 1)
+        hidden_states = self.language_model(self.embed(token_ids), positions, masks, caches)
+        return self.logits(hidden_states[:, -1])
+
+
+def count_parameters(module: nn.Module) -> int:
+    """How many numbers a module has learned; shared ones count once."""
+    return sum(parameter.numel() for parameter in module.parameters())
