@@ -19,6 +19,7 @@
 import torch
 from torch import nn
 
+
 # %%
 # | export
 class Projector(nn.Module):
@@ -59,16 +60,15 @@ def replace_image_tokens(
         If placeholders and patches differ in number.
     """
     patches = image_features.flatten(0, 1)  # (N*P, D)
-    if embeddings.device.type not in ("meta", "cuda") and int(is_image.sum()) != len(patches):
+    has_values = type(is_image) is torch.Tensor and not is_image.is_meta  # fake and meta tensors have shapes alone
+    if has_values and int(is_image.sum()) != len(patches):
         raise ValueError(f"{int(is_image.sum())} <image> tokens for {len(patches)} patches: one patch for each token")
     return embeddings.masked_scatter(is_image[..., None], patches.to(embeddings.dtype))
 
 
 # %%
 # | export
-def prefix_mask(
-    attention_mask: torch.Tensor, token_type_ids: torch.Tensor, window: int | None = None
-) -> torch.Tensor:
+def prefix_mask(attention_mask: torch.Tensor, token_type_ids: torch.Tensor, window: int | None = None) -> torch.Tensor:
     """Who may look at whom: the prefix sees itself whole, the suffix sees the prefix and its own past.
 
     Parameters

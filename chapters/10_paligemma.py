@@ -29,16 +29,16 @@ from sigma_book.siglip import SiglipConfig, SiglipVisionTower
 
 # %%
 # | export
-# What a key of `config.json` means when the file leaves it out, for each kind of decoder.
+# What a key of `config.json` means when the file leaves it out: the defaults of that model type.
 TEXT_DEFAULTS = {
     "gemma": {
-        "hidden_size": 2048,
-        "intermediate_size": 16384,
-        "num_hidden_layers": 18,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 1,
+        "hidden_size": 3072,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
         "head_dim": 256,
-        "vocab_size": 257152,
+        "vocab_size": 256000,
     },
     "gemma2": {
         "hidden_size": 2304,
@@ -54,9 +54,18 @@ TEXT_DEFAULTS = {
         "sliding_window": 4096,
     },
 }
-VISION_DEFAULTS = {
+# What a whole part means when the file leaves it out: the first PaliGemma, nearly (its tower is 4304 wide inside).
+TEXT_WHEN_ABSENT = {
+    "hidden_size": 2048,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "vocab_size": 257152,
+}
+VISION_WHEN_ABSENT = {
     "hidden_size": 1152,
-    "intermediate_size": 4304,
+    "intermediate_size": 4096,
     "num_hidden_layers": 27,
     "num_attention_heads": 16,
     "image_size": 224,
@@ -101,46 +110,83 @@ class PaliGemmaConfig:
         """
         if values.get("model_type") != "paligemma":
             raise ValueError(f"model_type is {values.get('model_type')!r}: expected 'paligemma'")
-        text = dict(values.get("text_config") or {})
+        text, vision = values.get("text_config"), values.get("vision_config")
+        text = dict(TEXT_WHEN_ABSENT if text is None else text)
+        vision = dict(VISION_WHEN_ABSENT if vision is None else vision)
         kind = text.get("model_type", "gemma")
         if kind not in TEXT_DEFAULTS:
             raise ValueError(f"text_config.model_type is {kind!r}: expected 'gemma' or 'gemma2'")
         text = TEXT_DEFAULTS[kind] | text
-        vision = VISION_DEFAULTS | (values.get("vision_config") or {})
+        _expect(vision, "vision_config", "model_type", ("siglip_vision_model",))
         _expect(vision, "vision_config", "hidden_act", ("gelu_pytorch_tanh",))
-        _expect(text, "text_config", "hidden_act", ("gelu_pytorch_tanh", "gelu"))
-        _expect(text, "text_config", "hidden_activation", ("gelu_pytorch_tanh", None))
-        _expect(text, "text_config", "attention_bias", (False,))
+        _expect(text, "text_config", "attention_bias", (False, None))
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         _expect(rope, "text_config.rope_parameters", "rope_type", ("default",))
-        text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta", 10_000.0))
-        layers = text["num_hidden_layers"]
+        _expect(rope, "text_config.rope_parameters", "type", ("default",))
+        text["rope_theta"] = float(rope.get("rope_theta", text.get("rope_theta", 10_000.0)))
         if kind == "gemma2":
+            _expect(text, "text_config", "hidden_activation", ("gelu_pytorch_tanh",))
             text["four_norms"] = True
-            text["layer_types"] = tuple(
-                text.get("layer_types") or ("sliding_attention", "full_attention") * ((layers + 1) // 2)
-            )[:layers]
-        else:  # Gemma 1 ignores what only Gemma 2 has
-            for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+            layers = text["num_hidden_layers"]
+            alternating = ("sliding_attention", "full_attention") * ((layers + 1) // 2)
+            text["layer_types"] = tuple(text.get("layer_types") or alternating[:layers])
+            if len(text["layer_types"]) != layers or not set(text["layer_types"]) <= set(alternating):
+                raise ValueError(
+                    f"text_config.layer_types is {list(text['layer_types'])}: expected {layers} times "
+                    "'sliding_attention' or 'full_attention'"
+                )
+        else:
+            _expect(text, "text_config", "hidden_act", ("gelu_pytorch_tanh", "gelu"))  # Gemma's "gelu" means tanh too
+            for key in _ONLY_GEMMA_2:
                 text.pop(key, None)
-            text["layer_types"] = None
-        text["tie_word_embeddings"] = values.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
-        special = {key: text[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id") if text.get(key) is not None}
-        image_token_id = values.get("image_token_index", values.get("image_token_id", 256_000))
-        return cls(_pick(SiglipConfig, vision), _pick(GemmaConfig, text), image_token_id, **special)
+        text["tie_word_embeddings"] = values.get("tie_word_embeddings", True)  # the text part's own key has no say
+        special = {}
+        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            found = [part[key] for part in (values, text) if part.get(key) is not None]
+            special |= {key: found[0]} if found else {}
+        image_token_id = values.get("image_token_id", values.get("image_token_index", 256_000))
+        config = cls(_pick(SiglipConfig, vision), _pick(GemmaConfig, text), image_token_id, **special)
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        """Raise a ValueError that names the key if the sizes cannot be built."""
+        sizes = {f"text_config.{name}": getattr(self.text, name) for name in TEXT_DEFAULTS["gemma"]}
+        sizes |= {f"vision_config.{name}": getattr(self.vision, name) for name in VISION_WHEN_ABSENT}
+        for key, value in sizes.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{key} is {value!r}: expected a whole number, 1 or more")
+        for key in ("image_token_id", "pad_token_id", "bos_token_id", "eos_token_id"):
+            if not isinstance(getattr(self, key), int):
+                raise ValueError(f"{key} is {getattr(self, key)!r}: expected one token id, a whole number")
+        for whole, part in (
+            ("text_config.num_attention_heads", "text_config.num_key_value_heads"),
+            ("vision_config.hidden_size", "vision_config.num_attention_heads"),
+            ("vision_config.image_size", "vision_config.patch_size"),
+            ("text_config.head_dim", 2),
+        ):
+            divisor = sizes.get(part, part)
+            if sizes[whole] % divisor:
+                raise ValueError(f"{whole} is {sizes[whole]}: expected a multiple of {divisor} ({part})")
 
     def to_dict(self) -> dict:
         """The same as `config.json` spells it, so that `transformers` reads it too."""
         text = asdict(self.text)
+        if self.text.layer_types is not None:
+            text["layer_types"] = list(self.text.layer_types)
         four_norms, tied = text.pop("four_norms"), text.pop("tie_word_embeddings")
         text["rope_parameters"] = {"rope_theta": text.pop("rope_theta"), "rope_type": "default"}
         text["num_image_tokens"] = self.num_image_tokens
-        text |= {"pad_token_id": self.pad_token_id, "bos_token_id": self.bos_token_id, "eos_token_id": self.eos_token_id}
+        text |= {
+            "pad_token_id": self.pad_token_id,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+        }
         if four_norms:
             text |= {"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh"}
         else:
             text |= {"model_type": "gemma", "hidden_act": "gelu_pytorch_tanh"}
-            text = {key: value for key, value in text.items() if value is not None}
+            text = {key: value for key, value in text.items() if key not in _ONLY_GEMMA_2}
         vision = asdict(self.vision) | {
             "model_type": "siglip_vision_model",
             "hidden_act": "gelu_pytorch_tanh",
@@ -157,6 +203,15 @@ class PaliGemmaConfig:
             "text_config": text | {"tie_word_embeddings": tied},
             "vision_config": vision,
         }
+
+
+_ONLY_GEMMA_2 = (
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "sliding_window",
+    "layer_types",
+)
 
 
 def _expect(values: dict, where: str, key: str, allowed: tuple) -> None:
@@ -204,14 +259,18 @@ class PaliGemma(nn.Module):
 
     def embed(self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None) -> torch.Tensor:
         """Token ids (B, T) to embeddings (B, T, D), with features (N, P, D) where `<image>` stands."""
-        is_image = input_ids == self.config.image_token_id
-        # <image> may lie behind the last row of the embedding; its row is never used
+        if image_features is None:
+            return self.language_model.embed(input_ids)
+        is_image = input_ids == self.config.image_token_id  # (B, T)
+        # <image> may lie behind the last row of the embedding, so its places are looked up as padding, then replaced
         embeddings = self.language_model.embed(input_ids.masked_fill(is_image, self.config.pad_token_id))
-        return embeddings if image_features is None else replace_image_tokens(embeddings, image_features, is_image)
+        return replace_image_tokens(embeddings, image_features, is_image)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states (..., D) to scores (..., V): ask only for the places you need."""
-        weight = self.language_model.embed_tokens.weight if self.config.text.tie_word_embeddings else self.lm_head.weight
+        weight = (
+            self.language_model.embed_tokens.weight if self.config.text.tie_word_embeddings else self.lm_head.weight
+        )
         return tied_logits(hidden_states, weight, self.config.text.final_logit_softcapping)
 
     def hidden_states(
@@ -268,10 +327,13 @@ class PaliGemma(nn.Module):
             (B, T); the other arguments are those of `forward`.
         """
         features = None if pixel_values is None else self.encode_images(pixel_values)
-        hidden_states = self.hidden_states(input_ids, features, attention_mask, token_type_ids)[:, :-1]
-        targets = labels[:, 1:]
-        wanted = targets != -100
-        return F.cross_entropy(self.logits(hidden_states[wanted]).float(), targets[wanted])
+        hidden_states = self.hidden_states(input_ids, features, attention_mask, token_type_ids)[:, :-1]  # (B, T-1, D)
+        targets = labels[:, 1:]  # (B, T-1)
+        if not targets.is_meta:  # a meta tensor has a shape but no values to choose by
+            wanted = targets != -100
+            hidden_states, targets = hidden_states[wanted], targets[wanted]  # (M, D), (M,)
+        logits = self.logits(hidden_states).float()
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
     def prefill(
         self,

@@ -47,7 +47,8 @@ def replace_image_tokens(
         If placeholders and patches differ in number.
     """
     patches = image_features.flatten(0, 1)  # (N*P, D)
-    if embeddings.device.type not in ("meta", "cuda") and int(is_image.sum()) != len(patches):
+    has_values = type(is_image) is torch.Tensor and not is_image.is_meta  # fake and meta tensors have shapes alone
+    if has_values and int(is_image.sum()) != len(patches):
         raise ValueError(f"{int(is_image.sum())} <image> tokens for {len(patches)} patches: one patch for each token")
     return embeddings.masked_scatter(is_image[..., None], patches.to(embeddings.dtype))
 
