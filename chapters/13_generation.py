@@ -1,0 +1,507 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+# %% [markdown]
+# # From scores to sentences
+#
+# *The model gives a score to every token. How does a sentence come of it, and when does it end?*
+#
+# **You build** the loop that answers. **You need** chapters 07, 10 and 11.
+# **Exports** the module `sigma_book.generation`.
+
+# %%
+# | export
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from sigma_book.paligemma import PaliGemma
+from sigma_book.processor import Batch
+
+
+# %%
+# | export
+def apply_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Divide scores (B, V) by a number above 0: below 1 sharpens the distribution, above 1 flattens it."""
+    return logits / temperature
+
+
+# %%
+# | export
+def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Set all scores (B, V) but the k highest of each row to -inf; those equal to the k-th stay."""
+    lowest_kept = logits.topk(min(k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+    return logits.masked_fill(logits < lowest_kept, -math.inf)
+
+
+# %%
+# | export
+def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Keep the fewest most probable tokens of each row that reach probability p together; -inf for the rest.
+
+    The most probable token always stays.
+
+    References
+    ----------
+    Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1.
+    """
+    ascending, order = logits.sort(dim=-1)  # (B, V)
+    dropped = ascending.softmax(-1).cumsum(-1) <= 1 - p  # the unlikely end, while its sum stays within 1 - p
+    dropped[:, -1] = False
+    return logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
+
+
+# %%
+# | export
+def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Make tokens that occurred less likely, for a penalty above 1.
+
+    Parameters
+    ----------
+    logits : torch.Tensor
+        (B, V).
+    seen : torch.Tensor
+        Boolean (B, V), True for tokens of the prompt and of the answer so far.
+    penalty : float
+        Positive scores are divided by it, negative ones multiplied.
+
+    References
+    ----------
+    Keskar et al. 2019, "CTRL", section 4.1.
+    """
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+# %%
+# | export
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen.
+
+    Parameters
+    ----------
+    temperature : float
+        0 takes the best token always (and so does anything below 1e-6); above, tokens are drawn.
+    top_p : float
+        In (0, 1]; 1 keeps all tokens.
+    top_k : int, optional
+        At least 1; None keeps all tokens.
+    repetition_penalty : float
+        Above 0; 1 does nothing.
+    seed : int, optional
+        Row i of a batch draws from a generator of its own, seeded with `seed + i`. None takes a seed from
+        torch's global generator.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of its range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self):
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name} is {value!r}: expected a finite number")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}: expected 0 for greedy, or a number above it")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: expected a probability above 0 and at most 1")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}: expected a number above 0, 1 for none")
+        if self.top_k is not None:
+            whole_number("top_k", self.top_k, least=1)
+        if self.seed is not None:
+            whole_number("seed", self.seed, least=0, most=2**63 - 1)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < 1e-6
+
+
+# %%
+# | export
+def whole_number(name: str, value: object, *, least: int, most: int | None = None) -> int:
+    """The value, if it is a whole number in its range.
+
+    Raises
+    ------
+    ValueError
+        If not, with the argument's name, the value and the range.
+    """
+    wanted = f"a whole number, {least} or more" if most is None else f"a whole number from {least} to {most}"
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        raise ValueError(f"{name} is {value!r}: expected {wanted}")
+    return value
+
+
+# %%
+# | export
+def row_generators(seed: int | None, rows: int) -> list[torch.Generator]:
+    """One source of chance for each row, on the CPU whatever the device: row i is seeded with seed + i."""
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+
+
+def draw(logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Draw one token for each row of scores (B, V), with one number of each row's generator: (B,).
+
+    The probabilities lie end to end on a line from 0 to 1, in the order of the ids; the token in whose stretch the
+    random number falls is drawn.
+    """
+    ends = logits.softmax(-1).cpu().double().cumsum(-1)  # (B, V): where each stretch ends
+    ends = ends / ends[:, -1:]
+    darts = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])  # (B, 1)
+    return torch.searchsorted(ends, darts, right=True)[:, 0].to(logits.device)
+
+
+# %%
+# | export
+def choose(
+    logits: torch.Tensor, sampling: Sampling, seen: torch.Tensor, generators: Sequence[torch.Generator]
+) -> torch.Tensor:
+    """Take the next token of each row: (B, V) scores to (B,) ids.
+
+    The order is that of `transformers`: repetition penalty, temperature, top-k, top-p.
+    """
+    if sampling.repetition_penalty != 1:
+        logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
+    if sampling.greedy:
+        return logits.argmax(-1)
+    best = logits.amax(-1, keepdim=True)  # (B, 1): a shift that the softmax does not see keeps tiny temperatures finite
+    logits = apply_temperature(logits - best, sampling.temperature)
+    if sampling.top_k is not None:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    return draw(logits, generators)
+
+
+# %%
+# | export
+def answer_limits(attention_mask: torch.Tensor, max_new_tokens: int, context: int) -> list[int]:
+    """How many tokens each row may answer: `max_new_tokens`, or the room that its prompt leaves, if that is less.
+
+    Parameters
+    ----------
+    attention_mask : torch.Tensor
+        (B, T), 0 at padding, which takes no room.
+    max_new_tokens : int
+        At least 1.
+    context : int
+        The model's `max_position_embeddings`: prompt (picture included) and answer together.
+
+    Raises
+    ------
+    ValueError
+        If `max_new_tokens` is below 1, or if a prompt leaves no room for one token.
+    """
+    whole_number("max_new_tokens", max_new_tokens, least=1)
+    lengths = attention_mask.sum(-1).tolist()
+    for row, length in enumerate(lengths):
+        if length >= context:
+            which = "the prompt" if len(lengths) == 1 else f"prompt {row}"
+            raise ValueError(
+                f"{which} has {length} tokens, pictures included: the model's context is {context} tokens, "
+                f"prompt and answer together, so shorten it by {length - context + 1} or more"
+            )
+    return [min(max_new_tokens, context - length) for length in lengths]
+
+
+# %%
+# | export
+class Pick(NamedTuple):
+    """A token that a row took.
+
+    `logprob` is the natural logarithm of its probability in the model's own distribution, before penalty,
+    temperature, top-k and top-p.
+    """
+
+    row: int
+    token: int
+    logprob: float
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: PaliGemma,
+    batch: Batch,
+    *,
+    max_new_tokens: int = 100,
+    sampling: Sampling | None = None,
+    stop_ids: Sequence[int] | None = None,
+    is_over: Callable[[int, int], bool] | None = None,
+) -> Iterator[list[Pick]]:
+    """Answer a batch, one token a row at each step.
+
+    A row ends by itself: at a stop token (which is its last pick), when `is_over` says so, or at its limit. It is
+    then fed padding, picks nothing more, and the other rows go on undisturbed.
+
+    Parameters
+    ----------
+    model : PaliGemma
+    batch : Batch
+        Prompts padded on the left.
+    max_new_tokens : int
+        The most a row may pick; `answer_limits` bounds it by the model's context.
+    sampling : Sampling, optional
+        Greedy by default.
+    stop_ids : sequence of int, optional
+        Tokens that end a row; the end-of-sequence token of the config by default.
+    is_over : callable, optional
+        Asked with (row, token) after each pick that is no stop token; True ends the row.
+
+    Yields
+    ------
+    list of Pick
+        The picks of the rows that were not over, in the order of the rows.
+
+    Raises
+    ------
+    ValueError
+        If a prompt is longer than the context, or `max_new_tokens` is below 1.
+    RuntimeError
+        If the scores are not finite: 16-bit floats overflowed.
+    """
+    sampling = Sampling() if sampling is None else sampling
+    stop_ids = {model.config.eos_token_id} if stop_ids is None else set(stop_ids)
+    rows, prompt_length = batch.input_ids.shape
+    limits = answer_limits(batch.attention_mask, max_new_tokens, model.config.text.max_position_embeddings)
+    generators = row_generators(sampling.seed, rows)
+    batch = batch.to(model.device)
+
+    room = prompt_length + max(limits)
+    caches = model.language_model.new_caches(rows, room)
+    mask = batch.attention_mask.new_ones(rows, room)  # (B, S): columns of the answer are never padding
+    mask[:, :prompt_length] = batch.attention_mask
+    features = model.encode_images(batch.pixel_values)  # (N, P, D)
+    logits = model.prefill(batch.input_ids, features, batch.attention_mask, caches)  # (B, V)
+    seen = seen_tokens(batch.input_ids, batch.attention_mask, logits.shape[-1])  # (B, V)
+    live = list(range(rows))
+
+    for step in range(max(limits)):
+        if not logits.isfinite().all():
+            raise RuntimeError(
+                f"the model's scores hold inf or nan in {str(logits.dtype).removeprefix('torch.')}: its weights are "
+                "damaged, or overflow in float16; load it with dtype='bfloat16' or dtype='float32'"
+            )
+        logits = logits.float()
+        tokens = choose(logits, sampling, seen, generators)  # (B,)
+        logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)  # (B,)
+        chosen, measured = tokens.tolist(), logprobs.tolist()
+        picks = [Pick(row, chosen[row], measured[row]) for row in live]
+        live = [
+            row
+            for row, token, _ in picks
+            if token not in stop_ids and not (is_over and is_over(row, token)) and step + 1 < limits[row]
+        ]
+        yield picks
+        if not live:
+            return
+        seen.scatter_(-1, tokens[:, None], True)
+        over = torch.ones_like(tokens, dtype=torch.bool)
+        over[live] = False
+        tokens = tokens.masked_fill(over, model.config.pad_token_id)
+        logits = model.decode(tokens[:, None], mask[:, : prompt_length + step + 1], caches)
+
+
+# %%
+# | export
+def seen_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Which tokens a row has read: boolean (B, V). Padding was not read; ids without a score are left out."""
+    seen = torch.zeros(len(input_ids), vocab_size + 1, dtype=torch.bool, device=input_ids.device)
+    ids = input_ids.masked_fill(attention_mask == 0, vocab_size).clamp(max=vocab_size)  # the last column is thrown away
+    return seen.scatter_(-1, ids, True)[:, :vocab_size]
+
+
+# %%
+# | export
+class AnswerText:
+    """The text of one answer while its tokens arrive.
+
+    Text is *settled* when no later token can change it: no half of a character, no beginning of a stop string.
+
+    Parameters
+    ----------
+    decode : callable
+        Token ids to text.
+    stop : sequence of str
+        The answer ends before the first of these to be complete. Where two are complete at the same character,
+        the longer one counts: the rule does not depend on how the text falls into tokens.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()):
+        self.decode = decode
+        self.stop = tuple(stop)
+        self.text = ""
+        self.stopped = False
+        self._tokens: list[int] = []
+        self._context, self._open = 0, 0  # tokens from _open on have no text yet; those from _context on stand before
+        self._taken = 0  # characters that take() gave away
+
+    def push(self, token: int) -> bool:
+        """Take one more token; True if a stop string is complete now."""
+        self._tokens.append(token)
+        piece = self._new_text()
+        if piece and not piece.endswith("\ufffd"):  # the mark of bytes that are no character, or not yet
+            self._context, self._open = self._open, len(self._tokens)
+            self._add(piece)
+        return self.stopped
+
+    def _new_text(self) -> str:
+        """What the open tokens say behind those before them, which keep a leading space from being lost."""
+        before = self.decode(self._tokens[self._context : self._open])
+        return self.decode(self._tokens[self._context :])[len(before) :]
+
+    def _add(self, piece: str) -> None:
+        start = max(0, len(self.text) - max(map(len, self.stop), default=0))
+        text = self.text + piece
+        found = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop, start)) >= 0]
+        self.stopped = bool(found)
+        self.text = text[: min(found)[1]] if found else text
+
+    def take(self) -> str:
+        """The settled text that was not taken yet."""
+        piece = self.text[self._taken : len(self.text) - self._held()]
+        self._taken += len(piece)
+        return piece
+
+    def _held(self) -> int:
+        """How many characters at the end may be the beginning of a stop string."""
+        if self.stopped:
+            return 0
+        lengths = [n for stop in self.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
+        return max(lengths, default=0)
+
+    def finish(self) -> str:
+        """The whole text, when no more tokens come: bytes that never became a character are marked U+FFFD."""
+        if not self.stopped:
+            self._add(self._new_text())
+        self.stopped = True
+        return self.text
+
+
+# %%
+# | export
+class Answer(NamedTuple):
+    """An answer.
+
+    Parameters
+    ----------
+    text : str
+        Without stop token and stop string.
+    tokens : list of int
+        Every token the model took, the stop token or those of a stop string included.
+    logprobs : list of float
+        Of each token, as `Pick` has it: their sum is the log-probability of the whole answer.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+
+
+def generate_answers(
+    model: PaliGemma,
+    batch: Batch,
+    decode: Callable[[list[int]], str],
+    *,
+    max_new_tokens: int = 100,
+    sampling: Sampling | None = None,
+    stop_ids: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
+) -> list[Answer]:
+    """Answer every row of a batch, in text.
+
+    Parameters
+    ----------
+    model, batch, max_new_tokens, sampling, stop_ids
+        As in `generate_tokens`.
+    decode : callable
+        Token ids to text.
+    stop : sequence of str
+        Strings that end an answer, left out of it.
+    """
+    stop_ids = [model.config.eos_token_id] if stop_ids is None else stop_ids
+    texts = [AnswerText(decode, stop) for _ in batch.input_ids]
+    answers = [Answer("", [], []) for _ in batch.input_ids]
+    for picks in generate_tokens(
+        model,
+        batch,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_ids=stop_ids,
+        is_over=lambda row, token: texts[row].push(token),
+    ):
+        for row, token, logprob in picks:
+            answers[row].tokens.append(token)
+            answers[row].logprobs.append(logprob)
+    return [answer._replace(text=text.finish()) for text, answer in zip(texts, answers)]
+
+
+def stream_answer(
+    model: PaliGemma,
+    batch: Batch,
+    decode: Callable[[list[int]], str],
+    *,
+    max_new_tokens: int = 100,
+    sampling: Sampling | None = None,
+    stop_ids: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
+) -> Iterator[str]:
+    """Answer a batch of one row in pieces of settled text; joined, they are what `generate_answers` gives."""
+    text = AnswerText(decode, stop)
+    for _ in generate_tokens(
+        model,
+        batch,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_ids=stop_ids,
+        is_over=lambda row, token: text.push(token),
+    ):
+        if piece := text.take():
+            yield piece
+    text.finish()
+    if piece := text.take():
+        yield piece
+
+
+# %%
+# | export
+def read_stop_ids(folder: Path, eos_token_id: int) -> list[int]:
+    """The stop tokens that `generation_config.json` lists, or the config's one where the file is absent or silent.
+
+    Raises
+    ------
+    ValueError
+        If the file is not JSON, or its `eos_token_id` is neither a number nor a list of them.
+    """
+    path = Path(folder) / "generation_config.json"
+    if not path.exists():
+        return [eos_token_id]
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected a JSON object, and it does not read as one ({error})") from error
+    ids = [eos_token_id] if listed is None else listed if isinstance(listed, list) else [listed]
+    if not ids or not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise ValueError(f"{path}: eos_token_id is {listed!r}: expected one token id, or a list of them")
+    return ids
