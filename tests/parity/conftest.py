@@ -34,8 +34,7 @@ class Twins:
                 elif "position_embedding" in name:
                     parameter.copy_(random)
                 else:
-                    gain = 2.0 if "q_proj" in name or "o_proj" in name or "down_proj" in name else 1.0
-                    parameter.copy_(gain * random / parameter[0].numel() ** 0.5)
+                    parameter.copy_(random / parameter[0].numel() ** 0.5)
         self.ours.load_state_dict(self.state_dict())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
