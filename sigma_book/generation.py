@@ -7,6 +7,7 @@ Tangled from chapters/13_generation.py: edit there, then run python -m sigma_boo
 
 import json
 import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ def apply_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
     """Set all scores (B, V) but the k highest of each row to -inf; those equal to the k-th stay."""
-    lowest_kept = logits.topk(min(k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+    lowest_kept = logits.topk(min(int(k), logits.shape[-1])).values[:, -1:]  # (B, 1)
     return logits.masked_fill(logits < lowest_kept, -math.inf)
 
 
@@ -117,7 +118,7 @@ class Sampling:
     def __post_init__(self):
         for name in ("temperature", "top_p", "repetition_penalty"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
                 raise ValueError(f"{name} is {value!r}: expected a finite number")
         if self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}: expected 0 for greedy, or a number above it")
@@ -144,16 +145,18 @@ def whole_number(name: str, value: object, *, least: int, most: int | None = Non
         If not, with the argument's name, the value and the range.
     """
     wanted = f"a whole number, {least} or more" if most is None else f"a whole number from {least} to {most}"
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} is {value!r}: expected {wanted}")
-    return value
+    if value < least or (most is not None and value > most):
+        raise ValueError(f"{name} is {value}: expected {wanted}")
+    return int(value)
 
 
 def row_generators(seed: int | None, rows: int) -> list[torch.Generator]:
     """One source of chance for each row, on the CPU whatever the device: row i is seeded with seed + i."""
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+    return [torch.Generator().manual_seed(int(seed) + row) for row in range(rows)]
 
 
 def draw(logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
@@ -205,7 +208,7 @@ def answer_limits(attention_mask: torch.Tensor, max_new_tokens: int, context: in
     ValueError
         If `max_new_tokens` is below 1, or if a prompt leaves no room for one token.
     """
-    whole_number("max_new_tokens", max_new_tokens, least=1)
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
     lengths = attention_mask.sum(-1).tolist()
     for row, length in enumerate(lengths):
         if length >= context:

@@ -1,0 +1,252 @@
+"""The public face: ideas of several chapters put together. Thin; the ideas stay in the chapters."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from sigma_book.generation import (
+    Answer,
+    Sampling,
+    answer_limits,
+    generate_answers,
+    read_stop_ids,
+    stream_answer,
+    whole_number,
+)
+from sigma_book.paligemma import PaliGemma
+from sigma_book.processor import Batch, Processor, load_image
+from sigma_book.weights import find_folder, load_model
+
+__all__ = ["generate", "load", "read_settings"]
+
+POCKET = Path(__file__).parent / "pocket_model"
+ROWS_AT_ONCE = 32  # longer lists are answered in several batches
+WATCHED = ("*.json", "*.safetensors", "tokenizer.model")  # the files that make a model
+
+_kept: dict[str, tuple[object, PaliGemma]] = {}  # the pocket model and the last other one, for `generate`
+
+
+def load(
+    path_or_hub_id: str | Path | None = None, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> PaliGemma:
+    """Load a model with its processor.
+
+    Parameters
+    ----------
+    path_or_hub_id : path, optional
+        A PaliGemma folder in the Hugging Face layout, or the id of one on the hub; None is the pocket model that
+        comes with this package.
+    device : str or torch.device
+        `auto` is cuda, mps or cpu, in this order.
+    dtype : str or torch.dtype
+        float32, bfloat16 or float16. `auto` is the file's, but float32 on a CPU without bf16 units, and for the
+        pocket model.
+
+    Returns
+    -------
+    PaliGemma
+        In eval mode; `model.processor` is its `Processor`, `model.stop_ids` the tokens that end an answer.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder or one of its files is missing.
+    ValueError
+        If a file is damaged, or describes another model; if device or dtype is unknown.
+    RuntimeError
+        If the device is not there, or the hub does not give the files.
+    """
+    if path_or_hub_id is None:
+        folder, dtype = POCKET, "float32" if dtype == "auto" else dtype
+    else:
+        if not isinstance(path_or_hub_id, str | Path):
+            raise ValueError(f"a model is a path or a hub id, got {type(path_or_hub_id).__name__}")
+        folder = find_folder(path_or_hub_id)
+    processor = Processor.from_folder(folder)
+    model = load_model(folder, device, dtype)
+    if processor.tokenizer.image_id != model.config.image_token_id:
+        raise ValueError(
+            f"{folder}: <image> is token {processor.tokenizer.image_id} for the tokenizer and "
+            f"{model.config.image_token_id} in config.json: these files are not of one model"
+        )
+    model.processor = processor
+    model.stop_ids = read_stop_ids(folder, model.config.eos_token_id)
+    return model
+
+
+def generate(
+    image,
+    prompt: str | Sequence[str],
+    *,
+    model: PaliGemma | str | Path | None = None,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    repetition_penalty: float = 1.0,
+    stop: str | Sequence[str] | None = None,
+    seed: int | None = None,
+    stream: bool = False,
+    return_logprobs: bool = False,
+) -> str | list[str] | Answer | list[Answer] | Iterator[str]:
+    """Answer prompts about pictures.
+
+    Parameters
+    ----------
+    image : path, bytes, array, PIL image, or a list
+        One picture; or a list with, for each prompt, one picture or a list of pictures: `[[a, b]]` is two pictures
+        for one prompt.
+    prompt : str or list of str
+        One prompt with a list of pictures is asked about each; one picture with a list of prompts answers each.
+    model : PaliGemma or path, optional
+        What `load` returned, or what it takes; the pocket model by default. Paths are loaded once and kept until
+        another path is given or the files change.
+    max_new_tokens : int
+        At least 1. An answer ends earlier at the end-of-sequence token, at a stop string, or where prompt and answer
+        together fill the model's context.
+    temperature : float
+        0 takes the best token always; above, tokens are drawn.
+    top_p : float
+        In (0, 1]: draw from the fewest tokens that have this probability together.
+    top_k : int, optional
+        Draw from this many tokens, at least 1.
+    repetition_penalty : float
+        Above 1 makes tokens of prompt and answer less likely to come again.
+    stop : str or list of str, optional
+        Strings that end the answer and are left out of it.
+    seed : int, optional
+        Row i of a list draws as a call of its own would with `seed + i`. None draws anew each time, or as
+        `torch.manual_seed` says.
+    stream : bool
+        Give an iterator over pieces of the answer; for one picture and one prompt.
+    return_logprobs : bool
+        Give `Answer(text, tokens, logprobs)` in place of the text. Log-probabilities are those of the model's own
+        distribution, before temperature, top-k, top-p and penalty; tokens include the one that ended the answer.
+
+    Returns
+    -------
+    str, or list of str
+        A list if pictures or prompts came as one.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of its range or of another kind; if lists differ in length or are empty; if a prompt
+        contains `<image>` or is longer than the model's context; if a picture cannot be read.
+    FileNotFoundError, RuntimeError
+        As `load`; or if there is no such picture.
+    """
+    sampling, stop = read_settings(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
+    pictures, prompts = _rows(image, prompt)
+    if stream and (len(prompts) > 1 or return_logprobs):
+        asked = "log-probabilities" if return_logprobs else f"{len(prompts)} prompts"
+        raise ValueError(f"stream=True gives the text of one picture and one prompt, not {asked}: leave it out")
+    model = _model(model)
+    batches = _batches(model, pictures, prompts, max_new_tokens)  # all are read before the first is answered
+    options = {"max_new_tokens": max_new_tokens, "stop_ids": getattr(model, "stop_ids", None), "stop": stop}
+    decode = model.processor.tokenizer.decode
+    if stream:
+        return stream_answer(model, batches[0], decode, sampling=sampling, **options)
+    answers: list[Answer] = []
+    for batch in batches:
+        shifted = replace(sampling, seed=sampling.seed + len(answers))
+        answers += generate_answers(model, batch, decode, sampling=shifted, **options)
+    results = answers if return_logprobs else [answer.text for answer in answers]
+    one = not isinstance(image, list | tuple) and isinstance(prompt, str)
+    return results[0] if one else results
+
+
+def read_settings(
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+    repetition_penalty: float,
+    stop: str | Sequence[str] | None,
+    seed: int | None,
+) -> tuple[Sampling, list[str]]:
+    """The arguments of `generate` that need no model, checked: how to choose, with a seed in any case, and where to stop.
+
+    Raises
+    ------
+    ValueError
+        If one is out of its range or of another kind.
+    """
+    whole_number("max_new_tokens", max_new_tokens, least=1)
+    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
+    if seed is None:
+        sampling = replace(sampling, seed=int(torch.randint(2**62, ())))
+    listed = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(listed, list | tuple) or not all(isinstance(text, str) and text for text in listed):
+        raise ValueError(f"stop is {stop!r}: expected a string, or a list of strings, none of them empty")
+    return sampling, list(listed)
+
+
+def _rows(image, prompt) -> tuple[list, list[str]]:
+    """Pictures and prompts as two lists of one length."""
+    prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+    pictures = list(image) if isinstance(image, list | tuple) else [image]
+    for name, rows in (("image", pictures), ("prompt", prompts)):
+        if not rows:
+            raise ValueError(f"{name} is an empty list: give at least one")
+    for text in prompts:
+        if not isinstance(text, str):
+            raise ValueError(f"a prompt is a string, got {type(text).__name__}")
+    if not isinstance(image, list | tuple):
+        pictures = pictures * len(prompts)
+    elif isinstance(prompt, str):
+        prompts = prompts * len(pictures)
+    if len(pictures) != len(prompts):
+        raise ValueError(
+            f"{len(pictures)} pictures for {len(prompts)} prompts: give as many of each, or one picture for all prompts "
+            "(not in a list); several pictures for one prompt are a list of their own: image=[[a, b]]"
+        )
+    if any(isinstance(shown, list | tuple) and not shown for shown in pictures):
+        raise ValueError("a prompt has an empty list of pictures: give at least one")
+    return pictures, prompts
+
+
+def _model(model: PaliGemma | str | Path | None) -> PaliGemma:
+    if isinstance(model, PaliGemma):
+        if not isinstance(getattr(model, "processor", None), Processor):
+            raise ValueError("this model has no processor: take one from sigma_book.load, or set model.processor")
+        return model
+    if model is None:
+        if "pocket" not in _kept:
+            _kept["pocket"] = (None, load())
+        return _kept["pocket"][1]
+    if not isinstance(model, str | Path):
+        raise ValueError(f"model is a path, a hub id or a loaded PaliGemma, got {type(model).__name__}")
+    folder = find_folder(model)
+    files = sorted(path for pattern in WATCHED for path in folder.glob(pattern))
+    state = (folder.resolve(), [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
+    if "last" not in _kept or _kept["last"][0] != state:
+        _kept.pop("last", None)  # two models may not fit into memory
+        _kept["last"] = (state, load(folder))
+    return _kept["last"][1]
+
+
+def _batches(model: PaliGemma, pictures: list, prompts: list[str], max_new_tokens: int) -> list[Batch]:
+    """Pictures and prompts as batches, each no longer than ROWS_AT_ONCE; the context is checked for all of them."""
+    opened: dict[int, Image.Image] = {}
+    batches = []
+    for start in range(0, len(prompts), ROWS_AT_ONCE):
+        chunk = pictures[start : start + ROWS_AT_ONCE]
+        shown = [list(row) if isinstance(row, list | tuple) else [row] for row in chunk]
+        images = [[_open(source, opened) for source in row] for row in shown]
+        batch = model.processor.prepare(images, prompts[start : start + ROWS_AT_ONCE])
+        answer_limits(batch.attention_mask, max_new_tokens, model.config.text.max_position_embeddings)
+        batches.append(batch)
+        last = shown[-1][-1]
+        opened = {id(last): opened[id(last)]}  # one picture may go on for thousands of prompts
+    return batches
+
+
+def _open(source, opened: dict[int, Image.Image]) -> Image.Image:
+    """A picture, opened once even if it stands in several rows."""
+    if id(source) not in opened:
+        opened[id(source)] = load_image(source)
+    return opened[id(source)]
