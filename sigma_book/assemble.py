@@ -18,7 +18,7 @@ from sigma_book.generation import (
 )
 from sigma_book.paligemma import PaliGemma
 from sigma_book.processor import Batch, Processor, load_image
-from sigma_book.weights import find_folder, load_model
+from sigma_book.weights import find_folder, load_model, read_config
 
 __all__ = ["generate", "load", "read_settings"]
 
@@ -65,6 +65,7 @@ def load(
         if not isinstance(path_or_hub_id, str | Path):
             raise ValueError(f"a model is a path or a hub id, got {type(path_or_hub_id).__name__}")
         folder = find_folder(path_or_hub_id)
+    read_config(folder)  # a folder of another model is told first
     processor = Processor.from_folder(folder)
     model = load_model(folder, device, dtype)
     if processor.tokenizer.image_id != model.config.image_token_id:
@@ -168,7 +169,12 @@ def read_settings(
     stop: str | Sequence[str] | None,
     seed: int | None,
 ) -> tuple[Sampling, list[str]]:
-    """The arguments of `generate` that need no model, checked: how to choose, with a seed in any case, and where to stop.
+    """Check the arguments of `generate` that need no model.
+
+    Returns
+    -------
+    Sampling, list of str
+        How to choose, with a seed in any case, and where to stop.
 
     Raises
     ------
@@ -201,8 +207,8 @@ def _rows(image, prompt) -> tuple[list, list[str]]:
         prompts = prompts * len(pictures)
     if len(pictures) != len(prompts):
         raise ValueError(
-            f"{len(pictures)} pictures for {len(prompts)} prompts: give as many of each, or one picture for all prompts "
-            "(not in a list); several pictures for one prompt are a list of their own: image=[[a, b]]"
+            f"{len(pictures)} pictures for {len(prompts)} prompts: give as many of each, or one picture, not in "
+            "a list, for all prompts; several pictures for one prompt are a list of their own: image=[[a, b]]"
         )
     if any(isinstance(shown, list | tuple) and not shown for shown in pictures):
         raise ValueError("a prompt has an empty list of pictures: give at least one")
