@@ -201,7 +201,7 @@ def read_config(folder: str | Path) -> PaliGemmaConfig:
     values = _read_json(path)
     try:
         return PaliGemmaConfig.from_dict(values)
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:  # the last two: a list or a number where a table belongs
         raise ValueError(f"{path}: {error}") from error
 
 
