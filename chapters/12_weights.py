@@ -383,8 +383,8 @@ def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: s
             path, stored_name, entry = places[name]
             stays = device.type == "cpu" and DTYPES[entry["dtype"]] == dtype
             if stays and path not in windows:
-                windows[path] = _open(path)  # one window for all that stays
-            tensor = _read_tensor(windows[path] if stays else _open(path), stored_name)
+                windows[path] = _map_file(path)  # one window for all that stays
+            tensor = _read_tensor(windows[path] if stays else _map_file(path), stored_name)
             tensors[name] = tensor.to(device=device, dtype=dtype)
             del tensor
             bar.update(sizes[name])
@@ -392,7 +392,7 @@ def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: s
     return model.eval()
 
 
-def _open(path: Path) -> safe_open:
+def _map_file(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -414,11 +414,11 @@ def _most_common_dtype(places: dict, sizes: dict[str, int]) -> torch.dtype:
 
 def _check_tie(embedding: tuple[Path, str, dict], head: tuple[Path, str, dict]) -> None:
     """A tied head is the embedding. Files that store it all the same must store the same numbers."""
-    rows, columns = (_read_tensor(_open(path), name) for path, name, _ in (embedding, head))
+    rows, columns = (_read_tensor(_map_file(path), name) for path, name, _ in (embedding, head))
     if rows.dtype != columns.dtype or not torch.equal(rows, columns):
         raise ValueError(
-            f"{head[0]}: tensor {head[1]} differs from {embedding[1]}, but tie_word_embeddings in config.json says they "
-            "are one: set it to false if the head was trained on its own, or remove the tensor"
+            f"{head[0]}: tensor {head[1]} differs from {embedding[1]}, but tie_word_embeddings in config.json says that "
+            "they are one: set it to false if the head was trained on its own, or remove the tensor"
         )
 
 
@@ -450,9 +450,9 @@ def _locate_tensors(folder: Path) -> dict[str, tuple[Path, str, dict]]:
         for stored_name, entry in read_header(folder / file).items():
             name = our_name(stored_name)
             if name in places:
+                other_path, other_name, _ = places[name]
                 raise ValueError(
-                    f"{folder / file}: tensor {stored_name} was stored before, as {places[name][1]} in {places[name][0].name}: "
-                    "expected it once"
+                    f"{folder / file}: tensor {stored_name} is {other_name} of {other_path.name} once more: expected it once"
                 )
             places[name] = (folder / file, stored_name, entry)
     for stored_name, file in table.items():
@@ -485,7 +485,8 @@ def _compare(folder: Path, places: dict, expected: dict[str, torch.Tensor]) -> N
         path, stored_name, entry = places[name]
         if entry["shape"] != list(tensor.shape):
             raise ValueError(
-                f"{path}: tensor {stored_name} has the shape {entry['shape']}, config.json asks for {list(tensor.shape)}"
+                f"{path}: tensor {stored_name} has the shape {entry['shape']}, "
+                f"config.json asks for {list(tensor.shape)}"
             )
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{path}: tensor {stored_name} is {entry['dtype']}: expected one of {', '.join(DTYPES)}")

@@ -6,16 +6,17 @@ Tangled from chapters/12_weights.py: edit there, then run python -m sigma_book.t
 """
 
 import json
+import math
 import os
+import re
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
@@ -23,8 +24,11 @@ from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 __all__ = [
     "BYTES",
     "DTYPES",
+    "IGNORED",
+    "LONGEST_HEADER",
     "RENAMED",
     "find_folder",
+    "has_bfloat16_units",
     "hub_name",
     "load_model",
     "our_name",
@@ -33,6 +37,7 @@ __all__ = [
     "read_config",
     "read_header",
     "save_model",
+    "write_tensors",
 ]
 
 # Files spell the same tensors in several ways; each pair is (how a name may begin, how it begins here), in this order.
@@ -42,8 +47,8 @@ RENAMED = (
     ("language_model.model.", "language_model."),
     ("language_model.lm_head.", "lm_head."),
 )
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+# Some files also store what is not learned, or what PaliGemma never uses: constants, and the tower's pooling head.
+IGNORED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$|^vision_tower\.head\.")
 
 
 def our_name(name: str) -> str:
@@ -61,6 +66,13 @@ def hub_name(name: str) -> str:
     if name.startswith("lm_head."):
         return f"language_model.{name}"
     return name.replace("language_model.", "language_model.model.", 1)
+
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # what a model can be stored in
+BYTES = dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1)  # of one number; constants may have any of these
+BYTES |= dict.fromkeys(("U16", "I16", "F16", "BF16"), 2) | dict.fromkeys(("U32", "I32", "F32"), 4)
+BYTES |= dict.fromkeys(("U64", "I64", "F64"), 8)
+LONGEST_HEADER = 100_000_000  # bytes: the format allows no more
 
 
 def read_header(path: str | Path) -> dict[str, dict]:
@@ -84,38 +96,43 @@ def read_header(path: str | Path) -> dict[str, dict]:
         If there is no such file.
     ValueError
         If the file is no safetensors file, is cut off, or its header contradicts itself.
+    RuntimeError
+        If the file cannot be read.
     """
     path = Path(path)
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    size = path.stat().st_size
     again = "download or copy the file again"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            raw = file.read(length) if length <= min(size, LONGEST_HEADER) else b""
+    except OSError as error:
+        raise RuntimeError(f"{path} cannot be read ({error.strerror}): check the disk and the permissions") from error
     if size < 8:
         raise ValueError(f"{path} is {size} bytes long: a safetensors file begins with 8 bytes for its header; {again}")
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > size - 8:
-            raise ValueError(f"{path} promises a header of {length} bytes but has only {size - 8} behind it; {again}")
-        raw = file.read(length)
+    if length > size - 8:
+        raise ValueError(f"{path} promises a header of {length} bytes but has only {size - 8} behind it; {again}")
+    if length > LONGEST_HEADER:
+        raise ValueError(f"{path} promises a header of {length} bytes: expected {LONGEST_HEADER} at most; {again}")
     try:
-        header = json.loads(raw)
-    except ValueError as error:
+        header = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: the header is not JSON ({error}); {again}") from error
     if not isinstance(header, dict):
-        raise ValueError(f"{path}: the header is not a table of tensors; {again}")
+        raise ValueError(f"{path}: the header is {type(header).__name__}, expected a table of tensors; {again}")
     header.pop("__metadata__", None)
+    for name, entry in header.items():
+        _check_entry(path, name, entry)
     end_of_last = 0
-    for name, entry in sorted(header.items(), key=_begin):
-        dtype, shape, (begin, end) = _entry(path, name, entry)
-        if dtype not in BYTES:
-            raise ValueError(f"{path}: tensor {name} has the dtype {dtype!r}, which this code does not know")
-        count = 1
-        for extent in shape:
-            count *= extent
-        if begin != end_of_last or end - begin != count * BYTES[dtype]:
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        needed = math.prod(entry["shape"]) * BYTES[entry["dtype"]]
+        if begin != end_of_last or end - begin != needed:
             raise ValueError(
-                f"{path}: tensor {name} ({dtype}, {shape}) should take {count * BYTES[dtype]} bytes from {end_of_last}, "
-                f"the header says {begin} to {end}; {again}"
+                f"{path}: tensor {name} ({entry['dtype']}, {entry['shape']}) should take {needed} bytes from "
+                f"{end_of_last}, the header says {begin} to {end}; {again}"
             )
         end_of_last = end
     if 8 + length + end_of_last != size:
@@ -125,23 +142,46 @@ def read_header(path: str | Path) -> dict[str, dict]:
     return header
 
 
-def _begin(item: tuple[str, dict]) -> int:
-    try:
-        return int(item[1]["data_offsets"][0])
-    except (KeyError, TypeError, ValueError, IndexError):
-        return -1
+def _check_entry(path: Path, name: str, entry: dict) -> None:
+    """Raise a ValueError if one line of a header has not the three things that it must have."""
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise ValueError(f"{path}: tensor {name} is {entry!r:.80}: expected dtype, shape and data_offsets")
+    for key, length in (("shape", None), ("data_offsets", 2)):
+        numbers = entry[key]
+        whole = isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
+        if not whole or (length is not None and len(numbers) != length):
+            raise ValueError(f"{path}: tensor {name} has the {key} {numbers!r:.80}: expected whole numbers, 0 or more")
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in BYTES:
+        raise ValueError(
+            f"{path}: tensor {name} has the dtype {entry['dtype']!r:.80}: expected one of {', '.join(BYTES)}"
+        )
 
 
-def _entry(path: Path, name: str, entry: dict) -> tuple[str, list[int], tuple[int, int]]:
-    try:
-        begin, end = entry["data_offsets"]
-        shape = entry["shape"]
-        whole = [begin, end, *shape]
-        if not all(type(number) is int and number >= 0 for number in whole):
-            raise ValueError("a negative or broken number")
-        return entry["dtype"], shape, (begin, end)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: the header's entry for {name} cannot be read ({error})") from error
+def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Write a safetensors file, converting one tensor at a time.
+
+    Parameters
+    ----------
+    path : path
+    tensors : dict
+        By the names they get in the file.
+    dtype : torch.dtype
+        float32, bfloat16 or float16, for all of them.
+    """
+    code = {value: key for key, value in DTYPES.items()}[dtype]
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses a file without this format
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * dtype.itemsize
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)  # so that the numbers begin at a multiple of 8
+    with Path(path).open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for tensor in tensors.values():
+            ready = tensor.detach().to("cpu", dtype).contiguous()
+            file.write(ready.flatten().view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it takes anybody's place
 
 
 def find_folder(path_or_hub_id: str | Path) -> Path:
@@ -160,8 +200,10 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
     name = str(path_or_hub_id)
     if folder.is_file():
         raise ValueError(f"{name} is a file: give the folder that holds config.json and the weights")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"no such folder: {name}")
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is None:
+        raise FileNotFoundError(
+            f"no such folder: {name}; expected a folder, or a hub id such as google/paligemma-3b-pt-224"
+        )
     try:
         import huggingface_hub
         from huggingface_hub import errors
@@ -169,22 +211,33 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
         raise RuntimeError(
             f"no such folder: {name}; to fetch it from the hub, install the extra: pip install 'sigma-book[hub]'"
         ) from error
+    page = f"https://huggingface.co/{name}"
     try:
-        patterns = ["*.safetensors", "*.json", "tokenizer.model"]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_NEEDED))
     except errors.GatedRepoError as error:
-        raise RuntimeError(
-            f"{name} is there, but its licence was not accepted by this account: open https://huggingface.co/{name}, "
-            "accept it, then log in here with `hf auth login`"
-        ) from error
+        raise RuntimeError(_LICENCE.format(name=name, page=page)) from error
+    except errors.HFValidationError as error:
+        raise FileNotFoundError(f"neither a folder nor a name that the hub allows: {name}") from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"neither a folder nor a repository that this account can see: {name}; for a private one, `hf auth login`"
+            f"neither a folder nor a repository that this account can see: {name}; look at {page}, "
+            "and if it is private or asks for a licence, log in with: hf auth login"
         ) from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise RuntimeError(_LICENCE.format(name=name, page=page)) from error
         raise RuntimeError(
-            f"{name} could not be fetched from the hub ({type(error).__name__}): try again later"
+            f"no such folder: {name}; and the hub did not give it ({type(error).__name__}): "
+            "check the connection, or give a folder"
         ) from error
+
+
+_NEEDED = ("*.safetensors", "*.json", "tokenizer.model")
+_LICENCE = (
+    "{name} is on the hub, but not open to this account: read and accept its licence at {page}, "
+    "then log in here with: hf auth login"
+)
 
 
 def read_config(folder: str | Path) -> PaliGemmaConfig:
@@ -201,21 +254,23 @@ def read_config(folder: str | Path) -> PaliGemmaConfig:
     values = _read_json(path)
     try:
         return PaliGemmaConfig.from_dict(values)
-    except (ValueError, TypeError, AttributeError) as error:  # the last two: a list or a number where a table belongs
-        raise ValueError(f"{path}: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}; expected the configuration of a PaliGemma") from error
 
 
 def _read_json(path: Path) -> dict:
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(
             f"no {path.name} in {path.parent}: expected a PaliGemma folder in the Hugging Face layout"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): download or copy the file again") from error
+    except OSError as error:
+        raise RuntimeError(f"{path} cannot be read ({error.strerror}): check the disk and the permissions") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a table of keys and values")
+        raise ValueError(f"{path} is {type(values).__name__}: expected a table of keys and values")
     return values
 
 
@@ -235,53 +290,68 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device is {name!r}: expected auto, cuda, cuda:0, mps or cpu") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RuntimeError(f"device {name} was asked for, but torch sees {torch.cuda.device_count()} of them: use cpu")
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"device is {name!r}: expected auto, cuda, cuda:0, mps or cpu")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise RuntimeError(
+            f"device is {str(name)!r}, but torch sees {count} cuda devices here: ask for cpu, or for auto"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise RuntimeError("device mps was asked for, but this machine has none: use cpu")
+        raise RuntimeError(f"device is {str(name)!r}, but torch sees no mps device here: ask for cpu, or for auto")
     return device
 
 
 def pick_dtype(name: str | torch.dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """A dtype by name; `auto` is the file's, but float32 on a processor that has no units for 16 bits.
+    """A dtype by name. `auto` is the stored one, with two exceptions on a CPU, both float32.
+
+    A CPU without units for bfloat16 only imitates it, and is slower than with float32. float16 has the same fault
+    on most CPUs, and its range is too small for some of Gemma's activations.
+
+    Parameters
+    ----------
+    name : str or torch.dtype
+        auto, float32, bfloat16 or float16.
+    stored : torch.dtype
+        What the file holds.
+    device : torch.device
 
     Raises
     ------
     ValueError
         If the name is unknown.
     """
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name in names.values():
+    names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    if isinstance(name, torch.dtype) and name in names.values():
         return name
-    if name != "auto":
-        if name not in names:
-            raise ValueError(f"dtype is {name!r}: expected auto, {', '.join(names)}")
-        return names[name]
-    if device.type == "cpu" and (stored == torch.float16 or not _has_bfloat16_units()):
-        return torch.float32
-    return stored
+    if name == "auto":
+        slow = stored == torch.float16 or (stored == torch.bfloat16 and not has_bfloat16_units())
+        return torch.float32 if device.type == "cpu" and slow else stored
+    if not isinstance(name, str) or name not in names:
+        raise ValueError(f"dtype is {name!r}: expected auto, {', '.join(names)}")
+    return names[name]
 
 
-def _has_bfloat16_units() -> bool:
-    """Whether products of bfloat16 matrices are fast here: on x86 AVX512-BF16 or AMX, on ARM not asked for."""
-    asked = (getattr(torch.cpu, f"_is_{unit}_supported", None) for unit in ("avx512_bf16", "amx_tile"))
-    return any(question is not None and question() for question in asked)
+def has_bfloat16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 numbers itself: AVX512-BF16, AMX or AVX10.2 on x86, BF16 on ARM."""
+    return any(torch.cpu.get_capabilities().get(unit) for unit in ("avx512_bf16", "amx_bf16", "avx10_2", "bf16"))
 
 
 def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> PaliGemma:
     """A checkpoint as a model that is ready to answer (in eval mode).
 
-    The modules are built without memory, on the meta device; each tensor is then mapped from its file, converted
-    and moved, and takes its place: never are there two copies of the model.
+    The modules are built without memory, on the meta device, and each tensor takes its place straight from the
+    file. On the CPU, in the stored dtype, it stays a window into the file: nothing is read before it is used.
+    Else it is converted or moved, the largest tensor first, and its window is closed before the next one opens.
 
     Parameters
     ----------
     folder : path
-        In the Hugging Face layout: one file or shards, old or new tensor names, Gemma 1 or 2.
+        In the Hugging Face layout: one file or shards, old or new tensor names, Gemma 1 or 2. A `model.safetensors`
+        goes before an index of shards.
     device, dtype
-        As `pick_device` and `pick_dtype` read them.
+        As `pick_device` and `pick_dtype` read them; the stored dtype is the one that most bytes have.
 
     Raises
     ------
@@ -289,108 +359,168 @@ def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: s
         If a file is missing.
     ValueError
         If a file is damaged, or its tensors are not those of the configuration.
+    RuntimeError
+        If the device is not there, or a file cannot be read.
     """
     folder = Path(folder)
     config = read_config(folder)
     device = pick_device(device)
-    places = _locate_tensors(folder)
-    if config.text.tie_word_embeddings:
-        places.pop("lm_head.weight", None)  # a tied head is the embedding; some files store it twice
     with torch.device("meta"):
         model = PaliGemma(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    _compare(folder, places, expected)
-    stored = DTYPES[places["language_model.embed_tokens.weight"][2]["dtype"]]
-    dtype = pick_dtype(dtype, stored, device)
-    tensors = {}
-    by_file: dict[Path, list[str]] = {}
-    for name, (path, _, _) in places.items():
-        by_file.setdefault(path, []).append(name)
-    with tqdm(total=len(places), desc="loading", unit="tensor", delay=1.0) as bar:
-        for path, names in by_file.items():
-            with safe_open(path, framework="pt") as file:
-                for name in names:
-                    tensor = file.get_tensor(places[name][1])
-                    tensors[name] = tensor.to(device=device, dtype=dtype)
-                    bar.update()
+    places = _locate_tensors(folder)
+    if config.text.tie_word_embeddings and "lm_head.weight" in places:
+        _check_tie(places["language_model.embed_tokens.weight"], places.pop("lm_head.weight"))
+    _compare(folder, places, model.state_dict())
+    sizes = {name: math.prod(entry["shape"]) * BYTES[entry["dtype"]] for name, (_, _, entry) in places.items()}
+    dtype = pick_dtype(dtype, _most_common_dtype(places, sizes), device)
+    tensors, windows = {}, {}
+    with tqdm(total=sum(sizes.values()), desc="loading", unit="B", unit_scale=True, delay=1.0) as bar:
+        for name in sorted(sizes, key=sizes.get, reverse=True):  # the largest while there is still room
+            path, stored_name, entry = places[name]
+            stays = device.type == "cpu" and DTYPES[entry["dtype"]] == dtype
+            if stays and path not in windows:
+                windows[path] = _map_file(path)  # one window for all that stays
+            tensor = _read_tensor(windows[path] if stays else _map_file(path), stored_name)
+            tensors[name] = tensor.to(device=device, dtype=dtype)
+            del tensor
+            bar.update(sizes[name])
     model.load_state_dict(tensors, strict=True, assign=True)
-    return model.eval().requires_grad_(False)
+    return model.eval()
+
+
+def _map_file(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be opened ({error}): download or copy the file again") from error
+
+
+def _read_tensor(window: safe_open, name: str) -> torch.Tensor:
+    tensor = window.get_tensor(name)
+    odd = tensor.data_ptr() % tensor.element_size()  # a careless writer may begin a number between two addresses
+    return tensor.clone() if odd else tensor
+
+
+def _most_common_dtype(places: dict, sizes: dict[str, int]) -> torch.dtype:
+    totals = dict.fromkeys(DTYPES, 0)
+    for name, (_, _, entry) in places.items():
+        totals[entry["dtype"]] += sizes[name]
+    return DTYPES[max(totals, key=totals.get)]
+
+
+def _check_tie(embedding: tuple[Path, str, dict], head: tuple[Path, str, dict]) -> None:
+    """A tied head is the embedding. Files that store it all the same must store the same numbers."""
+    rows, columns = (_read_tensor(_map_file(path), name) for path, name, _ in (embedding, head))
+    if rows.dtype != columns.dtype or not torch.equal(rows, columns):
+        raise ValueError(
+            f"{head[0]}: tensor {head[1]} differs from {embedding[1]}, but tie_word_embeddings in config.json says that "
+            "they are one: set it to false if the head was trained on its own, or remove the tensor"
+        )
 
 
 def _locate_tensors(folder: Path) -> dict[str, tuple[Path, str, dict]]:
     """For each tensor, by our name: its file, its name there, and its entry in the header."""
     index = folder / "model.safetensors.index.json"
-    if index.exists():
+    table: dict[str, str] = {}
+    if (folder / "model.safetensors").exists():
+        files = ["model.safetensors"]
+    elif index.exists():
         table = _read_json(index).get("weight_map")
-        if not isinstance(table, dict) or not table:
-            raise ValueError(f"{index} has no weight_map: expected a table of tensors and their files")
+        if not isinstance(table, dict) or not table or not all(_is_file_name(name) for name in table.values()):
+            raise ValueError(f"{index}: weight_map should say for each tensor which file of this folder holds it")
         files = sorted(set(table.values()))
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(
-                f"{folder}: {', '.join(missing)} of {len(files)} shards missing, which {index.name} names"
+                f"{folder} lacks {_some(missing)}, which {index.name} names among {len(files)} files: download the rest"
             )
-    elif (folder / "model.safetensors").exists():
-        files = ["model.safetensors"]
-    elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+    elif pickles := sorted(path.name for end in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{end}")):
         raise FileNotFoundError(
-            f"no model.safetensors in {folder}: the .bin, .pt and .pth files there are pickles, which can run code and are "
-            "never loaded; convert them to safetensors first"
+            f"no model.safetensors in {folder}, only {_some(pickles)}: pickle files can run code and are never loaded; "
+            "save the model as safetensors"
         )
     else:
-        raise FileNotFoundError(f"no weights in {folder}: expected model.safetensors, or model.safetensors.index.json")
+        raise FileNotFoundError(f"no weights in {folder}: expected model.safetensors, or {index.name} and its shards")
     places: dict[str, tuple[Path, str, dict]] = {}
     for file in files:
-        for name, entry in read_header(folder / file).items():
-            if name.endswith("position_ids"):  # older files store these constants
-                continue
-            if our_name(name) in places:
-                raise ValueError(f"{folder}: tensor {name} stands in {places[our_name(name)][0].name} and in {file}")
-            places[our_name(name)] = (folder / file, name, entry)
-    if index.exists():
-        lost = [name for name in table if our_name(name) not in places and not name.endswith("position_ids")]
-        if lost:
-            raise ValueError(f"{folder}: tensor {lost[0]} is named by {index.name}, but is not in {table[lost[0]]}")
-    return places
-
-
-def _compare(folder: Path, places: dict, expected: dict[str, tuple[int, ...]]) -> None:
-    def some(names: set[str]) -> str:
-        names = sorted(names)
-        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-    if missing := expected.keys() - places.keys():
-        raise ValueError(f"{folder}: the weights lack {some(missing)}, which config.json asks for")
-    if unknown := places.keys() - expected.keys():
-        raise ValueError(f"{folder}: the weights hold {some(unknown)}, which the model of config.json does not have")
-    for name, shape in expected.items():
-        path, stored_name, entry = places[name]
-        if tuple(entry["shape"]) != shape:
+        for stored_name, entry in read_header(folder / file).items():
+            name = our_name(stored_name)
+            if name in places:
+                other_path, other_name, _ = places[name]
+                raise ValueError(
+                    f"{folder / file}: tensor {stored_name} is {other_name} of {other_path.name} once more: expected it once"
+                )
+            places[name] = (folder / file, stored_name, entry)
+    for stored_name, file in table.items():
+        if our_name(stored_name) not in places:
             raise ValueError(
-                f"{path}: tensor {stored_name} has the shape {entry['shape']}, config.json asks for {list(shape)}"
+                f"{folder / file} lacks the tensor {stored_name}, which {index.name} promises: download it again"
+            )
+    return {name: place for name, place in places.items() if not IGNORED.search(name)}
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and not set(name) & set("/\\:")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _compare(folder: Path, places: dict, expected: dict[str, torch.Tensor]) -> None:
+    if missing := sorted(expected.keys() - places.keys()):
+        raise ValueError(
+            f"{folder}: the weights lack {_some(missing)}, which config.json asks for: is it their config.json?"
+        )
+    if unknown := sorted(places.keys() - expected.keys()):
+        stored = [places[name][1] for name in unknown]
+        raise ValueError(
+            f"{folder}: the weights hold {_some(stored)}, for which config.json has no place: is it theirs?"
+        )
+    for name, tensor in expected.items():
+        path, stored_name, entry = places[name]
+        if entry["shape"] != list(tensor.shape):
+            raise ValueError(
+                f"{path}: tensor {stored_name} has the shape {entry['shape']}, "
+                f"config.json asks for {list(tensor.shape)}"
             )
         if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: tensor {stored_name} is {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+            raise ValueError(f"{path}: tensor {stored_name} is {entry['dtype']}: expected one of {', '.join(DTYPES)}")
 
 
 def save_model(
-    model: PaliGemma, folder: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9
+    model: PaliGemma,
+    folder: str | Path,
+    dtype: str | torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write a model as a folder that this code and `transformers` load. Each file is written beside its place, then moved.
+    """Write a model as a folder that this code and `transformers` load: the configuration and the weights.
+
+    All files are written in a folder beside the wanted one, then moved. A new folder appears whole, or not at all;
+    in one that exists, files of these names are replaced once all the new ones are written, and others stay.
 
     Parameters
     ----------
     model : PaliGemma
     folder : path
-        Made if need be; files of the same names are replaced.
-    dtype : torch.dtype, optional
-        To convert to on the way; the model's own by default.
+        Made if need be.
+    dtype : str or torch.dtype, optional
+        float32, bfloat16 or float16, to convert to on the way; the model's own by default.
     max_shard_bytes : int
-        Tensors are spread over files of at most this size each.
+        Tensors are spread over files of at most this many bytes each; a larger tensor has a file of its own.
+
+    Raises
+    ------
+    ValueError
+        If `folder` is a file, the dtype is unknown, or `max_shard_bytes` is below 1.
+    RuntimeError
+        If the files cannot be written.
     """
     folder = Path(folder)
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes is {max_shard_bytes}: expected 1 or more")
     weight = model.language_model.embed_tokens.weight
-    dtype = weight.dtype if dtype is None else dtype
+    dtype = pick_dtype(weight.dtype if dtype is None else dtype, weight.dtype, weight.device)
     shards: list[dict[str, torch.Tensor]] = [{}]
     room = max_shard_bytes
     for name, tensor in model.state_dict().items():
@@ -400,37 +530,53 @@ def save_model(
             room = max_shard_bytes
         shards[-1][hub_name(name)] = tensor
         room -= size
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     config = model.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
     ids = {key: getattr(model.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with _beside(folder) as fresh:
-        (fresh / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
-        (fresh / "generation_config.json").write_text(json.dumps(ids, indent=2))
-        table = {}
-        for number, shard in enumerate(shards, start=1):
-            many = len(shards) > 1
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if many else "model.safetensors"
-            tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in shard.items()}
-            save_file(tensors, fresh / name, metadata={"format": "pt"})
-            table |= dict.fromkeys(shard, name)
+        for name, shard in zip(names, shards, strict=True):
+            write_tensors(fresh / name, shard, dtype)
         if len(shards) > 1:
-            total = sum(tensor.numel() for tensor in model.state_dict().values()) * dtype.itemsize
-            index = {"metadata": {"total_size": total}, "weight_map": table}
-            (fresh / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            total = sum(tensor.numel() for shard in shards for tensor in shard.values()) * dtype.itemsize
+            table = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+            _write_json(
+                fresh / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": table}
+            )
+        _write_json(fresh / "config.json", config)
+        _write_json(fresh / "generation_config.json", ids)
+
+
+def _write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def _beside(folder: Path) -> Iterator[Path]:
     """A temporary folder next to the wanted one, whose files move into it once all are written."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: expected a folder to write to, or a name that is free")
+    folder = folder.resolve()
+    fresh = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     try:
+        fresh.mkdir(parents=True)
         yield fresh
-        folder.mkdir(exist_ok=True)
+        if not folder.exists():
+            os.replace(fresh, folder)
+            return
         written = {path.name for path in fresh.iterdir()}
-        for path in sorted(fresh.iterdir()):
-            os.replace(path, folder / path.name)
-        for old in folder.glob("model*.safetensors*"):  # shards of a former shape would contradict the new ones
-            if old.name not in written:
+        for name in sorted(written, reverse=True):  # the weights first
+            os.replace(fresh / name, folder / name)
+        for old in folder.iterdir():  # weights of a former save would contradict the new ones
+            if _WEIGHTS.fullmatch(old.name) and old.name not in written:
                 old.unlink()
+    except OSError as error:
+        raise RuntimeError(
+            f"{folder} cannot be written ({error.strerror}): check the room and the permissions"
+        ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
