@@ -417,8 +417,8 @@ def _check_tie(embedding: tuple[Path, str, dict], head: tuple[Path, str, dict]) 
     rows, columns = (_read_tensor(_map_file(path), name) for path, name, _ in (embedding, head))
     if rows.dtype != columns.dtype or not torch.equal(rows, columns):
         raise ValueError(
-            f"{head[0]}: tensor {head[1]} differs from {embedding[1]}, but tie_word_embeddings in config.json says that "
-            "they are one: set it to false if the head was trained on its own, or remove the tensor"
+            f"{head[0]}: tensor {head[1]} differs from {embedding[1]}, but config.json says by "
+            "tie_word_embeddings that they are one: set it to false if the head was trained on its own, or remove the tensor"
         )
 
 
@@ -452,7 +452,8 @@ def _locate_tensors(folder: Path) -> dict[str, tuple[Path, str, dict]]:
             if name in places:
                 other_path, other_name, _ = places[name]
                 raise ValueError(
-                    f"{folder / file}: tensor {stored_name} is {other_name} of {other_path.name} once more: expected it once"
+                    f"{folder / file}: tensor {stored_name} is {other_name} of {other_path.name} once more: "
+                    "expected it once"
                 )
             places[name] = (folder / file, stored_name, entry)
     for stored_name, file in table.items():
