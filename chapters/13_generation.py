@@ -32,10 +32,173 @@ from sigma_book.processor import Batch
 
 
 # %%
+import time
+
+import matplotlib.pyplot as plt
+
+import sigma_book
+from sigma_book.gemma import GemmaConfig
+from sigma_book.paligemma import PaliGemmaConfig, count_parameters
+from sigma_book.pocket import POCKET
+from sigma_book.processor import Processor, Tokenizer
+from sigma_book.siglip import SiglipConfig
+from sigma_book.style import ANSWER, check, save, use_style
+from sigma_book.world import draw_scene, make_scene
+
+use_style()
+torch.manual_seed(0)
+# %% [markdown]
+# Say the model has read a picture, the prompt, and the words "a red". Every token of its vocabulary now has a
+# score. A softmax makes probabilities of them. Here are eight of them, for a vocabulary of eight words.
+
+# %%
+words = ["star", "heart", "circle", "cross", "ring", "square", "moon", "the"]
+scores = [3.2, 2.6, 2.1, 1.0, 0.4, 0.1, -0.8, -1.5]
+logits = torch.tensor([scores])  # (1, V)
+probabilities = logits.softmax(-1)[0]  # (V,)
+
+# %%
+figure, axis = plt.subplots(figsize=(8.6, 1.6))
+left = 0.0
+for word, share in zip(words, probabilities.tolist()):
+    axis.barh(0, share, left=left, height=0.6, color=ANSWER, edgecolor="white", linewidth=1.5)
+    if share > 0.04:
+        axis.text(left + share / 2, 0, f"{word}\n{share:.2f}", ha="center", va="center", color="white", size=9)
+    left += share
+axis.annotate(
+    "the rest", (0.985, 0.3), (0.985, 0.62), ha="right", size=8, arrowprops={"arrowstyle": "-", "color": "0.4"}
+)
+axis.annotate(
+    "a dart at 0.62", (0.62, 0.3), (0.62, 0.75), ha="center", size=9, arrowprops={"arrowstyle": "-|>", "color": "black"}
+)
+axis.set(xlim=(0, 1), ylim=(-0.45, 1.0), yticks=[], xticks=[0, 0.25, 0.5, 0.75, 1])
+axis.spines[["top", "right", "left"]].set_visible(False)
+save(figure, "13_dart")
+
+# %% [markdown]
+# *Figure: a bar from 0 to 1, cut into one stretch for each word: star is the longest, then heart, then circle. An
+# arrow points into the stretch of heart, at 0.62.*
+#
+# Two ways to go on. Take the longest stretch: that is **greedy** decoding. Or throw a dart and take the stretch
+# that it hits: that is **sampling**. Then the token joins the text, the model scores the next one, and so on.
+#
+# Everything else in this chapter is about three things: bending that bar, ending in time, and turning tokens into
+# text.
+#
+# ## By hand
+
+
+# %%
+def softmax_naive(scores: list[float]) -> list[float]:
+    powers = [math.exp(score - max(scores)) for score in scores]
+    return [power / sum(powers) for power in powers]
+
+
+def draw_naive(shares: list[float], dart: float) -> int:
+    end = 0.0
+    for token, share in enumerate(shares):
+        end += share
+        if dart < end:
+            return token
+    return len(shares) - 1
+
+
+shares = softmax_naive(scores)
+words[draw_naive(shares, dart=0.62)]
+
+# %% [markdown]
+# The same word would be drawn again and again by the same dart. A **seed** decides on the darts, so a drawn
+# answer can be had a second time.
+#
+# Now three ways to bend the bar, each a loop. The first divides all scores by a number, the **temperature**.
+
+
+# %%
+def temperature_naive(scores: list[float], temperature: float) -> list[float]:
+    return [score / temperature for score in scores]
+
+
+for temperature in (0.5, 1.0, 2.0):
+    print(temperature, [round(share, 2) for share in softmax_naive(temperature_naive(scores, temperature))])
+
+# %% [markdown]
+# Below 1 the long stretches grow, above 1 all become alike. At 0 the longest would fill the bar: so 0 is our name
+# for greedy.
+#
+# A flat bar has a danger. One long tail of unlikely words is hit often, because there are so many of them. The
+# second and the third way cut the tail off. **Top-k** keeps the k best.
+
+
+# %%
+def top_k_naive(scores: list[float], k: int) -> list[float]:
+    lowest = sorted(scores, reverse=True)[min(k, len(scores)) - 1]
+    return [score if score >= lowest else -math.inf for score in scores]
+
+
+top_k_naive(scores, 3)
+
+# %% [markdown]
+# But why three? Where the model is sure, two is too many; where it is not, ten may be too few. **Top-p** keeps as
+# many as it takes to have probability p together.
+
+
+# %%
+def top_p_naive(scores: list[float], p: float) -> list[float]:
+    shares = softmax_naive(scores)
+    kept, total = set(), 0.0
+    for token in sorted(range(len(scores)), key=lambda token: -shares[token]):
+        if total >= p:
+            break
+        kept.add(token)
+        total += shares[token]
+    return [score if token in kept else -math.inf for token, score in enumerate(scores)]
+
+
+top_p_naive(scores, 0.8)
+
+# %% [markdown]
+# Last, a **repetition penalty** lowers the score of every token that occurred already. A score may be negative,
+# and dividing a negative number would raise it; so positive scores are divided, negative ones multiplied.
+
+
+# %%
+def penalty_naive(scores: list[float], seen: set[int], penalty: float) -> list[float]:
+    lowered = [score * penalty if score < 0 else score / penalty for score in scores]
+    return [lowered[token] if token in seen else score for token, score in enumerate(scores)]
+
+
+penalty_naive(scores, seen={0, 7}, penalty=2.0)
+
+# %% [markdown]
+# Score 3.2 became 1.6, and -1.5 became -3. Note what this costs: a model that has to say "two stars and two
+# hearts" is punished for its second "two". It is a crutch for text that runs in circles; 1, which does nothing,
+# is the default.
+#
+# ## The formula
+#
+# With scores $s_v$ of the tokens $v$, seen tokens $S$, penalty $r$, temperature $\tau$ and the kept set $K$:
+#
+# $$ s'_v = \begin{cases} s_v / r & v \in S,\ s_v \ge 0 \\ s_v\, r & v \in S,\ s_v < 0 \\ s_v & \text{else} \end{cases}
+# \qquad
+# P(v) = \begin{cases} \dfrac{e^{s'_v/\tau}}{\sum_{u \in K} e^{s'_u/\tau}} & v \in K \\ 0 & \text{else} \end{cases} $$
+#
+# The order matters: penalty, temperature, top-k, top-p. A high temperature makes top-p keep more.
+#
+# ## A whole batch at once
+#
+# Scores come as (B, V). The first is one line.
+
+
+# %%
 # | export
 def apply_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Divide scores (B, V) by a number above 0: below 1 sharpens the distribution, above 1 flattens it."""
     return logits / temperature
+
+
+# %% [markdown]
+# `topk` finds the k-th best of each row. What is lower becomes minus infinity, which the softmax turns to 0.
+# Scores equal to the k-th stay, so more than k may remain.
 
 
 # %%
@@ -44,6 +207,11 @@ def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
     """Set all scores (B, V) but the k highest of each row to -inf; those equal to the k-th stay."""
     lowest_kept = logits.topk(min(int(k), logits.shape[-1])).values[:, -1:]  # (B, 1)
     return logits.masked_fill(logits < lowest_kept, -math.inf)
+
+
+# %% [markdown]
+# For top-p we sort upwards, so that the unlikely tail comes first, and drop it while its sum stays within 1 - p.
+# Then `scatter` carries each mark back from its sorted place to its token.
 
 
 # %%
@@ -82,6 +250,56 @@ def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float
     Keskar et al. 2019, "CTRL", section 4.1.
     """
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+# %% [markdown]
+# Each equals its loops, on random scores too. That all four equal the processors of `transformers` is shown in
+# `tests/parity/test_generation.py`.
+
+# %%
+seen = torch.zeros(1, 8, dtype=torch.bool)
+seen[0, [0, 7]] = True
+for row in (logits, 3 * torch.randn(1, 8), 3 * torch.randn(1, 8)):
+    listed = row[0].tolist()
+    for value in (0.3, 0.8, 2.0):
+        torch.testing.assert_close(apply_temperature(row, value)[0].tolist(), temperature_naive(listed, value))
+        torch.testing.assert_close(
+            penalize_repetition(row, seen, value)[0].tolist(), penalty_naive(listed, {0, 7}, value)
+        )
+    for k in (1, 3, 20):
+        assert keep_top_k(row, k)[0].tolist() == top_k_naive(listed, k)
+    for p in (0.1, 0.5, 0.8, 0.99):
+        assert keep_top_p(row, p)[0].tolist() == top_p_naive(listed, p)
+
+# %%
+panels = {
+    "as it is": logits,
+    "temperature 0.5": apply_temperature(logits, 0.5),
+    "temperature 2": apply_temperature(logits, 2.0),
+    "top-k 3": keep_top_k(logits, 3),
+    "top-p 0.8": keep_top_p(logits, 0.8),
+}
+figure, axes = plt.subplots(1, len(panels), figsize=(9.2, 2.6), sharey=True, sharex=True)
+for axis, (title, bent) in zip(axes, panels.items()):
+    axis.barh(words, probabilities, color="none", edgecolor="0.6", linewidth=0.8)
+    axis.barh(words, bent.softmax(-1)[0], color=ANSWER, height=0.55)
+    axis.set_title(title, size=10)
+    axis.set(xlim=(0, 1), xticks=[0, 0.5, 1])
+    axis.spines[["top", "right"]].set_visible(False)
+axes[0].invert_yaxis()
+axes[2].set_xlabel("probability")
+figure.tight_layout()
+save(figure, "13_bent")
+
+# %% [markdown]
+# *Figure: five bar charts of the same eight words. Temperature 0.5 lengthens the first bar, temperature 2 levels
+# them. Top-k 3 leaves three bars, top-p 0.8 leaves three too, each a little longer than before: outlines show the
+# bars as they were.*
+#
+# ## What the user may ask for
+#
+# All of these settings go together, so they travel together, and are checked once, when they are made. A wrong
+# one gets a sentence that says what would be right.
 
 
 # %%
@@ -156,6 +374,21 @@ def whole_number(name: str, value: object, *, least: int, most: int | None = Non
 
 
 # %%
+try:
+    Sampling(top_p=1.5)
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# ## Darts
+#
+# Chance needs care in a batch. If all rows shared one source of darts, the answer to a picture would depend on
+# its neighbours. So row i has a generator of its own, seeded with `seed + i`, and each token costs each row
+# exactly one dart. The generators live on the CPU: the same seed throws the same darts, whatever computes the
+# scores.
+
+
+# %%
 # | export
 def row_generators(seed: int | None, rows: int) -> list[torch.Generator]:
     """One source of chance for each row, on the CPU whatever the device: row i is seeded with seed + i."""
@@ -174,6 +407,22 @@ def draw(logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.T
     ends = ends / ends[:, -1:]
     darts = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])  # (B, 1)
     return torch.searchsorted(ends, darts, right=True)[:, 0].to(logits.device)
+
+
+# %% [markdown]
+# `cumsum` lays the stretches end to end, in float64, since a quarter of a million of them add up; `searchsorted`
+# finds the one that was hit. Does it draw as often as it should?
+
+# %%
+generators = row_generators(0, 1)
+drawn = torch.cat([draw(logits, generators) for _ in range(3000)])
+counted = torch.bincount(drawn, minlength=8) / 3000
+assert (counted - probabilities).abs().max() < 5 * 0.5 / 3000**0.5  # five standard deviations, at the widest
+[(word, round(float(c), 3), round(float(p), 3)) for word, c, p in zip(words, counted, probabilities)]
+
+# %% [markdown]
+# One function puts the parts in order. Before a division by a tiny temperature the best score is taken off all:
+# the softmax does not see it, and nothing becomes infinite.
 
 
 # %%
@@ -199,6 +448,80 @@ def choose(
 
 
 # %%
+nobody = torch.zeros(1, 8, dtype=torch.bool)
+generators = row_generators(1, 1)
+print("greedy:", words[choose(logits, Sampling(), nobody, generators)])
+for settings in (Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=2), Sampling(temperature=0.1)):
+    drawn = [words[choose(logits, settings, nobody, generators)] for _ in range(9)]
+    print(f"temperature {settings.temperature}, top-k {settings.top_k}:", *drawn)
+
+# %% [markdown]
+# ## The loop, the slow way
+#
+# Now the model. This one is tiny and was taught nothing: it answers nonsense. But it must answer the *same*
+# nonsense whichever way we run the loop, and that is what we want to check. Its tokenizer is the pocket model's.
+
+# %%
+tokenizer = Tokenizer.from_folder(Path(sigma_book.__file__).parent / "pocket_model")
+processor = Processor(tokenizer, image_size=28, num_image_tokens=4)
+eyes = SiglipConfig(
+    hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+)
+voice = GemmaConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    vocab_size=tokenizer.image_id,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+)
+model = PaliGemma(
+    PaliGemmaConfig(eyes, voice, tokenizer.image_id, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
+)
+for parameter in model.parameters():
+    width = parameter[0].numel() if parameter.dim() > 1 else 25
+    parameter.data = torch.randn_like(parameter) / width**0.5
+
+scene = draw_scene(make_scene(7))
+batch = processor.prepare([scene], ["caption en"])
+batch.input_ids
+
+# %% [markdown]
+# Four picture tokens, the beginning, two words, the newline. The slow loop reads all of that for each new token,
+# with the answer so far as suffix.
+
+
+# %%
+@torch.no_grad()
+def greedy_naive(batch: Batch, count: int) -> list[int]:
+    prompt = batch.input_ids[0].tolist()
+    answer = []
+    for _ in range(count):
+        ids = torch.tensor([prompt + answer])  # (1, T)
+        types = torch.tensor([[0] * len(prompt) + [1] * len(answer)])
+        logits = model(ids, batch.pixel_values, torch.ones_like(ids), types)[0, -1]  # (V,)
+        answer.append(int(logits.argmax()))
+    return answer
+
+
+slow = greedy_naive(batch, 10)
+slow
+
+# %% [markdown]
+# ## How long may it be?
+#
+# Three things end an answer. The model says the end-of-sequence token. A string comes up that the user named. Or
+# there is no more room.
+#
+# Room is `max_new_tokens`, or what the prompt leaves of the model's **context**, the number of tokens that it was
+# built to read. A long prompt makes the answer shorter; a prompt that leaves no room at all is an error. Padding
+# takes no room.
+
+
+# %%
 # | export
 def answer_limits(attention_mask: torch.Tensor, max_new_tokens: int, context: int) -> list[int]:
     """How many tokens each row may answer: `max_new_tokens`, or the room that its prompt leaves, if that is less.
@@ -218,7 +541,7 @@ def answer_limits(attention_mask: torch.Tensor, max_new_tokens: int, context: in
         If `max_new_tokens` is below 1, or if a prompt leaves no room for one token.
     """
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
-    lengths = attention_mask.sum(-1).tolist()
+    lengths = (attention_mask != 0).sum(-1).tolist()
     for row, length in enumerate(lengths):
         if length >= context:
             which = "the prompt" if len(lengths) == 1 else f"prompt {row}"
@@ -227,6 +550,24 @@ def answer_limits(attention_mask: torch.Tensor, max_new_tokens: int, context: in
                 f"prompt and answer together, so shorten it by {length - context + 1} or more"
             )
     return [min(max_new_tokens, context - length) for length in lengths]
+
+
+# %%
+for length in (8, 60):
+    print(length, answer_limits(torch.ones(1, length), max_new_tokens=10, context=64))
+try:
+    answer_limits(torch.ones(1, 70), max_new_tokens=10, context=64)
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# ## The loop
+#
+# The fast loop reads the prompt once and then takes one token a step, thanks to the cache of chapter 07. Caches
+# and mask are made once, for the whole length: nothing grows inside the loop.
+#
+# Rows of a batch end at different times. A row that is over is fed padding and picks nothing; its neighbours
+# never notice, since no row looks at another.
 
 
 # %%
@@ -243,6 +584,8 @@ class Pick(NamedTuple):
     logprob: float
 
 
+# %%
+# | export
 @torch.no_grad()
 def generate_tokens(
     model: PaliGemma,
@@ -326,6 +669,14 @@ def generate_tokens(
         logits = model.decode(tokens[:, None], mask[:, : prompt_length + step + 1], caches)
 
 
+# %% [markdown]
+# A **log-probability** says how likely a token was: the logarithm of its stretch of the bar. We report the
+# stretch of the model's *own* bar, before any bending. So it says what the model thinks, not what our settings
+# made of it, and greedy answers have one too.
+#
+# What a row has seen, for the penalty, is its prompt and its answer; not its padding.
+
+
 # %%
 # | export
 def seen_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -333,6 +684,66 @@ def seen_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor, vocab_siz
     seen = torch.zeros(len(input_ids), vocab_size + 1, dtype=torch.bool, device=input_ids.device)
     ids = input_ids.masked_fill(attention_mask == 0, vocab_size).clamp(max=vocab_size)  # the last column is thrown away
     return seen.scatter_(-1, ids, True)[:, :vocab_size]
+
+
+# %% [markdown]
+# ## Proof
+#
+# The fast loop gives the tokens of the slow one, and a batch gives what one row at a time gives: greedy and
+# drawn.
+
+
+# %%
+def tokens_of(batch: Batch, **options) -> list[list[int]]:
+    rows = [[] for _ in batch.input_ids]
+    for picks in generate_tokens(model, batch, **options):
+        for pick in picks:
+            rows[pick.row].append(pick.token)
+    return rows
+
+
+assert tokens_of(batch, max_new_tokens=10) == [slow]
+
+prompts = ["caption en", "how many red stars are there?", ""]
+scenes = [draw_scene(make_scene(seed)) for seed in range(3)]
+together = processor.prepare(scenes, prompts)
+assert (together.attention_mask == 0).any()  # padded on the left
+for settings in (Sampling(), Sampling(temperature=1.0, seed=5), Sampling(repetition_penalty=1.5)):
+    rows = tokens_of(together, max_new_tokens=12, sampling=settings)
+    for row, (picture, prompt) in enumerate(zip(scenes, prompts)):
+        alone = Sampling(settings.temperature, seed=5 + row, repetition_penalty=settings.repetition_penalty)
+        assert tokens_of(processor.prepare([picture], [prompt]), max_new_tokens=12, sampling=alone) == [rows[row]]
+
+# %% [markdown]
+# The log-probabilities are those of torch's `log_softmax` over the slow loop's scores.
+
+# %%
+picked = [picks[0] for picks in generate_tokens(model, batch, max_new_tokens=10)]
+ids = torch.cat([batch.input_ids, torch.tensor([slow])], dim=1)
+types = torch.cat([torch.zeros_like(batch.input_ids), torch.ones(1, 10, dtype=torch.long)], dim=1)
+with torch.no_grad():
+    expected = model(ids, batch.pixel_values, torch.ones_like(ids), types)[0, -11:-1].log_softmax(-1)
+for step, pick in enumerate(picked):
+    assert abs(pick.logprob - float(expected[step, pick.token])) < 1e-4
+round(
+    sum(pick.logprob for pick in picked), 2
+)  # of the whole answer: a product of probabilities, so a sum of logarithms
+
+# %% [markdown]
+# ## Tokens are not text
+#
+# A token can be a word, a letter, or a single byte: a rare character is spelled in the bytes of UTF-8, and takes
+# up to four tokens. Half of it is no text. Decoded too early, it shows as the mark `\ufffd`.
+
+# %%
+smile = [tokenizer.token_id(f"<0x{byte:02X}>") for byte in "🙂".encode()]
+[tokenizer.decode(smile[:count]) for count in (1, 2, 3, 4)]
+
+# %% [markdown]
+# A **stop string** is the other reason to wait. If the answer should end before "; the", and the text so far ends
+# in ";", we cannot show the semicolon yet. It may be the first piece of the stop string, or just a semicolon.
+#
+# So text is *settled* only when nothing that may come can change it. This class keeps the books.
 
 
 # %%
@@ -402,6 +813,70 @@ class AnswerText:
         return self.text
 
 
+# %% [markdown]
+# Watch it at work. Token by token: what a reader of the stream has seen, what is held back, and what the stop
+# string takes away.
+
+# %%
+pieces = [*tokenizer.encode("red star"), *smile, *tokenizer.encode(" two; there; the end")]
+text = AnswerText(tokenizer.decode, stop=["; the "])
+rows, shown = [], ""
+for token in pieces:
+    over = text.push(token)
+    shown += text.take()
+    rows.append((tokenizer.decode([token]), shown, text.text[len(shown) :]))
+    if over:
+        break
+assert shown == text.finish() == "red star🙂 two; there"
+
+# %%
+figure, axis = plt.subplots(figsize=(8.6, 0.27 * len(rows) + 0.6))
+for place, (piece, seen_text, held) in enumerate(rows):
+    name = "byte" if piece == "\ufffd" else piece.replace(" ", "·")
+    axis.text(
+        0.0,
+        -place,
+        name,
+        ha="center",
+        va="center",
+        size=9,
+        color="white",
+        family="monospace",
+        bbox={"boxstyle": "round,pad=0.25", "facecolor": ANSWER, "edgecolor": "none"},
+    )
+    visible = seen_text.replace(" ", "·").replace("🙂", "☺")
+    axis.text(1.2, -place, visible, va="center", size=10, family="monospace")
+    if held:
+        axis.text(
+            1.2 + 0.195 * len(visible),
+            -place,
+            held.replace(" ", "·"),
+            va="center",
+            size=10,
+            family="monospace",
+            color="0.35",
+            bbox={"boxstyle": "square,pad=0.1", "facecolor": "0.9", "edgecolor": "0.6", "linestyle": ":"},
+        )
+axis.text(0.0, 1.0, "token", ha="center", size=10)
+axis.text(1.2, 1.0, "shown so far, and what is held back", size=10)
+axis.set(xlim=(-0.7, 8), ylim=(-len(rows) + 0.4, 1.5))
+axis.axis("off")
+save(figure, "13_stop")
+
+# %% [markdown]
+# *Figure: a row for each token. Words are shown at once. Three of four bytes of a smiley add nothing, the fourth
+# shows it. A semicolon and the letters behind it wait in a grey box; as "; there" turns out not to be the stop
+# string, they are shown. At "; the " the box is gone and the answer is over.*
+#
+# Two rules keep stop strings honest. The one that is *complete* first wins, whatever the others might have
+# become. And it does not matter how the text falls into tokens.
+#
+# ## Answers
+#
+# What is left is thin: run the loop, push tokens into texts. An answer carries its text, its tokens and their
+# log-probabilities.
+
+
 # %%
 # | export
 class Answer(NamedTuple):
@@ -422,6 +897,8 @@ class Answer(NamedTuple):
     logprobs: list[float]
 
 
+# %%
+# | export
 def generate_answers(
     model: PaliGemma,
     batch: Batch,
@@ -460,6 +937,8 @@ def generate_answers(
     return [answer._replace(text=text.finish()) for text, answer in zip(texts, answers)]
 
 
+# %%
+# | export
 def stream_answer(
     model: PaliGemma,
     batch: Batch,
@@ -488,6 +967,27 @@ def stream_answer(
 
 
 # %%
+whole = generate_answers(model, together, tokenizer.decode, max_new_tokens=12)
+pieces = list(stream_answer(model, batch, tokenizer.decode, max_new_tokens=12))
+assert "".join(pieces) == generate_answers(model, batch, tokenizer.decode, max_new_tokens=12)[0].text
+pieces
+
+# %% [markdown]
+# Nonsense in pieces, but the pieces join to the whole. A stop string ends one row, and leaves the others alone.
+
+# %%
+stop = whole[0].text[10:13]
+stopped = generate_answers(model, together, tokenizer.decode, max_new_tokens=12, stop=[stop])
+assert stopped[0].text == whole[0].text[: whole[0].text.find(stop)]
+assert all(after.text == before.text for before, after in zip(whole, stopped) if stop not in before.text)
+stop, stopped[0].text, whole[0].text
+
+# %% [markdown]
+# One small thing remains. A checkpoint may list its stop tokens in `generation_config.json`, more than one if it
+# likes.
+
+
+# %%
 # | export
 def read_stop_ids(folder: Path, eos_token_id: int) -> list[int]:
     """The stop tokens that `generation_config.json` lists, or the config's one where the file is absent or silent.
@@ -508,3 +1008,136 @@ def read_stop_ids(folder: Path, eos_token_id: int) -> list[int]:
     if not ids or not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
         raise ValueError(f"{path}: eos_token_id is {listed!r}: expected one token id, or a list of them")
     return ids
+
+
+# %% [markdown]
+# ## The bill
+#
+# Parameters: none. FLOPs: about two for each weight of the decoder and each token. But at batch size 1 it is
+# neither of these that sets the pace. To make one token, *every* weight of the decoder is fetched from memory
+# once, used for one multiplication and one addition, and forgotten.
+
+# %%
+with torch.device("meta"):  # shapes without memory
+    pocket = PaliGemma(POCKET)
+    large = PaliGemma(
+        PaliGemmaConfig(
+            SiglipConfig(1152, 4304, 27, 16, image_size=224, patch_size=14),
+            GemmaConfig(2048, 16384, 18, 8, 1, 256, vocab_size=257216),
+        )
+    )
+assert count_parameters(large) == 2_923_466_480
+read_each_step = {
+    "pocket, 32 bits": 4 * count_parameters(pocket.language_model),
+    "3B, 32 bits": 4 * count_parameters(large.language_model),
+    "3B, 16 bits": 2 * count_parameters(large.language_model),  # the embedding counts: it is the head
+}
+assert read_each_step["3B, 16 bits"] == 5017325568
+{name: f"{count / 1e6:,.1f} MB" for name, count in read_each_step.items()}
+
+# %% [markdown]
+# Five gigabytes for one token. So the pace has a bound: how many bytes a second the memory delivers, divided by
+# that number. No cleverness in the arithmetic can lift it. Let us measure the memory of this machine, with a
+# matrix too large for any cache of the processor, times a vector.
+
+# %%
+matrix, vector = torch.ones(64_000, 1024), torch.ones(1024)  # 262 MB
+matrix @ vector
+seconds = []
+for _ in range(5):
+    start = time.perf_counter()
+    matrix @ vector
+    seconds.append(time.perf_counter() - start)
+bandwidth = 4 * matrix.numel() / min(seconds)  # bytes a second
+print(f"this machine reads {bandwidth / 1e9:.1f} GB/s, so at best")
+for name, count in read_each_step.items():
+    print(f"{name:>16}: {bandwidth / count:8.1f} tokens/s")
+del matrix
+
+# %% [markdown]
+# That is also why batches are cheap: eight rows share one reading of the weights. What each row adds is its own
+# cache, small thanks to chapter 06.
+
+# %%
+cache_per_token = 2 * 18 * 1 * 256 * 2  # keys and values, layers, one head of 256, 2 bytes each
+assert cache_per_token == 18_432
+tokens_seen = 256 + 44
+for rows in (1, 8, 64):
+    total = read_each_step["3B, 16 bits"] + rows * tokens_seen * cache_per_token
+    print(f"{rows:3} rows: {total / 1e9:.2f} GB a step, {total / rows / 1e6:7.0f} MB for each token")
+assert 64 * tokens_seen * cache_per_token < 0.08 * read_each_step["3B, 16 bits"]
+
+# %% [markdown]
+# And our bending of the bar? For 3B, a row of scores is about one megabyte, 257,216 numbers of four bytes. Even
+# sorted it is small beside five thousand. Chapter 21 comes back to this bound, and to what lifts it: fewer bytes
+# for each weight.
+
+# %%
+assert read_each_step["3B, 16 bits"] > 4000 * (4 * 257_216)
+
+# %% [markdown]
+# ## Your turn
+#
+# **1.** ★ How many choices does a bar really offer? Its *perplexity* says: e to the power of the entropy, where
+# the entropy is minus the sum of p ln p. Four equal stretches give 4; one that fills the bar gives 1.
+
+
+# %%
+def choices(shares: list[float]) -> float: ...
+
+
+check(choices, (([0.25] * 4,), 4.0), (([1.0, 0.0],), 1.0), (([0.5, 0.5, 0.0],), 2.0))
+
+# %% [markdown]
+# **2.** ★ Another way to cut the tail, *min-p*: keep a token if its stretch is at least p times the longest one.
+# Give the ids of the kept ones, smallest first.
+
+
+# %%
+def keep_min_p(shares: list[float], p: float) -> list[int]: ...
+
+
+check(
+    keep_min_p, (([0.5, 0.3, 0.15, 0.05], 0.25), [0, 1, 2]), (([0.1, 0.8, 0.1], 0.2), [1]), (([0.5, 0.5], 1.0), [0, 1])
+)
+
+# %% [markdown]
+# **3.** ★★ Where does the text end? Give it up to the first stop string to be complete; of two complete at the
+# same character, the longer counts.
+
+
+# %%
+def until(text: str, stops: list[str]) -> str: ...
+
+
+check(
+    until,
+    (("a red star. And", ["."]), "a red star"),
+    (("abcdef", ["abcde", "c"]), "ab"),
+    (("abcdef", ["c", "abc"]), ""),
+    (("no end", ["x"]), "no end"),
+)
+
+# %% [markdown]
+# **4.** ★★ The model is running in circles when its last n tokens came right before, too. Say whether they did.
+
+
+# %%
+def in_circles(tokens: list[int], n: int) -> bool: ...
+
+
+check(in_circles, (([5, 1, 2, 1, 2], 2), True), (([1, 2, 3, 1, 2], 2), False), (([7, 7], 1), True), (([7], 1), False))
+
+# %% [markdown]
+# **5.** ★★ How many tokens a second can a memory of so many bytes a second give at most, over all rows of a
+# batch? `weights` are the bytes of the weights, `cache` the bytes of one row's cache.
+
+
+# %%
+def most_tokens(bandwidth: float, weights: float, rows: int, cache: float) -> float: ...
+
+
+check(most_tokens, ((100e9, 5e9, 1, 0.0), 20.0), ((100e9, 4e9, 10, 1e8), 200.0))
+
+# %% [markdown]
+# **Next**: some answers are not words at all. Chapter 14 reads the tokens that name places in the picture.

@@ -209,7 +209,7 @@ def answer_limits(attention_mask: torch.Tensor, max_new_tokens: int, context: in
         If `max_new_tokens` is below 1, or if a prompt leaves no room for one token.
     """
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
-    lengths = attention_mask.sum(-1).tolist()
+    lengths = (attention_mask != 0).sum(-1).tolist()
     for row, length in enumerate(lengths):
         if length >= context:
             which = "the prompt" if len(lengths) == 1 else f"prompt {row}"
