@@ -343,11 +343,12 @@ def has_bfloat16_units() -> bool:
 # %%
 # | export
 def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> PaliGemma:
-    """A checkpoint as a model that is ready to answer (in eval mode).
+    """A checkpoint as a model that is ready to answer: in eval mode, and frozen (to train it: `model.requires_grad_(True)`).
 
     The modules are built without memory, on the meta device, and each tensor takes its place straight from the
     file. On the CPU, in the stored dtype, it stays a window into the file: nothing is read before it is used.
     Else it is converted or moved, the largest tensor first, and its window is closed before the next one opens.
+    A file with open windows must not be written into; replacing it by another (as `save_model` does) is safe.
 
     Parameters
     ----------
@@ -389,7 +390,7 @@ def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: s
             del tensor
             bar.update(sizes[name])
     model.load_state_dict(tensors, strict=True, assign=True)
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def _map_file(path: Path) -> safe_open:
@@ -418,7 +419,7 @@ def _check_tie(embedding: tuple[Path, str, dict], head: tuple[Path, str, dict]) 
     if rows.dtype != columns.dtype or not torch.equal(rows, columns):
         raise ValueError(
             f"{head[0]}: tensor {head[1]} differs from {embedding[1]}, but config.json says by "
-            "tie_word_embeddings that they are one: set it to false if the head was trained on its own, or remove the tensor"
+            "tie_word_embeddings that they are one: set it to false if the head was trained apart, or remove the tensor"
         )
 
 
