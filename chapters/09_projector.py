@@ -33,7 +33,8 @@ from sigma_book.kv_cache import KVCache
 from sigma_book.style import ANSWER, PICTURE, PROMPT, check, save
 from sigma_book.world import caption, draw_scene, make_scene
 
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
+
 # %% [markdown]
 # ## The picture
 #
@@ -383,7 +384,8 @@ for _ in range(200):
 # %% [markdown]
 # ## A look inside
 #
-# Here is the mask of a row like the one at the top of the chapter, with nine patches, four words of prompt and five of answer.
+# Here is the mask of a row like the one at the top of the chapter, with nine patches, four words of prompt and five
+# of answer.
 # A filled square means: the token of this row may look at the token of this column. The colour is that of the token
 # looked at.
 # On the right the same row in a sliding layer of Gemma 2 with a window of three.

@@ -40,7 +40,8 @@ from matplotlib.patches import FancyBboxPatch
 
 from sigma_book.style import ANSWER, PICTURE, PROMPT, check, save
 
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
+
 # %% [markdown]
 # ## The picture
 #
