@@ -339,7 +339,7 @@ def has_bfloat16_units() -> bool:
 
 
 def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> PaliGemma:
-    """A checkpoint as a model that is ready to answer: in eval mode, and frozen (to train it: `model.requires_grad_(True)`).
+    """A checkpoint as a model that is ready to answer: in eval mode, and frozen until `model.requires_grad_(True)`.
 
     The modules are built without memory, on the meta device, and each tensor takes its place straight from the
     file. On the CPU, in the stored dtype, it stays a window into the file: nothing is read before it is used.
