@@ -62,12 +62,11 @@ figure, axis = plt.subplots(figsize=(8.6, 1.6))
 left = 0.0
 for word, share in zip(words, probabilities.tolist()):
     axis.barh(0, share, left=left, height=0.6, color=ANSWER, edgecolor="white", linewidth=1.5)
-    if share > 0.04:
+    if share > 0.06:
         axis.text(left + share / 2, 0, f"{word}\n{share:.2f}", ha="center", va="center", color="white", size=9)
     left += share
-axis.annotate(
-    "the rest", (0.985, 0.3), (0.985, 0.62), ha="right", size=8, arrowprops={"arrowstyle": "-", "color": "0.4"}
-)
+axis.plot([0.886, 0.886, 0.998, 0.998], [0.36, 0.42, 0.42, 0.36], color="0.4", linewidth=1)
+axis.text(0.942, 0.47, "five more", ha="center", size=9)
 axis.annotate(
     "a dart at 0.62", (0.62, 0.3), (0.62, 0.75), ha="center", size=9, arrowprops={"arrowstyle": "-|>", "color": "black"}
 )
@@ -277,7 +276,7 @@ panels = {
     "temperature 0.5": apply_temperature(logits, 0.5),
     "temperature 2": apply_temperature(logits, 2.0),
     "top-k 3": keep_top_k(logits, 3),
-    "top-p 0.8": keep_top_p(logits, 0.8),
+    "top-p 0.7": keep_top_p(logits, 0.7),
 }
 figure, axes = plt.subplots(1, len(panels), figsize=(9.2, 2.6), sharey=True, sharex=True)
 for axis, (title, bent) in zip(axes, panels.items()):
@@ -293,8 +292,8 @@ save(figure, "13_bent")
 
 # %% [markdown]
 # *Figure: five bar charts of the same eight words. Temperature 0.5 lengthens the first bar, temperature 2 levels
-# them. Top-k 3 leaves three bars, top-p 0.8 leaves three too, each a little longer than before: outlines show the
-# bars as they were.*
+# them. Top-k 3 leaves three bars, top-p 0.7 leaves two, each longer than before. Outlines show the bars as they
+# were.*
 #
 # ## What the user may ask for
 #
@@ -830,7 +829,7 @@ for token in pieces:
 assert shown == text.finish() == "red star🙂 two; there"
 
 # %%
-figure, axis = plt.subplots(figsize=(8.6, 0.27 * len(rows) + 0.6))
+figure, axis = plt.subplots(figsize=(7, 0.27 * len(rows) + 0.6))
 for place, (piece, seen_text, held) in enumerate(rows):
     name = "byte" if piece == "\ufffd" else piece.replace(" ", "·")
     axis.text(
@@ -845,28 +844,31 @@ for place, (piece, seen_text, held) in enumerate(rows):
         bbox={"boxstyle": "round,pad=0.25", "facecolor": ANSWER, "edgecolor": "none"},
     )
     visible = seen_text.replace(" ", "·").replace("🙂", "☺")
-    axis.text(1.2, -place, visible, va="center", size=10, family="monospace")
+    shown_text = axis.text(1.2, -place, visible, va="center", size=10, family="monospace")
+    style = {"boxstyle": "square,pad=0.1", "facecolor": "0.9", "edgecolor": "0.6", "linestyle": ":"}
     if held:
-        axis.text(
-            1.2 + 0.195 * len(visible),
-            -place,
+        axis.annotate(
             held.replace(" ", "·"),
+            (1.04, 0.5),
+            xycoords=shown_text,
             va="center",
             size=10,
             family="monospace",
             color="0.35",
-            bbox={"boxstyle": "square,pad=0.1", "facecolor": "0.9", "edgecolor": "0.6", "linestyle": ":"},
+            bbox=style,
         )
+axis.annotate("  the answer ends here", (1.0, 0.5), xycoords=shown_text, va="center", size=9, color="0.35")
 axis.text(0.0, 1.0, "token", ha="center", size=10)
 axis.text(1.2, 1.0, "shown so far, and what is held back", size=10)
-axis.set(xlim=(-0.7, 8), ylim=(-len(rows) + 0.4, 1.5))
+axis.set(xlim=(-0.7, 6), ylim=(-len(rows) + 0.4, 1.5))
 axis.axis("off")
 save(figure, "13_stop")
 
 # %% [markdown]
 # *Figure: a row for each token. Words are shown at once. Three of four bytes of a smiley add nothing, the fourth
-# shows it. A semicolon and the letters behind it wait in a grey box; as "; there" turns out not to be the stop
-# string, they are shown. At "; the " the box is gone and the answer is over.*
+# shows it. A semicolon waits in a grey box until "there" follows, which is not the stop string: then both are
+# shown. The second semicolon waits with "the"; one more token completes "; the ", and the answer ends without
+# them.*
 #
 # Two rules keep stop strings honest. The one that is *complete* first wins, whatever the others might have
 # become. And it does not matter how the text falls into tokens.
