@@ -139,6 +139,11 @@ def generate(
         contains `<image>` or is longer than the model's context; if a picture cannot be read.
     FileNotFoundError, RuntimeError
         As `load`; or if there is no such picture.
+
+    Notes
+    -----
+    A list gives what one call for each row gives: in float32 token for token. In 16 bits sums round differently in
+    batches of other sizes, so where two tokens are about equally good, either may come.
     """
     sampling, stop = read_settings(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
     pictures, prompts = _rows(image, prompt)
