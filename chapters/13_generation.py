@@ -486,6 +486,7 @@ for parameter in model.parameters():
 
 scene = draw_scene(make_scene(7))
 batch = processor.prepare([scene], ["caption en"])
+assert batch.input_ids.shape == (1, 4 + 1 + 2 + 1)
 batch.input_ids
 
 # %% [markdown]

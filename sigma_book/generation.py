@@ -1,3 +1,10 @@
+"""From scores to sentences.
+
+The model gives a score to every token. How does a sentence come of it, and when does it end?
+
+Tangled from chapters/13_generation.py: edit there, then run python -m sigma_book.tangle.
+"""
+
 import json
 import math
 import numbers
@@ -11,6 +18,26 @@ import torch
 from sigma_book.paligemma import PaliGemma
 from sigma_book.processor import Batch
 
+__all__ = [
+    "Answer",
+    "AnswerText",
+    "Pick",
+    "Sampling",
+    "answer_limits",
+    "apply_temperature",
+    "choose",
+    "draw",
+    "generate_answers",
+    "generate_tokens",
+    "keep_top_k",
+    "keep_top_p",
+    "penalize_repetition",
+    "read_stop_ids",
+    "row_generators",
+    "seen_tokens",
+    "stream_answer",
+    "whole_number",
+]
 
 
 def apply_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -18,12 +45,10 @@ def apply_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     return logits / temperature
 
 
-
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
     """Set all scores (B, V) but the k highest of each row to -inf; those equal to the k-th stay."""
     lowest_kept = logits.topk(min(int(k), logits.shape[-1])).values[:, -1:]  # (B, 1)
     return logits.masked_fill(logits < lowest_kept, -math.inf)
-
 
 
 def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
@@ -39,7 +64,6 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     dropped = ascending.softmax(-1).cumsum(-1) <= 1 - p  # the unlikely end, while its sum stays within 1 - p
     dropped[:, -1] = False
     return logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
-
 
 
 def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -59,7 +83,6 @@ def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float
     Keskar et al. 2019, "CTRL", section 4.1.
     """
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-
 
 
 @dataclass(frozen=True)
@@ -113,7 +136,6 @@ class Sampling:
         return self.temperature < 1e-6
 
 
-
 def whole_number(name: str, value: object, *, least: int, most: int | None = None) -> int:
     """The value, if it is a whole number in its range.
 
@@ -128,7 +150,6 @@ def whole_number(name: str, value: object, *, least: int, most: int | None = Non
     if value < least or (most is not None and value > most):
         raise ValueError(f"{name} is {value}: expected {wanted}")
     return int(value)
-
 
 
 def row_generators(seed: int | None, rows: int) -> list[torch.Generator]:
@@ -150,7 +171,6 @@ def draw(logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.T
     return torch.searchsorted(ends, darts, right=True)[:, 0].to(logits.device)
 
 
-
 def choose(
     logits: torch.Tensor, sampling: Sampling, seen: torch.Tensor, generators: Sequence[torch.Generator]
 ) -> torch.Tensor:
@@ -169,7 +189,6 @@ def choose(
     if sampling.top_p < 1:
         logits = keep_top_p(logits, sampling.top_p)
     return draw(logits, generators)
-
 
 
 def answer_limits(attention_mask: torch.Tensor, max_new_tokens: int, context: int) -> list[int]:
@@ -201,7 +220,6 @@ def answer_limits(attention_mask: torch.Tensor, max_new_tokens: int, context: in
     return [min(max_new_tokens, context - length) for length in lengths]
 
 
-
 class Pick(NamedTuple):
     """A token that a row took.
 
@@ -212,7 +230,6 @@ class Pick(NamedTuple):
     row: int
     token: int
     logprob: float
-
 
 
 @torch.no_grad()
@@ -298,13 +315,11 @@ def generate_tokens(
         logits = model.decode(tokens[:, None], mask[:, : prompt_length + step + 1], caches)
 
 
-
 def seen_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Which tokens a row has read: boolean (B, V). Padding was not read; ids without a score are left out."""
     seen = torch.zeros(len(input_ids), vocab_size + 1, dtype=torch.bool, device=input_ids.device)
     ids = input_ids.masked_fill(attention_mask == 0, vocab_size).clamp(max=vocab_size)  # the last column is thrown away
     return seen.scatter_(-1, ids, True)[:, :vocab_size]
-
 
 
 class AnswerText:
@@ -372,7 +387,6 @@ class AnswerText:
         return self.text
 
 
-
 class Answer(NamedTuple):
     """An answer.
 
@@ -389,7 +403,6 @@ class Answer(NamedTuple):
     text: str
     tokens: list[int]
     logprobs: list[float]
-
 
 
 def generate_answers(
@@ -430,7 +443,6 @@ def generate_answers(
     return [answer._replace(text=text.finish()) for text, answer in zip(texts, answers)]
 
 
-
 def stream_answer(
     model: PaliGemma,
     batch: Batch,
@@ -458,7 +470,6 @@ def stream_answer(
         yield piece
 
 
-
 def read_stop_ids(folder: Path, eos_token_id: int) -> list[int]:
     """The stop tokens that `generation_config.json` lists, or the config's one where the file is absent or silent.
 
@@ -478,5 +489,3 @@ def read_stop_ids(folder: Path, eos_token_id: int) -> list[int]:
     if not ids or not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
         raise ValueError(f"{path}: eos_token_id is {listed!r}: expected one token id, or a list of them")
     return ids
-
-
