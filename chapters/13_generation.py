@@ -46,7 +46,8 @@ from sigma_book.style import ANSWER, check, save, use_style
 from sigma_book.world import draw_scene, make_scene
 
 use_style()
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
+
 # %% [markdown]
 # Say the model has read a picture, the prompt, and the words "a red". Every token of its vocabulary now has a
 # score. A softmax makes probabilities of them. Here are eight of them, for a vocabulary of eight words.
