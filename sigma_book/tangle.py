@@ -87,7 +87,9 @@ def read_book(folder: Path = CHAPTERS) -> list[Chapter]:
                 names[name] = where
             for module in _imported(source):
                 if module not in modules:
-                    raise TangleError(f"{where}: imports sigma_book.{module or '__init__'}, which no earlier chapter gives")
+                    raise TangleError(
+                        f"{where}: imports sigma_book.{module or '__init__'}, which no earlier chapter gives"
+                    )
         modules[chapter.module] = chapter.path.name
     return chapters
 
@@ -123,7 +125,9 @@ def tangle(chapter: Chapter) -> str:
     text = "\n\n".join([chapter.docstring, first, f"__all__ = {names!r}", *others]) + "\n"
     for command in (["check", "--fix-only", "--quiet", "--select", "I"], ["format", "--quiet"]):
         ruff = [sys.executable, "-m", "ruff", *command, "--config", "line-length = 120", "--stdin-filename"]
-        done = subprocess.run([*ruff, f"{chapter.module}.py", "-"], input=text, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [*ruff, f"{chapter.module}.py", "-"], input=text, capture_output=True, text=True, check=True
+        )
         text = done.stdout
     return text
 
@@ -131,7 +135,9 @@ def tangle(chapter: Chapter) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sigma_book.tangle", description="Write the package from the book.")
     parser.add_argument("modules", nargs="*", help="modules to write; all by default")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a module differs from its chapter")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if a module differs from its chapter"
+    )
     options = parser.parse_args(arguments)
     try:
         book = [chapter for chapter in read_book() if chapter.cells]

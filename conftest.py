@@ -1,0 +1,66 @@
+"""`pytest --nbmake` runs the chapters: each becomes a notebook in a temporary folder, and nbmake's own item runs it."""
+
+from pathlib import Path
+
+import jupytext
+import pytest
+
+CHECKOUT = Path(__file__).parent
+
+
+def pytest_collect_file(file_path: Path, parent):
+    in_book = file_path.suffix == ".py" and file_path.parent.name == "chapters" and file_path.stem[:1].isdigit()
+    if in_book and parent.config.getoption("nbmake", default=False):
+        return ChapterFile.from_parent(parent, path=file_path)
+    return None
+
+
+class ChapterFile(pytest.File):
+    """One chapter of the book, as one test."""
+
+    def collect(self):
+        from nbmake.pytest_items import NotebookFile  # only where nbmake is installed and asked for
+
+        folder = Path(self.config._tmp_path_factory.mktemp(self.path.stem, numbered=True))
+        notebook = jupytext.read(self.path, fmt="py:percent")
+        notebook.metadata.setdefault(
+            "kernelspec", {"name": "python3", "display_name": "Python 3", "language": "python"}
+        )
+        path = folder / f"{self.path.stem}.ipynb"
+        jupytext.write(notebook, path)
+        item = chapter_item().from_parent(
+            NotebookFile.from_parent(self, path=path, nodeid=self.nodeid), filename=str(path)
+        )
+        item.chapter, item.notebook = self.path, notebook
+        yield item
+
+
+def chapter_item() -> type:
+    from nbmake.pytest_items import NotebookFailedException, NotebookItem
+
+    class ChapterItem(NotebookItem):
+        """nbmake's item, with the chapter's name and the failing cell in the message."""
+
+        def runtest(self) -> None:
+            import sigma_book
+
+            home, used = self.chapter.parent.parent, Path(sigma_book.__file__).parent.parent
+            if (home / "sigma_book").is_dir() and used != home:
+                raise pytest.UsageError(
+                    f"the kernel would import sigma_book from {used}, not from {home}: run `pip install -e .` there"
+                )
+            super().runtest()
+
+        def repr_failure(self, excinfo, style=None):
+            error = excinfo.value
+            if not isinstance(error, NotebookFailedException):
+                return super().repr_failure(excinfo)
+            failed = error.args[0].error
+            number = failed.failing_cell_index
+            source = self.notebook.cells[number].source
+            return f"chapters/{self.chapter.name}, cell {number + 1}, failed:\n\n{source}\n\n{failed.trace}"
+
+        def reportinfo(self):
+            return self.chapter, 0, f"chapter {self.chapter.name}"
+
+    return ChapterItem
