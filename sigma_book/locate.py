@@ -1,3 +1,10 @@
+"""Saying where.
+
+How can a model that only speaks point at a thing?
+
+Tangled from chapters/14_locate.py: edit there, then run python -m sigma_book.tangle.
+"""
+
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -5,6 +12,7 @@ from itertools import permutations
 
 from PIL import Image, ImageDraw, ImageFont
 
+__all__ = ["BINS", "Box", "Detection", "compare_boxes", "draw_boxes", "encode_boxes", "iou", "parse"]
 
 BINS = 1024
 Box = tuple[float, float, float, float]
@@ -16,7 +24,6 @@ class Detection:
 
     label: str
     box: Box
-
 
 
 def encode_boxes(boxes: Sequence[Box], labels: Sequence[str], height: int, width: int) -> str:
@@ -40,12 +47,13 @@ def encode_boxes(boxes: Sequence[Box], labels: Sequence[str], height: int, width
     parts = []
     for (top, left, bottom, right), label in zip(boxes, labels):
         if bottom < top or right < left:
-            raise ValueError(f"box {(top, left, bottom, right)} ends before it begins: expected y_min, x_min, y_max, x_max")
+            raise ValueError(
+                f"box {(top, left, bottom, right)} ends before it begins: expected y_min, x_min, y_max, x_max"
+            )
         edges = (top / height, left / width, bottom / height, right / width)
         bins = [min(BINS - 1, max(0, round(edge * (BINS - 1)))) for edge in edges]
         parts.append("".join(f"<loc{index:04d}>" for index in bins) + f" {label}")
     return " ; ".join(parts)
-
 
 
 def parse(answer: str, height: int, width: int) -> tuple[list[Detection], list[str]]:
@@ -80,7 +88,9 @@ def parse(answer: str, height: int, width: int) -> tuple[list[Detection], list[s
             remarks.append(f"part {number} ({text!r}): {len(locs)} loc tokens where a box takes four; dropped")
             continue
         if len(locs) > 4:
-            remarks.append(f"part {number} ({text!r}): {len(locs)} loc tokens where a box takes four; the first four were read")
+            remarks.append(
+                f"part {number} ({text!r}): {len(locs)} loc tokens where a box takes four; the first four were read"
+            )
         if before.strip():
             remarks.append(f"part {number}: {before.strip()!r} stands before the box; dropped")
         bins = [int(index) for index in locs[:4]]
@@ -97,7 +107,6 @@ def parse(answer: str, height: int, width: int) -> tuple[list[Detection], list[s
     return found, remarks
 
 
-
 def iou(first: Box, second: Box) -> float:
     """Intersection over union of two boxes, 0 to 1; a box without area overlaps nothing."""
     height = min(first[2], second[2]) - max(first[0], second[0])
@@ -106,7 +115,6 @@ def iou(first: Box, second: Box) -> float:
         return 0.0
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
     return height * width / (sum(areas) - height * width)
-
 
 
 def compare_boxes(found: Sequence[Box], truth: Sequence[Box], threshold: float = 0.5) -> tuple[bool, float]:
@@ -133,7 +141,6 @@ def compare_boxes(found: Sequence[Box], truth: Sequence[Box], threshold: float =
     pairings = permutations(range(len(rows)), len(truth))
     best = max(([overlap[i][j] for i, j in enumerate(pairing)] for pairing in pairings), key=sum)
     return len(found) == len(truth) and min(best) >= threshold, sum(best) / len(truth)
-
 
 
 def draw_boxes(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
