@@ -30,9 +30,10 @@ import numpy as np
 from matplotlib.patches import Rectangle
 
 from sigma_book.kv_cache import KVCache
-from sigma_book.style import ANSWER, PICTURE, PROMPT, check, save
+from sigma_book.style import ANSWER, PICTURE, PROMPT, check, save, use_style
 from sigma_book.world import caption, draw_scene, make_scene
 
+use_style()
 _ = torch.manual_seed(0)
 
 # %% [markdown]
@@ -61,7 +62,13 @@ for place in range(len(crops) + len(prompt) + len(answer)):
     else:
         colour = PROMPT if place < len(crops) + len(prompt) else ANSWER
         axis.text(
-            place + 0.5, 0.5, (prompt + answer)[place - len(crops)], ha="center", va="center", color="white", size=9
+            place + 0.5,
+            0.5,
+            (prompt + answer)[place - len(crops)],
+            ha="center",
+            va="center",
+            color="black" if colour == PROMPT else "white",
+            size=9,
         )
     axis.add_patch(Rectangle((place + 0.03, 0.03), 0.94, 0.94, facecolor=colour, edgecolor=colour, zorder=1))
 for left, width, name in ((0, 4, "picture"), (4, 4, "prompt"), (8, 4, "answer")):
@@ -515,7 +522,7 @@ print(f"{flops / 1e9:.1f} GFLOP, mask {mask.nbytes / 1e3:.0f} kB; at 896 px {lar
 def picture_share(image_size: int, words: int) -> float: ...
 
 
-check(picture_share, [((224, 0), 1.0), ((224, 256), 0.5), ((448, 256), 0.8)])
+check(picture_share, ((224, 0), 1.0), ((224, 256), 0.5), ((448, 256), 0.8))
 
 # %% [markdown]
 # **2.** ★★ A classic mistake hands `attention_mask` over as the mask, so the answer sees itself whole and the loss
@@ -527,7 +534,7 @@ check(picture_share, [((224, 0), 1.0), ((224, 256), 0.5), ((448, 256), 0.8)])
 def leaks(prefix: int, suffix: int) -> int: ...
 
 
-check(leaks, [((5, 1), 0), ((5, 2), 1), ((100, 5), 10)])
+check(leaks, ((5, 1), 0), ((5, 2), 1), ((100, 5), 10))
 
 # %% [markdown]
 # **3.** ★★ Write `open_pairs_of(prefix, suffix)`: how many squares are filled in the left grid? No loops over pairs.
@@ -537,13 +544,12 @@ check(leaks, [((5, 1), 0), ((5, 2), 1), ((100, 5), 10)])
 def open_pairs_of(prefix: int, suffix: int) -> int: ...
 
 
-check(open_pairs_of, [((3, 0), 9), ((3, 2), 18), ((13, 5), 249)])
+check(open_pairs_of, ((3, 0), 9), ((3, 2), 18), ((13, 5), 249))
 
 # %% [markdown]
-# **4.** ★★★ Several questions can share one picture in one row: each sees the picture and itself, and no other
-# question.
-# Write `packed(owner)`, where `owner[i]` is 0 for the picture and 1, 2, ... for the questions, each read from left to
-# right.
+# **4.** ★★★ Several questions can share one picture in one row. The picture sees itself whole; each question sees the
+# picture and its own past, and no other question.
+# Write `packed(owner)`, where `owner[i]` is 0 for the picture and 1, 2, ... for the questions.
 
 
 # %%
@@ -552,18 +558,16 @@ def packed(owner: list[int]) -> list[list[bool]]: ...
 
 check(
     packed,
-    [
-        (
-            ([0, 0, 1, 1, 2],),
-            [
-                [True, True, False, False, False],
-                [True, True, False, False, False],
-                [True, True, True, False, False],
-                [True, True, True, True, False],
-                [True, True, False, False, True],
-            ],
-        )
-    ],
+    (
+        ([0, 0, 1, 1, 2],),
+        [
+            [True, True, False, False, False],
+            [True, True, False, False, False],
+            [True, True, True, False, False],
+            [True, True, True, True, False],
+            [True, True, False, False, True],
+        ],
+    ),
 )
 
 # %% [markdown]

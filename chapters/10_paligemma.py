@@ -38,8 +38,9 @@ import math
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
-from sigma_book.style import ANSWER, PICTURE, PROMPT, check, save
+from sigma_book.style import ANSWER, PICTURE, PROMPT, check, save, use_style
 
+use_style()
 _ = torch.manual_seed(0)
 
 # %% [markdown]
@@ -71,7 +72,8 @@ arrows = [
 figure, axis = plt.subplots(figsize=(9.4, 2.7))
 for name, (x, y, colour, shape) in boxes.items():
     axis.add_patch(FancyBboxPatch((x, y), 1.35, 0.6, boxstyle="round,pad=0.06", facecolor=colour, edgecolor="none"))
-    axis.text(x + 0.68, y + 0.3, name, color="white", ha="center", va="center", size=9)
+    ink = "black" if colour == PROMPT else "white"
+    axis.text(x + 0.68, y + 0.3, name, color=ink, ha="center", va="center", size=9)
     axis.text(x + 0.68, y - 0.28, shape, color="0.3", ha="center", va="center", size=7.5)
 for arrow in arrows:
     start, stop = arrow.split(">") if ">" in arrow else arrow.split(" ")
@@ -811,7 +813,7 @@ assert round((seeing + speaking) / one_step) == 252  # reading costs as much as 
 def kilobytes_of_cache(tokens: int) -> float: ...
 
 
-check(kilobytes_of_cache, [((1,), 18.0), ((256,), 4608.0)])
+check(kilobytes_of_cache, ((1,), 18.0), ((256,), 4608.0))
 
 # %% [markdown]
 # **2.** ★ Write `untied(config)`: how many parameters would be added if the head were a table of its own?
@@ -821,7 +823,7 @@ check(kilobytes_of_cache, [((1,), 18.0), ((256,), 4608.0)])
 def untied(config: PaliGemmaConfig) -> int: ...
 
 
-check(untied, [((config_3b,), 526_778_368), ((model.config,), 3_600)])
+check(untied, ((config_3b,), 526_778_368), ((model.config,), 3_600))
 
 # %% [markdown]
 # **3.** ★★ A model that knows nothing gives every word the same probability. Write `loss_of_ignorance(vocab_size)`.
@@ -832,7 +834,7 @@ check(untied, [((config_3b,), 526_778_368), ((model.config,), 3_600)])
 def loss_of_ignorance(vocab_size: int) -> float: ...
 
 
-check(loss_of_ignorance, [((1,), 0.0), ((257_216,), math.log(257_216))])
+check(loss_of_ignorance, ((1,), 0.0), ((257_216,), math.log(257_216)))
 
 # %% [markdown]
 # **4.** ★★★ Without a model at hand: write `block_parameters(config)` for one block of a Gemma 1 decoder, from its
@@ -845,7 +847,8 @@ def block_parameters(config: GemmaConfig) -> int: ...
 
 check(
     block_parameters,
-    [((config_3b.text,), 110_104_576), ((model.config.text,), count_parameters(model.language_model.layers[0]))],
+    ((config_3b.text,), 110_104_576),
+    ((model.config.text,), count_parameters(model.language_model.layers[0])),
 )
 
 # %% [markdown]
