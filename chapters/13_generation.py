@@ -72,7 +72,7 @@ axis.annotate(
     "a dart at 0.62", (0.62, 0.3), (0.62, 0.75), ha="center", size=9, arrowprops={"arrowstyle": "-|>", "color": "black"}
 )
 axis.set(xlim=(0, 1), ylim=(-0.45, 1.0), yticks=[], xticks=[0, 0.25, 0.5, 0.75, 1])
-axis.spines[["top", "right", "left"]].set_visible(False)
+axis.spines["left"].set_visible(False)
 save(figure, "13_dart")
 
 # %% [markdown]
@@ -154,7 +154,7 @@ def top_p_naive(scores: list[float], p: float) -> list[float]:
     return [score if token in kept else -math.inf for token, score in enumerate(scores)]
 
 
-top_p_naive(scores, 0.8)
+top_p_naive(scores, 0.7)
 
 # %% [markdown]
 # Last, a **repetition penalty** lowers the score of every token that occurred already. A score may be negative,
@@ -285,10 +285,8 @@ for axis, (title, bent) in zip(axes, panels.items()):
     axis.barh(words, bent.softmax(-1)[0], color=ANSWER, height=0.55)
     axis.set_title(title, size=10)
     axis.set(xlim=(0, 1), xticks=[0, 0.5, 1])
-    axis.spines[["top", "right"]].set_visible(False)
 axes[0].invert_yaxis()
 axes[2].set_xlabel("probability")
-figure.tight_layout()
 save(figure, "13_bent")
 
 # %% [markdown]
@@ -980,7 +978,7 @@ pieces
 # Nonsense in pieces, but the pieces join to the whole. A stop string ends one row, and leaves the others alone.
 
 # %%
-stop = whole[0].text[10:13]
+stop = whole[0].text[9:12]
 stopped = generate_answers(model, together, tokenizer.decode, max_new_tokens=12, stop=[stop])
 assert stopped[0].text == whole[0].text[: whole[0].text.find(stop)]
 assert all(after.text == before.text for before, after in zip(whole, stopped) if stop not in before.text)
