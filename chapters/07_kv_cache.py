@@ -7,16 +7,120 @@
 #     language: python
 #     name: python3
 # ---
+
 # %% [markdown]
 # # Remembering keys and values
 #
 # *Why does a model not read its whole text again for each new word?*
 #
-# **You build** the cache. **You need** chapter 06. **Exports** the module `sigma_book.kv_cache`.
+# **You build** the cache. **You need** chapter 06.
+# **Exports** the module `sigma_book.kv_cache`.
 
 # %%
 # | export
 import torch
+
+# %%
+import matplotlib.pyplot as plt
+
+from sigma_book.gqa import cache_bytes, grouped_attention
+from sigma_book.rope import rotary_angles, rotate
+from sigma_book.style import ANSWER, GREY, PROMPT, check, save, use_style
+
+use_style()
+_ = torch.manual_seed(0)
+
+# %% [markdown]
+# ## The picture
+#
+# A model writes one token at a time. For each, the new query asks the keys of all tokens before. Keys and values of old
+# tokens never change: no old token sees a newer one. So we keep them.
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.4))
+for axis, name in zip(axes, ("without a cache", "with one"), strict=True):
+    for step in range(6):
+        for token in range(step + 1):
+            fresh = name == "without a cache" or token == step
+            axis.add_patch(plt.Rectangle((token, -step), 0.9, 0.9, color=ANSWER if fresh else "#d9d9d9", lw=0))
+    axis.set(xlim=(-0.2, 6.2), ylim=(-5.3, 1.2), aspect="equal", title=name)
+    axis.axis("off")
+save(figure, "07_steps")
+plt.show()
+
+# %% [markdown]
+# *Each row is a step, each square a token. Green squares are computed, grey ones are remembered.*
+#
+# ## First by hand: counting
+#
+# One hundred tokens, and a counter that goes up whenever a key is made.
+
+
+# %%
+class Counter:
+    def __init__(self):
+        self.keys_made = 0
+
+    def key(self, token: int) -> float:
+        self.keys_made += 1
+        return float(token)
+
+
+def write_again_and_again(steps: int, counter: Counter) -> None:
+    for step in range(1, steps + 1):
+        [counter.key(token) for token in range(step)]  # all tokens so far
+
+
+def write_with_memory(steps: int, counter: Counter) -> None:
+    kept = []
+    for step in range(1, steps + 1):
+        kept.append(counter.key(step - 1))  # only the new one
+
+
+slow, fast = Counter(), Counter()
+write_again_and_again(100, slow)
+write_with_memory(100, fast)
+assert slow.keys_made == 5050 and fast.keys_made == 100
+slow.keys_made, fast.keys_made
+
+# %% [markdown]
+# 5,050 against 100.
+#
+# ## The formula
+#
+# $$ \sum_{t=1}^{T} t = \frac{T (T + 1)}{2} \quad\text{keys against}\quad T $$
+#
+# ## Where to keep them
+#
+# The obvious way is to append: `torch.cat((old, new))`. But a tensor cannot grow. Each `cat` takes new memory and copies
+# everything, so over $T$ steps we copy $T^2/2$ tokens: the waste is back through another door. Instead we take the
+# memory for all tokens at once, and write each new one into its place.
+#
+# Gemma 2 asks for one thing more. In every other layer a token sees only the last 4,096 tokens: a *window* that slides.
+# There the buffer is a ring. Token 4,096 is written over token 0.
+
+# %%
+figure, axis = plt.subplots(figsize=(6, 1.6))
+window = 5
+for step, height in ((4, 1.2), (7, 0)):
+    for slot in range(window):
+        column = step - (step - slot) % window
+        axis.add_patch(plt.Rectangle((slot, height), 0.92, 0.8, color=ANSWER if column == step else "#cfe3f1", lw=0))
+        axis.text(slot + 0.46, height + 0.4, str(column), ha="center", va="center")
+    axis.text(-0.2, height + 0.4, f"after token {step}", ha="right", va="center", fontsize=9)
+axis.set(xlim=(-2.2, 5.2), ylim=(-0.2, 2.2))
+axis.axis("off")
+save(figure, "07_ring")
+plt.show()
+
+# %% [markdown]
+# *A ring of five slots, after token 4 and after token 7: tokens 5, 6 and 7 lie where 0, 1 and 2 were. The green slot is
+# the newest.* Their order does not matter to attention, since each key already carries its rotation.
+#
+# ## The tensor version
+#
+# One cache for each layer. A *column* is a place in the padded batch, the same for all rows.
+
 
 # %%
 # | export
@@ -98,3 +202,138 @@ class KVCache:
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows of the batch, in this order; a row may be taken more than once."""
         self.key, self.value = self.key[rows], self.value[rows]
+
+
+# %% [markdown]
+# The first call is special. A prompt of PaliGemma sees itself whole, even where a window is shorter (chapter 09). So the
+# first call gives back all that it was given, and only afterwards does the ring keep the last ones.
+#
+# ## Proof: cached equals uncached
+#
+# A layer of attention with random keys, two rows of different lengths. Row 1 is shorter, so it is padded on the left,
+# and nobody may see the padding.
+
+# %%
+T, H, K, Dh, prompt = 24, 4, 2, 8, 6
+query, key, value = torch.randn(2, H, T, Dh), torch.randn(2, K, T, Dh), torch.randn(2, K, T, Dh)
+real = torch.ones(2, T, dtype=torch.bool)
+real[1, :2] = False
+positions = real.long().cumsum(-1)
+angles = rotary_angles(positions, Dh)
+query, key = rotate(query, *angles), rotate(key, *angles)
+
+
+def allowed(window: int | None) -> torch.Tensor:
+    column = torch.arange(T)
+    back = column[:, None] - column[None, :]
+    may = (back >= 0) & (back < (window or T))
+    may |= (column[:, None] < prompt) & (column[None, :] < prompt)  # the prompt sees itself whole
+    return may & real[:, None, None, :]  # (B, 1, T, T)
+
+
+worst = {}
+for window in (None, 3, 7):
+    whole = grouped_attention(query, key, value, allowed(window))
+    cache = KVCache(2, K, T, Dh, window=window)
+    seen_keys, seen_values = cache.update(key[:, :, :prompt], value[:, :, :prompt])
+    first = grouped_attention(query[:, :, :prompt], seen_keys, seen_values, allowed(window)[:, :, :prompt, :prompt])
+    differences = [(first - whole[:, :, :prompt])[real[:, None, :prompt].expand(2, H, prompt)].abs().max().item()]
+    for t in range(prompt, T):
+        seen_keys, seen_values = cache.update(key[:, :, t : t + 1], value[:, :, t : t + 1])
+        mask = real[:, cache.columns()][:, None, None, :]
+        step = grouped_attention(query[:, :, t : t + 1], seen_keys, seen_values, mask)
+        differences.append((step - whole[:, :, t : t + 1]).abs().max().item())
+    worst[window] = max(differences)
+    assert worst[window] < 1e-5
+worst
+
+# %% [markdown]
+# At every step, for every window, the difference is rounding. (Chapter 10 repeats this with whole models, against
+# `transformers`.)
+#
+# And the buffers never move: each write goes into the same memory.
+
+# %%
+cache = KVCache(1, 1, 100, 8)
+before = cache.key.data_ptr()
+for _ in range(100):
+    kept, _ = cache.update(torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8))
+assert cache.key.data_ptr() == before
+assert kept.shape == (1, 1, 100, 8)
+
+# %% [markdown]
+# ## A look inside
+#
+# How much is copied, when we append and when we write in place? Counted in tokens, for an answer of 100 after a prompt
+# of 260.
+
+# %%
+start, new = 260, 100
+appended = [sum(start + i for i in range(1, step + 1)) for step in range(new)]
+in_place = list(range(new))
+figure, axis = plt.subplots(figsize=(5.4, 2.4))
+axis.plot(appended, color=PROMPT)
+axis.plot(in_place, color=ANSWER)
+axis.annotate("append", (70, appended[70]), ha="right", xytext=(-6, 0), textcoords="offset points", color=PROMPT)
+axis.annotate("write in place", (70, 1500), color=ANSWER)
+axis.set(xlabel="new tokens", ylabel="tokens copied")
+save(figure, "07_copies")
+plt.show()
+assert appended[-1] > 300 * in_place[-1]
+
+# %% [markdown]
+# *Copied tokens against new tokens. Appending climbs to more than thirty thousand; writing in place stays at a hundred.*
+#
+# ## The bill
+
+# %%
+pocket = cache_bytes(4, 2, 64, 64 + 20, bytes_per_number=4)
+large = cache_bytes(18, 1, 256, 256 + 20 + 100)
+assert large == 18_432 * 376
+{"pocket, picture and 20 tokens, 32 bits": pocket, "3B, picture, 20 tokens, answer of 100, 16 bits": large}
+
+# %% [markdown]
+# Seven megabytes for a picture and an answer with the large model: little, because it has only one key/value head.
+#
+# For Gemma 2, a window of 4,096 saves nothing until a text is longer than that.
+
+# %%
+full, sliding = cache_bytes(13, 4, 256, 8192), cache_bytes(13, 4, 256, 4096)
+assert (full + sliding) / (2 * full) == 0.75  # at 8,192 tokens, three quarters of the bytes
+
+# %% [markdown]
+# ## Your turn
+#
+# **1.** Which column does a slot of a full ring hold, after `seen` columns?
+
+
+# %%
+def column_of(slot: int, seen: int, window: int) -> int: ...
+
+
+check(column_of, ((0, 8, 5), 5), ((2, 8, 5), 7), ((3, 8, 5), 3))
+
+# %% [markdown]
+# **2.** How many keys are made without a cache, for a prompt of `p` tokens and `n` new ones?
+
+
+# %%
+def keys_made(p: int, n: int) -> int: ...
+
+
+check(keys_made, ((0, 100), 4950), ((1, 100), 5050), ((260, 100), 30_950))
+
+# %% [markdown]
+# (The first new token comes out of reading the prompt once, so step $i$ reads $p + i$ tokens, $i$ from 0.)
+#
+# **3.** Bytes that one new token reads from the cache, all layers together.
+
+
+# %%
+def bytes_read(layers: int, kv_heads: int, head_dim: int, length: int) -> int: ...
+
+
+check(bytes_read, ((18, 1, 256, 376), large), ((1, 1, 1, 1), 4))
+
+# %% [markdown]
+# Next: all the parts on the table become the voice.
