@@ -255,7 +255,8 @@ def ask(scene: Scene, task: str, rng: random.Random) -> Question | None:
         matching = [
             thing
             for thing in things
-            if (form in ("colour", "all") or thing.shape == shape) and (form in ("shape", "all") or thing.colour == colour)
+            if (form in ("colour", "all") or thing.shape == shape)
+            and (form in ("shape", "all") or thing.colour == colour)
         ]
         noun = {
             "kind": f"{colour} {SHAPES[shape]}",
@@ -275,9 +276,7 @@ def ask(scene: Scene, task: str, rng: random.Random) -> Question | None:
         if first.box[1] == second.box[1]:
             return None
         is_left = first.box[1] < second.box[1]
-        return Question(
-            task, f"answer en is the {first.shape} left of the {second.shape}?", "yes" if is_left else "no"
-        )
+        return Question(task, f"answer en is the {first.shape} left of the {second.shape}?", "yes" if is_left else "no")
     if task == "detect":
         kind = rng.choice(things).kind
         boxes = tuple(thing.box for thing in things if thing.kind == kind)

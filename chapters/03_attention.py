@@ -28,7 +28,7 @@ import math
 import matplotlib.pyplot as plt
 
 from sigma_book import load
-from sigma_book.style import HEADS, PICTURE, check, draw_matrix, save, use_style
+from sigma_book.style import PICTURE, check, draw_matrix, save, use_style
 from sigma_book.world import draw_scene, make_scene
 
 use_style()

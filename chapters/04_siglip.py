@@ -34,7 +34,7 @@ import matplotlib.pyplot as plt
 
 from sigma_book import load
 from sigma_book.processor import pixels
-from sigma_book.style import GREY, PICTURE, PROMPT, check, draw_matrix, save, use_style
+from sigma_book.style import GREY, PICTURE, check, draw_matrix, save, use_style
 from sigma_book.world import COLOURS, SHAPES, caption, draw_scene, make_scene
 
 use_style()
@@ -109,7 +109,9 @@ assert 1e-4 < worst < 1e-3
 #
 # ## The formula
 #
-# $$ h \leftarrow h + \mathrm{attend}(\mathrm{norm}_1(h)), \qquad h \leftarrow h + W_2\,\mathrm{gelu}(W_1\,\mathrm{norm}_2(h) + b_1) + b_2 $$
+# $$ h \leftarrow h + \mathrm{attend}(\mathrm{norm}_1(h)) $$
+#
+# $$ h \leftarrow h + W_2\,\mathrm{gelu}(W_1\,\mathrm{norm}_2(h) + b_1) + b_2 $$
 #
 # ## The tensor version
 #

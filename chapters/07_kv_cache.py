@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 
 from sigma_book.gqa import cache_bytes, grouped_attention
 from sigma_book.rope import rotary_angles, rotate
-from sigma_book.style import ANSWER, GREY, PROMPT, check, save, use_style
+from sigma_book.style import ANSWER, PROMPT, check, save, use_style
 
 use_style()
 _ = torch.manual_seed(0)

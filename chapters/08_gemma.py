@@ -35,7 +35,7 @@ import os
 import matplotlib.pyplot as plt
 
 from sigma_book import load
-from sigma_book.style import ANSWER, GREY, PICTURE, PROMPT, check, draw_matrix, save, use_style
+from sigma_book.style import ANSWER, GREY, PICTURE, PROMPT, check, save, use_style
 
 use_style()
 _ = torch.manual_seed(0)

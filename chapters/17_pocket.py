@@ -7,12 +7,14 @@
 #     language: python
 #     name: python3
 # ---
+
 # %% [markdown]
 # # A whole PaliGemma, taught from nothing
 #
 # *Can a laptop teach eyes and a voice, from random numbers to true answers?*
 #
-# **You build** the pocket model: its tokenizer, its eyes, its speech. **You need** all chapters before. **Exports** the module `sigma_book.pocket`.
+# **You build** the pocket model: its tokenizer, its eyes, its speech. **You need** chapters 01 to 16.
+# **Exports** the module `sigma_book.pocket`.
 
 # %%
 # | export
@@ -38,6 +40,60 @@ from sigma_book.data import Example, collate
 from sigma_book.training import answer_loss, train
 from sigma_book.weights import load_model, save_model
 from sigma_book.world import COLOURS, NUMBERS, SHAPES, SIZE, TASKS, Question, Scene, ask, draw_scene, make_scene
+
+# %%
+import csv
+import time
+
+import matplotlib.pyplot as plt
+
+import sigma_book
+from sigma_book import generate
+from sigma_book.paligemma import count_parameters
+from sigma_book.processor import Tokenizer
+from sigma_book.style import ANSWER, GREY, PICTURE, PROMPT, check, save, use_style
+
+use_style()
+
+# %% [markdown]
+# ## The picture
+#
+# The real model was taught on billions of pictures. Ours lives in the small world of chapter 01, where every answer is
+# known. It has the same parts, the same files and the same tokens, a thousand times smaller.
+#
+# Teaching everything at once fails. The eyes learn nothing through a voice that cannot speak yet, and the voice learns
+# nothing from eyes that cannot see. So we go in three stages.
+
+# %%
+figure, axis = plt.subplots(figsize=(7.0, 1.7))
+stages = (
+    ("1. eyes", "each patch learns\nwhat it shows", PICTURE),
+    ("2. speech", "many questions behind\none picture", PROMPT),
+    ("3. plain batches", "one picture, one question,\nall parts learn", ANSWER),
+)
+for place, (name, text, colour) in enumerate(stages):
+    axis.add_patch(plt.Rectangle((place * 2.3, 0), 2.0, 1, fc=colour, alpha=0.9))
+    axis.text(place * 2.3 + 1, 0.74, name, ha="center", va="center", color="white", weight="bold")
+    axis.text(place * 2.3 + 1, 0.33, text, ha="center", va="center", color="white", fontsize=8)
+    if place:
+        axis.annotate(
+            "", (place * 2.3 - 0.02, 0.5), (place * 2.3 - 0.28, 0.5), arrowprops={"arrowstyle": "->", "color": GREY}
+        )
+axis.set(xlim=(-0.1, 6.7), ylim=(-0.1, 1.1))
+axis.axis("off")
+save(figure, "17_stages")
+plt.show()
+
+# %% [markdown]
+# *Three stages, one after the other: eyes, speech, plain batches.*
+#
+# ## A tokenizer of its own
+#
+# PaliGemma's vocabulary has 257,152 tokens. Our world has some sixty words. SentencePiece, the library that made Gemma's
+# vocabulary, makes ours: every word of the world becomes one piece, with and without a space before it. Letters and
+# bytes stay as a last resort, so any text can be written. The loc and seg tokens are the same as in the real one.
+#
+# The second file says the same in the format of another library, so that a folder works with either.
 
 # %%
 # | export
@@ -155,6 +211,22 @@ def _fast_tokenizer(model: bytes) -> dict:
 
 
 # %%
+with tempfile.TemporaryDirectory() as work:
+    write_tokenizer(Path(work))
+    tokenizer = Tokenizer.from_folder(work)
+for text in ("caption en\n", " red star", "zebra", "é"):
+    print(f"{text!r}: {[tokenizer.decode([token]) for token in tokenizer.encode(text)]}")
+assert len(tokenizer.encode(" star")) == len(tokenizer.encode("star")) == 1
+assert tokenizer.decode(tokenizer.encode("é")) == "é"
+
+# %% [markdown]
+# ## The sizes
+#
+# Four blocks of eyes, four of voice. A scene of 112 x 112 pixels gives 64 picture tokens. The heads of the decoder are
+# wide, 64 numbers: a lab run with heads of 32 found it much harder to find a thing by its name (the teaching
+# notes, POCKET.md, have the table).
+
+# %%
 # | export
 POCKET = PaliGemmaConfig(
     vision=SiglipConfig(
@@ -177,6 +249,15 @@ POCKET = PaliGemmaConfig(
     ),
     image_token_id=1850,
 )
+
+# %% [markdown]
+# ## The start
+#
+# Random numbers are not all alike. We give three hints, none of which knows anything of our world.
+#
+# - Positions start as waves, so that near places look alike.
+# - Each query map starts partly as its key map. Then a token attends to tokens that resemble it.
+# - Each output map starts as a small multiple of its value map, so what is found is carried over.
 
 
 # %%
@@ -244,6 +325,22 @@ def _waves(positions: torch.Tensor, width: int, step: float, base: float) -> tor
 
 
 # %%
+model = new_pocket(seed=0)
+parts = {name: count_parameters(part) for name, part in model.named_children()}
+total = count_parameters(model)
+assert total == sum(parts.values())
+megabytes = 2 * total / 1e6
+assert megabytes < 8
+parts | {"total": total, "MB in 16 bits": round(megabytes, 2)}
+
+# %% [markdown]
+# ## Two optimizers
+#
+# AdamW scales each number's step by itself. *Muon* treats a matrix as a whole: it makes the step's directions equally
+# strong, so that no direction is left behind. For the matrices in our blocks the difference is striking.
+
+
+# %%
 # | export
 def optimizers_for(blocks: list[nn.Module], modules: nn.Module, matrix_rate: float, rate: float) -> list:
     """Muon for the matrices of the blocks, AdamW for all else that may learn.
@@ -260,6 +357,29 @@ def optimizers_for(blocks: list[nn.Module], modules: nn.Module, matrix_rate: flo
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=matrix_rate, weight_decay=0.01))
     return optimizers
+
+
+# %%
+# Share of patches that know their shape, stage 1, two runs of a minute and a half each on the same two cores, one after
+# the other (2026-11-24, batches of 64): minutes, AdamW alone at 1e-3, Muon at 0.02 for the matrices.
+measured = ((0.33, 0.181, 0.211), (0.67, 0.263, 0.483), (1.0, 0.343, 0.839), (1.33, 0.415, 0.965))
+minutes, adamw, muon = zip(*measured, strict=True)
+figure, axis = plt.subplots(figsize=(5, 2.5))
+for values, name, colour in ((adamw, "AdamW", GREY), (muon, "Muon", PICTURE)):
+    axis.plot(minutes, values, color=colour, marker="o", ms=4)
+    axis.annotate(name, (minutes[-1], values[-1]), xytext=(6, 0), textcoords="offset points", va="center", color=colour)
+axis.set(xlabel="minutes", ylabel="patches that know\ntheir shape", ylim=(0, 1), xlim=(0.2, 1.55))
+save(figure, "17_muon")
+plt.show()
+
+# %% [markdown]
+# *Two lines over the first minute and a half. AdamW reaches two fifths, Muon nearly all.* It was the largest single gain
+# in the making of this model.
+#
+# ## Stage 1: eyes
+#
+# What should a patch know? All that can be asked about its thing: shape, colour, the four edges of its box, how many of
+# its kind there are, and its place in the row from left to right.
 
 
 # %%
@@ -306,6 +426,13 @@ def patch_truth(scene: Scene) -> torch.Tensor:
             ]
         )
     return truth.flatten(0, 1)
+
+
+# %% [markdown]
+# Shape and colour are taught with the sigmoid loss of chapter 04, patch by patch: a patch of a red star should agree
+# with the vectors of "red" and of "star", and with no other word. Those vectors later become the decoder's words. So
+# eyes and voice share one space before the first word is spoken. Edges and counts are read off by small linear maps that
+# are thrown away afterwards.
 
 
 # %%
@@ -396,6 +523,44 @@ def eye_batches(seed: int, size: int) -> Iterator[tuple[torch.Tensor, torch.Tens
         seed += size
         yield picture_tensor(scenes), torch.stack([patch_truth(scene) for scene in scenes])
 
+
+# %% [markdown]
+# Thirty seconds of it, here and now. The model is new; we count what patches know before and after.
+
+# %%
+with tempfile.TemporaryDirectory() as work:
+    write_tokenizer(Path(work))
+    (Path(work) / "config.json").write_text(json.dumps(POCKET.to_dict()))
+    processor = Processor.from_folder(work)
+teacher = EyeTeacher(model)
+unseen = [make_scene(seed) for seed in range(70_000_000, 70_000_020)]
+before = teacher.accuracy(unseen)
+eyes = nn.ModuleList([model.vision_tower, model.multi_modal_projector])
+beside = [parameter for name, parameter in teacher.named_parameters() if not name.startswith("model.")]
+learning = nn.ParameterList([*eyes.parameters(), *beside])
+started = time.perf_counter()
+losses = train(
+    learning,
+    teacher.loss,
+    eye_batches(60_000_000, 32),
+    optimizers_for([model.vision_tower.encoder], learning, 0.02, 1e-3),
+    steps=90,
+    warmup=10,
+    label="eyes, a taste",
+)
+after = teacher.accuracy(unseen)
+print(f"{time.perf_counter() - started:.0f} s; loss {losses[0]:.1f} -> {losses[-1]:.1f}")
+print(f"patches that know their colour: {before['colour']:.0%} -> {after['colour']:.0%} (guessing: 12 %)")
+assert losses[-1] < 0.8 * losses[0] and after["colour"] > before["colour"] + 0.1
+
+# %% [markdown]
+# Colours come first. Shapes need several patches to talk to each other, and take a few minutes.
+#
+# ## Stage 2: many questions for one picture
+#
+# Reading a picture costs 64 tokens, a question some fifteen. If each question brings its own copy of the picture, most of
+# the work is reading the same thing again. So we lay a dozen questions behind one picture. A mask lets each see the
+# picture and itself, and no other question.
 
 # %%
 # | export
@@ -552,6 +717,56 @@ def plain_batches(processor: Processor, seed: int, pictures: int, questions: int
 
 
 # %%
+packer = Packer(processor)
+scene = make_scene(3)
+pairs = [("caption en", "a star"), ("detect star", "<loc0001>")]
+*_, mask = packer.pack([scene], [pairs])
+figure, axis = plt.subplots(figsize=(3.6, 3.6))
+axis.imshow(mask[0, 0, 54:, 54:], cmap="Blues", vmax=1.5)
+axis.axvline(9.5, color=PICTURE, lw=1)
+axis.axhline(9.5, color=PICTURE, lw=1)
+axis.set(xlabel="looked at", ylabel="looks", xticks=[], yticks=[], title="the last ten picture tokens, two questions")
+save(figure, "17_pack")
+plt.show()
+assert not mask[0, 0, 64:70, 70:].any()  # the first question does not see the second
+
+# %% [markdown]
+# *A mask as a grid. Rows look, columns are looked at. Everyone sees the picture (left), each question sees itself (two
+# dark squares on the diagonal), answers only backwards.*
+#
+# **A mistake, and what mended it.** "What colour is the star?" needs two steps: find the star, then say its colour. For
+# minutes the model only guessed among the colours it saw. Then, suddenly, it knew; when that happens is a matter of
+# luck. What helped was to let it *name what it looks at* for a while: `caption star` is answered by `the star red`. Right
+# after the word "star" the answer is one step away.
+
+# %%
+# Colour questions answered right on 60 unseen scenes, after so many steps of 8 pictures (2026-11-24, three runs).
+without = ((157, 0.720), (289, 0.652), (418, 0.696), (533, 0.696), (646, 0.652), (778, 0.717))
+with_names = ((112, 0.769), (148, 0.636), (260, 0.945), (373, 0.982), (665, 0.964), (738, 1.0))
+figure, axis = plt.subplots(figsize=(5, 2.5))
+for run, name, colour in ((without, "questions only", GREY), (with_names, "naming first", PROMPT)):
+    steps, share = zip(*run, strict=True)
+    axis.plot(steps, share, color=colour, marker="o", ms=4)
+    axis.annotate(name, (steps[-1], share[-1]), xytext=(6, 0), textcoords="offset points", va="center", color=colour)
+axis.set(xlabel="steps", ylabel="colour right", ylim=(0.5, 1.05), xlim=(80, 1050))
+save(figure, "17_naming")
+plt.show()
+
+# %% [markdown]
+# *Grey: without naming, the share stays at guessing for as long as we watched. Orange: with naming it jumps between
+# 150 and 260 steps.* (The early points are scenes of two and three things, where guessing is easier.)
+#
+# Another mistake: a sharper start, with queries and keys half as large again, learned captions more slowly, not faster.
+#
+# ## Stage 3: plain batches, and the exam
+#
+# In a pack the picture does not see the question. In PaliGemma it does: picture and prompt see each other in both
+# directions (chapter 09). The last stage uses ordinary batches with the true mask, and lets all parts learn.
+#
+# The exam asks unseen scenes, greedily, and counts exact answers.
+
+
+# %%
 # | export
 def evaluate_pocket(model: PaliGemma, processor: Processor, scenes: int = 2000, seed: int = 90_000_000) -> dict:
     """Ask unseen scenes one question of each task, greedily, and compare with the truth.
@@ -607,6 +822,13 @@ def _score(task: str, pairs: list[tuple[Question, str]]) -> dict:
     common = sorted(wrong.items(), key=lambda item: -item[1])[:10]
     return score | {"confusions": [(truth, said, times) for (truth, said), times in common]}
 
+
+# %% [markdown]
+# ## The one command
+#
+# Everything above, with one seed:
+#
+#     sigma-book pocket --out DIR
 
 # %%
 # | export
@@ -691,7 +913,9 @@ def teach_speech(model: PaliGemma, processor: Processor, steps: int, seed: int, 
     return losses
 
 
-def teach_plainly(model: PaliGemma, processor: Processor, steps: int, seed: int, log: Path | None = None) -> list[float]:
+def teach_plainly(
+    model: PaliGemma, processor: Processor, steps: int, seed: int, log: Path | None = None
+) -> list[float]:
     """Stage 3: ordinary batches with the true prefix mask; everything learns. Gives the losses."""
     optimizers = optimizers_for(list(model.language_model.layers), model, 0.002, 3e-4)
     batches = plain_batches(processor, 50_000_000 + 10_000_000 * seed, 10, 4)
@@ -712,3 +936,104 @@ def quick_report(model: PaliGemma, processor: Processor) -> str:
     """A line on sixty unseen scenes."""
     results = evaluate_pocket(model, processor, 60, seed=85_000_000)
     return ", ".join(f"{task} {score['right']:.0%}" for task, score in results.items())
+
+
+# %% [markdown]
+# ## How it went
+#
+# These are the logs of the run that made the model inside the package.
+
+# %%
+home = Path(sigma_book.__file__).parent / "pocket_model"
+figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.3))
+for axis, (name, colour) in zip(axes, (("eyes", PICTURE), ("speech", PROMPT), ("plain", ANSWER)), strict=True):
+    with (home / f"{name}.csv").open() as file:
+        loss = torch.tensor([float(row["loss"]) for row in csv.DictReader(file)])
+    smooth = loss.unfold(0, 25, 25).mean(1)
+    axis.plot(torch.arange(len(smooth)) * 25, smooth, color=colour)
+    axis.set(yscale="log", title=name, xlabel="steps")
+axes[0].set_ylabel("loss")
+save(figure, "17_curves")
+plt.show()
+
+# %% [markdown]
+# *The loss of the three stages, on a logarithmic scale, each point the mean of 25 steps.*
+
+# %%
+results = json.loads((home / "results.json").read_text())
+goals = {"caption": 0.95, "colour": 0.98, "count": 0.95, "yes_no": 0.97, "left_of": 0.95, "detect": 0.95}
+for task, goal in goals.items():
+    score = results[task]
+    extra = f", mean IoU {score['mean_iou']:.3f} (goal 0.85)" if "mean_iou" in score else ""
+    print(f"{task:8s} {score['right']:6.1%} of {score['asked']} right, goal {goal:.0%}{extra}")
+
+# %% [markdown]
+# And what it confuses:
+
+# %%
+for task, score in results.items():
+    for truth, said, times in score["confusions"][:2]:
+        print(f"{task}: {times} times {said!r} instead of {truth!r}")
+
+# %% [markdown]
+# ## A look inside
+#
+# Three scenes it never saw.
+
+# %%
+figure, axes = plt.subplots(1, 3, figsize=(7.4, 2.7))
+for axis, seed in zip(axes, (91_000_001, 91_000_004, 91_000_007), strict=True):
+    picture = draw_scene(make_scene(seed))
+    axis.imshow(picture)
+    words, line = generate(picture, "caption en").split(" "), ""
+    for word in words:
+        line += ("\n" if len(line.split("\n")[-1]) + len(word) > 24 else " ") + word
+    axis.set_title(line.strip(), fontsize=8)
+    axis.axis("off")
+save(figure, "17_captions")
+plt.show()
+
+# %% [markdown]
+# *Three scenes, each with the caption that the model wrote.*
+#
+# ## The bill
+#
+# Six operations for each parameter and token (two forward, four back), a rule of thumb from the books on scaling.
+
+# %%
+decoder = parts["language_model"] - POCKET.text.vocab_size * POCKET.text.hidden_size
+tower = parts["vision_tower"]
+stage_1 = EYE_STEPS * 64 * 64 * 6 * tower
+stage_2 = PACK_STEPS * 8 * (64 + 13 * 15) * 6 * decoder
+stage_3 = PLAIN_STEPS * 40 * (64 + 15) * 6 * (decoder + tower)
+total_flops = stage_1 + stage_2 + stage_3
+print(f"{total_flops / 1e12:.0f} trillion operations; at 100 billion a second, {total_flops / 1e11 / 60:.0f} minutes")
+
+# %% [markdown]
+# Two cores take longer than that, since drawing scenes, norms and masks cost time too.
+#
+# ## Your turn
+#
+# **1.** How many tokens has a pack of `n` questions of `length` tokens each, and how many have `n` ordinary rows?
+
+
+# %%
+def pack_and_plain(n: int, length: int) -> tuple[int, int]: ...
+
+
+check(pack_and_plain, ((12, 15), (244, 948)), ((1, 15), (79, 79)))
+
+# %% [markdown]
+# **2.** Which share of answers is right if one guesses among `k` colours that are there?
+
+
+# %%
+def guessing(k: int) -> float: ...
+
+
+check(guessing, ((1,), 1.0), ((4,), 0.25))
+
+# %% [markdown]
+# **3.** (Needs an evening.) Give the world a ninth shape in a copy of chapter 01, and teach a model that knows it.
+#
+# Next: teaching a large model a new thing with very few new numbers.

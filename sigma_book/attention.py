@@ -55,6 +55,16 @@ def attention(
     return weights @ value
 
 
+def split_heads(hidden_states: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """(B, T, H * Dh) to (B, H, T, Dh): head h takes the h-th run of Dh numbers."""
+    return hidden_states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(hidden_states: torch.Tensor) -> torch.Tensor:
+    """(B, H, T, Dh) back to (B, T, H * Dh)."""
+    return hidden_states.transpose(1, 2).flatten(-2)
+
+
 class MultiHeadAttention(nn.Module):
     """Self-attention in which every token sees every token, with biases, as SigLIP has it.
 
@@ -84,13 +94,3 @@ class MultiHeadAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         return self.out_proj(merge_heads(attention(query, key, value)))  # (B, T, D)
-
-
-def split_heads(hidden_states: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """(B, T, H * Dh) to (B, H, T, Dh): head h takes the h-th run of Dh numbers."""
-    return hidden_states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
-def merge_heads(hidden_states: torch.Tensor) -> torch.Tensor:
-    """(B, H, T, Dh) back to (B, T, H * Dh)."""
-    return hidden_states.transpose(1, 2).flatten(-2)

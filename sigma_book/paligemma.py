@@ -17,11 +17,11 @@ from sigma_book.projector import Projector, prefix_mask, replace_image_tokens, s
 from sigma_book.siglip import SiglipConfig, SiglipVisionTower
 
 __all__ = [
-    "PaliGemma",
-    "PaliGemmaConfig",
     "TEXT_DEFAULTS",
     "TEXT_WHEN_ABSENT",
     "VISION_WHEN_ABSENT",
+    "PaliGemma",
+    "PaliGemmaConfig",
     "count_parameters",
 ]
 

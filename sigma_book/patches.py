@@ -65,9 +65,10 @@ class PatchEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding((image_size // patch_size) ** 2, hidden_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        if tuple(pixel_values.shape[-2:]) != (self.image_size, self.image_size):
+        height, width = pixel_values.shape[-2:]
+        if (height, width) != (self.image_size, self.image_size):
             raise ValueError(
-                f"this model looks at {self.image_size} x {self.image_size} pixels, got {tuple(pixel_values.shape[-2:])}"
+                f"this model looks at {self.image_size} x {self.image_size} pixels, got {height} x {width}"
             )
         patches = patchify(pixel_values.to(self.patch_embedding.weight.dtype), self.patch_size)  # (B, P, C*p*p)
         tokens = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)  # (B, P, D)

@@ -30,16 +30,16 @@ from sigma_book.world import COLOURS, NUMBERS, SHAPES, SIZE, TASKS, Question, Sc
 
 __all__ = [
     "EYE_STEPS",
-    "EyeTeacher",
     "LOCS",
     "LOC_WEIGHT",
     "PACK_STEPS",
     "PLAIN_STEPS",
     "PLAN",
     "POCKET",
-    "Packer",
     "SEGS",
     "SPECIAL",
+    "EyeTeacher",
+    "Packer",
     "answer_text",
     "evaluate_pocket",
     "eye_batches",

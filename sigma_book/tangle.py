@@ -123,7 +123,7 @@ def tangle(chapter: Chapter) -> str:
     names = sorted(name for _, source in chapter.cells for name in _defined(source) if not name.startswith("_"))
     first, *others = (source for _, source in chapter.cells)  # the first exported cell holds the imports
     text = "\n\n".join([chapter.docstring, first, f"__all__ = {names!r}", *others]) + "\n"
-    for command in (["check", "--fix-only", "--quiet", "--select", "I"], ["format", "--quiet"]):
+    for command in (["check", "--fix-only", "--quiet", "--select", "I,RUF022"], ["format", "--quiet"]):
         ruff = [sys.executable, "-m", "ruff", *command, "--config", "line-length = 120", "--stdin-filename"]
         done = subprocess.run(
             [*ruff, f"{chapter.module}.py", "-"], input=text, capture_output=True, text=True, check=True
