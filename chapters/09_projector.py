@@ -31,9 +31,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Rectangle
 
+from sigma_book import load
 from sigma_book.kv_cache import KVCache
+from sigma_book.processor import pixels
 from sigma_book.style import ANSWER, PICTURE, PROMPT, check, save, use_style
-from sigma_book.world import caption, draw_scene, make_scene
+from sigma_book.world import COLOURS, SHAPES, caption, draw_scene, make_scene
 
 use_style()
 _ = torch.manual_seed(0)
