@@ -341,7 +341,7 @@ for axis in axes:
     axis.axis("off")
 save(figure, "03_heads")
 plt.show()
-entropy = -(looks * looks.clamp(min=1e-12).log()).sum(-1).exp()
+entropy = (-(looks * looks.clamp(min=1e-12).log()).sum(-1)).exp()
 print("patches that each head spreads over:", [round(number.item(), 1) for number in entropy])
 
 # %% [markdown]
