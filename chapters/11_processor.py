@@ -18,7 +18,9 @@
 # %%
 # | export
 import io
+import itertools
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -142,7 +144,7 @@ class Tokenizer:
     `<loc....>` and `<seg...>` are one token each, and are kept when ids are decoded.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, files: dict[str, bytes]):
+    def __init__(self, backend: "_Json | _Model", files: dict[str, bytes]):
         self._backend = backend
         self.files = files
         self.pad_id, self.eos_id, self.bos_id = (self.token_id(piece) for piece in ("<pad>", "<eos>", "<bos>"))
@@ -163,25 +165,20 @@ class Tokenizer:
         folder = Path(folder)
         names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
         files = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
-        if "tokenizer.json" in files:
-            try:
-                backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
-            except Exception as error:  # the library raises bare Exception
-                raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer that can be read: {error}") from error
-        elif "tokenizer.model" in files:
-            backend = _from_sentencepiece(files["tokenizer.model"], folder / "tokenizer.model")
-        else:
+        kind = next((name for name in ("tokenizer.json", "tokenizer.model") if name in files), None)
+        if kind is None:
             raise FileNotFoundError(
                 f"no tokenizer in {folder}: expected tokenizer.json or tokenizer.model, as the checkpoint's page has them"
             )
-        special = ["<image>"] if backend.token_to_id("<image>") is None else []
-        missing = [f"<loc{i:04d}>" for i in range(1024)] + [f"<seg{i:03d}>" for i in range(128)]
-        missing = [piece for piece in missing if backend.token_to_id(piece) is None]
-        # the order in which the reference adds what a plain Gemma tokenizer lacks
-        backend.add_special_tokens([tokenizers.AddedToken(piece, special=True, normalized=False) for piece in special])
-        backend.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in missing])
-        backend.no_padding()
-        backend.no_truncation()
+        try:
+            backend = _Json(files[kind]) if kind == "tokenizer.json" else _Model(files[kind])
+        except Exception as error:  # both libraries raise bare errors
+            raise ValueError(f"{folder / kind} is not a tokenizer that can be read: {error}") from error
+        added = json.loads(files["added_tokens.json"]) if "added_tokens.json" in files else {}
+        # what a plain Gemma tokenizer lacks, in the order in which the reference adds it
+        extra = ["<image>", *(f"<loc{i:04d}>" for i in range(1024)), *(f"<seg{i:03d}>" for i in range(128))]
+        backend.add([p for p in sorted(added, key=added.get) if backend.token_to_id(p) is None])
+        backend.add([piece for piece in extra if backend.token_to_id(piece) is None])
         return cls(backend, files)
 
     def token_id(self, piece: str) -> int:
@@ -199,65 +196,80 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return self._backend.get_vocab_size()
+        return len(self._backend)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text as it stands: no beginning, no end."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self._backend.encode(text)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ids. Pieces of bytes join to characters; pad, bos, eos and image tokens are left out by default."""
         ids = [int(token) for token in ids]
         if skip_special_tokens:
             ids = [token for token in ids if token not in self._silent]
-        return self._backend.decode(ids, skip_special_tokens=False)
+        return self._backend.decode(ids)
 
 
-def _from_sentencepiece(model: bytes, path: Path) -> tokenizers.Tokenizer:
-    """The byte-pair encoding of a SentencePiece model, with its merges in the order of their rank."""
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError as error:
-        raise ValueError(f"{path} is not a SentencePiece model: {error}") from error
-    pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    scores = {piece: processor.get_score(index) for piece, index in vocabulary.items()}
-    merges = []
-    for piece, index in vocabulary.items():
-        if processor.is_byte(index) or processor.is_control(index) or processor.is_unknown(index):
-            continue
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in vocabulary and right in vocabulary:
-                merges.append((-scores[piece], vocabulary[left], vocabulary[right], (left, right)))
-    merges = [merge[3] for merge in sorted(merges)]
-    bpe = tokenizers.models.BPE(
-        vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
-    )
-    backend = tokenizers.Tokenizer(bpe)
-    backend.normalizer = tokenizers.normalizers.Replace(" ", "▁")
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "merged_with_previous")
-    backend.decoder = tokenizers.decoders.Sequence(
-        [
-            tokenizers.decoders.Replace("▁", " "),
-            tokenizers.decoders.ByteFallback(),
-            tokenizers.decoders.Fuse(),
-        ]
-    )
-    control = [piece for piece, index in vocabulary.items() if processor.is_control(index)] + ["<unk>", "<mask>"]
-    control = [piece for piece in control if piece in vocabulary]
-    added = [piece for piece in pieces if _user_defined(processor, vocabulary, piece) and piece not in control]
-    backend.add_special_tokens([tokenizers.AddedToken(piece, special=True, normalized=False) for piece in control])
-    backend.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in added])
-    return backend
+class _Json:
+    """`tokenizer.json`, through the tokenizers library."""
+
+    def __init__(self, content: bytes):
+        self._library = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        self._library.no_padding()
+        self._library.no_truncation()
+        self.token_to_id = self._library.token_to_id
+
+    def __len__(self) -> int:
+        return self._library.get_vocab_size()
+
+    def add(self, pieces: list[str]) -> None:
+        self._library.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in pieces])
+
+    def encode(self, text: str) -> list[int]:
+        return self._library.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._library.decode(ids, skip_special_tokens=False)
 
 
-def _user_defined(processor, vocabulary: dict[str, int], piece: str) -> bool:
-    """SentencePiece has no question for it: a normal piece is never matched whole inside another text's middle."""
-    index = vocabulary[piece]
-    if processor.is_byte(index) or processor.is_control(index) or processor.is_unknown(index):
-        return False
-    return processor.get_score(index) == 0.0 and len(processor.encode(f"x{piece}", out_type=str)) == 2
+class _Model:
+    """`tokenizer.model`, through SentencePiece; added and control pieces are cut out of the text first."""
+
+    def __init__(self, content: bytes):
+        self._library = sentencepiece.SentencePieceProcessor(model_proto=content)
+        size = self._library.get_piece_size()
+        if size == 0:
+            raise ValueError("it holds no pieces")
+        cut = [index for index in range(size) if self._library.is_control(index)]
+        self._cut = {self._library.id_to_piece(index): index for index in cut}
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def token_to_id(self, piece: str) -> int | None:
+        if piece in self._cut:
+            return self._cut[piece]
+        index = self._library.piece_to_id(piece)
+        return index if self._library.id_to_piece(index) == piece else None
+
+    def add(self, pieces: list[str]) -> None:
+        for piece in pieces:
+            self._cut[piece] = self._size
+            self._size += 1
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in re.split("(" + "|".join(map(re.escape, self._cut)) + ")", text):
+            ids += [self._cut[part]] if part in self._cut else self._library.encode(part)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        named = {index: piece for piece, index in self._cut.items()}
+        runs = itertools.groupby(ids, key=lambda token: token in named)
+        return "".join(
+            "".join(named[token] for token in run) if is_cut else self._library.decode(list(run)) for is_cut, run in runs
+        )
 
 
 # %%

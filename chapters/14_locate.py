@@ -7,6 +7,7 @@
 #     language: python
 #     name: python3
 # ---
+
 # %% [markdown]
 # # Saying where
 #
@@ -23,6 +24,73 @@ from dataclasses import dataclass
 from itertools import permutations
 
 from PIL import Image, ImageDraw, ImageFont
+
+# %%
+import random
+
+import matplotlib.pyplot as plt
+
+from sigma_book import generate
+from sigma_book.style import GREY, PICTURE, check, save, use_style
+from sigma_book.world import draw_scene, make_scene
+
+use_style()
+
+# %% [markdown]
+# ## The picture
+#
+# PaliGemma has no output for coordinates. It has words. So 1,024 words of its vocabulary are made into places along an
+# edge: `<loc0000>` is one end, `<loc1023>` the other. Four of them are a box.
+
+# %%
+scene = make_scene(155)
+picture = draw_scene(scene)
+thing = next(thing for thing in scene.things if thing.kind == "red star")
+top, left, bottom, right = thing.box
+figure, axis = plt.subplots(figsize=(3.6, 3.4))
+axis.imshow(picture)
+axis.add_patch(plt.Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, ec=PICTURE, lw=2))
+for edge, name in ((top, "y min"), (bottom, "y max")):
+    axis.axhline(edge - 0.5, color=GREY, lw=0.7, ls="--")
+    axis.text(114, edge, f"{name}: {round(edge / 112 * 1023)}", va="center", fontsize=8)
+for edge, name in ((left, "x min"), (right, "x max")):
+    axis.axvline(edge - 0.5, color=GREY, lw=0.7, ls="--")
+    axis.text(edge, -4, f"{name}:\n{round(edge / 112 * 1023)}", ha="center", fontsize=8)
+axis.axis("off")
+save(figure, "14_edges")
+plt.show()
+
+# %% [markdown]
+# *A scene with a box around the red star. Dashed lines carry its four edges to the rim, where the bins are written.*
+#
+# The prompt is `detect red star`, the answer four loc tokens and the label. The order is y before x: top, left,
+# bottom, right. Several things are separated by ` ; `.
+#
+# ## First by hand
+
+
+# %%
+def bin_naive(pixel: float, size: int) -> int:
+    best, nearest = 0, None
+    for index in range(1024):  # which of the 1,024 marks lies nearest?
+        distance = abs(index / 1023 * size - pixel)
+        if nearest is None or distance < nearest:
+            best, nearest = index, distance
+    return best
+
+
+[bin_naive(edge, 112) for edge in thing.box]
+
+# %% [markdown]
+# ## The formula
+#
+# $$ \mathrm{bin} = \mathrm{round}\!\left(1023\, \frac{x}{S}\right), \qquad x = \frac{\mathrm{bin}}{1023}\, S $$
+#
+# **1023 or 1024?** The training data of PaliGemma was written with `round(x * 1023)`, so the last mark is the far edge
+# itself and reading divides by 1023; some demos divide by 1024, which shifts a box by a thousandth of the picture at most.
+
+# %%
+assert max(abs(index / 1023 - index / 1024) for index in range(1024)) < 0.001
 
 # %%
 # | export
@@ -61,11 +129,25 @@ def encode_boxes(boxes: Sequence[Box], labels: Sequence[str], height: int, width
     parts = []
     for (top, left, bottom, right), label in zip(boxes, labels):
         if bottom < top or right < left:
-            raise ValueError(f"box {(top, left, bottom, right)} ends before it begins: expected y_min, x_min, y_max, x_max")
+            raise ValueError(
+                f"box {(top, left, bottom, right)} ends before it begins: expected y_min, x_min, y_max, x_max"
+            )
         edges = (top / height, left / width, bottom / height, right / width)
         bins = [min(BINS - 1, max(0, round(edge * (BINS - 1)))) for edge in edges]
         parts.append("".join(f"<loc{index:04d}>" for index in bins) + f" {label}")
     return " ; ".join(parts)
+
+
+# %%
+written = encode_boxes([thing.box], [thing.kind], 112, 112)
+assert [bin_naive(edge, 112) for edge in thing.box] == [int(part[:4]) for part in written.split("<loc")[1:]]
+written
+
+# %% [markdown]
+# ## Reading an answer
+#
+# A model may write anything: three loc tokens, a box upside down, no label. What can be read is read. What cannot is
+# dropped, and a sentence says so, because a box that vanishes silently looks like a thing that was not found.
 
 
 # %%
@@ -102,7 +184,9 @@ def parse(answer: str, height: int, width: int) -> tuple[list[Detection], list[s
             remarks.append(f"part {number} ({text!r}): {len(locs)} loc tokens where a box takes four; dropped")
             continue
         if len(locs) > 4:
-            remarks.append(f"part {number} ({text!r}): {len(locs)} loc tokens where a box takes four; the first four were read")
+            remarks.append(
+                f"part {number} ({text!r}): {len(locs)} loc tokens where a box takes four; the first four were read"
+            )
         if before.strip():
             remarks.append(f"part {number}: {before.strip()!r} stands before the box; dropped")
         bins = [int(index) for index in locs[:4]]
@@ -120,6 +204,43 @@ def parse(answer: str, height: int, width: int) -> tuple[list[Detection], list[s
 
 
 # %%
+for answer in ("<loc0100><loc0200><loc0300><loc0400> cat ; <loc0001><loc0002><loc0003> dog", "no loc here", written):
+    found, remarks = parse(answer, 112, 112)
+    print(found, *remarks, sep="\n  ")
+
+# %% [markdown]
+# ## Proof
+#
+# Every bin survives the way to pixels and back, in pictures of any size.
+
+# %%
+for size in (112, 224, 333, 4000):
+    for index in range(1024):
+        pixel = index / 1023 * size
+        (back,), remarks = parse(encode_boxes([(0, 0, pixel, size)], ["x"], size, size), size, size)
+        assert not remarks and abs(back.box[2] - pixel) < 1e-9 * size
+
+# %% [markdown]
+# And a box never moves by more than half a bin.
+
+# %%
+rng = random.Random(0)
+for _ in range(1000):
+    height, width = rng.randint(1, 4000), rng.randint(1, 4000)
+    ys, xs = sorted(rng.uniform(0, height) for _ in range(2)), sorted(rng.uniform(0, width) for _ in range(2))
+    box = (ys[0], xs[0], ys[1], xs[1])
+    (back,), _ = parse(encode_boxes([box], ["thing"], height, width), height, width)
+    for edge, other, size in zip(box, back.box, (height, width) * 2, strict=True):
+        assert abs(edge - other) <= size / 1023 / 2 + 1e-9
+
+# %% [markdown]
+# ## How good is a box?
+#
+# Two boxes are compared by the area they share, divided by the area they cover together: *intersection over union*, IoU.
+# 1 is perfect, 0 is a miss, and by custom 0.5 counts as found.
+
+
+# %%
 # | export
 def iou(first: Box, second: Box) -> float:
     """Intersection over union of two boxes, 0 to 1; a box without area overlaps nothing."""
@@ -129,6 +250,25 @@ def iou(first: Box, second: Box) -> float:
         return 0.0
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
     return height * width / (sum(areas) - height * width)
+
+
+# %%
+def iou_by_pixels(one, other) -> float:
+    cover = [{(y, x) for y in range(b[0], b[2]) for x in range(b[1], b[3])} for b in (one, other)]
+    together = len(cover[0] | cover[1])
+    return len(cover[0] & cover[1]) / together if together else 0.0
+
+
+for _ in range(300):
+    pair = []
+    for _ in range(2):
+        (y0, y1), (x0, x1) = sorted(rng.sample(range(20), 2)), sorted(rng.sample(range(20), 2))
+        pair.append((y0, x0, y1, x1))
+    assert abs(iou(*pair) - iou_by_pixels(*pair)) < 1e-12
+iou((0, 0, 10, 10), (0, 5, 10, 15))
+
+# %% [markdown]
+# With several things, boxes must be paired first, one to one.
 
 
 # %%
@@ -160,6 +300,16 @@ def compare_boxes(found: Sequence[Box], truth: Sequence[Box], threshold: float =
 
 
 # %%
+truth = [(0, 0, 10, 10), (20, 20, 30, 30)]
+print(compare_boxes([(21, 20, 30, 30), (0, 0, 10, 9)], truth))  # the order does not matter
+print(compare_boxes([(0, 0, 10, 10)], truth))  # one is missing
+print(compare_boxes([*truth, (50, 50, 60, 60)], truth))  # one too many
+
+# %% [markdown]
+# ## Drawing
+
+
+# %%
 # | export
 def draw_boxes(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
     """A copy of a picture with named boxes on it, readable on light and on dark ground."""
@@ -181,3 +331,73 @@ def draw_boxes(image: Image.Image, detections: Sequence[Detection]) -> Image.Ima
             canvas.rectangle(plate, fill=colour, outline="black")
             canvas.text((x + line, y + line // 2), detection.label, fill="black", font=font)
     return picture
+
+
+# %% [markdown]
+# ## A look inside
+#
+# What the pocket model points at, on a scene it never saw. Two of the boxes of the second picture are one answer.
+
+# %%
+figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.7))
+for axis, (seed, kind) in zip(axes, ((155, "red star"), (155, "brown heart"), (5, "purple heart")), strict=True):
+    picture = draw_scene(make_scene(seed))
+    answer = generate(picture, f"detect {kind}")
+    found, remarks = parse(answer, 448, 448)
+    axis.imshow(draw_boxes(picture.resize((448, 448), 0), found))
+    axis.set_title(f"detect {kind}", fontsize=9)
+    axis.axis("off")
+    print(answer, *remarks, sep="\n  ")
+save(figure, "14_found")
+plt.show()
+
+# %% [markdown]
+# *Three scenes with the boxes that the model gave, each with its label on a plate.*
+#
+# ## The bill
+#
+# How coarse is a bin?
+
+# %%
+for name, size in (("112 px", 112), ("224 px", 224), ("a photograph of 4,000 px", 4000)):
+    print(f"{name}: a bin is {size / 1023:.2f} pixels")
+assert 224 / 1023 < 0.25 and 3.9 < 4000 / 1023 < 4
+tokens = 5 * (4 + 3) + 4
+f"five boxes with labels of two words and a separator: about {tokens} tokens, against 1 for 'yes'"
+
+# %% [markdown]
+# Far finer than a patch of 14 pixels. A model that is off by a bin is not off by much; it is off because it saw badly.
+#
+# ## Your turn
+#
+# **1.** Turn a box in pixels into (x, y, width, height), as COCO files have it.
+
+
+# %%
+def to_coco(box: tuple) -> tuple: ...
+
+
+check(to_coco, (((10, 20, 40, 80),), (20, 10, 60, 30)))
+
+# %% [markdown]
+# **2.** The IoU of a box with itself, moved by a quarter of its width.
+
+
+# %%
+def moved_iou() -> float: ...
+
+
+check(moved_iou, ((), 0.6))
+
+# %% [markdown]
+# **3.** How many loc tokens does an answer hold?
+
+
+# %%
+def count_locs(answer: str) -> int: ...
+
+
+check(count_locs, ((written,), 4), (("cat",), 0))
+
+# %% [markdown]
+# Next: from answering to learning.
