@@ -7,7 +7,6 @@
 #     language: python
 #     name: python3
 # ---
-
 # %% [markdown]
 # # From pixels to tokens
 #
@@ -22,10 +21,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+
 # %%
 import matplotlib.pyplot as plt
+import numpy as np
 
-from sigma_book.style import PICTURE, check, save, use_style
+from sigma_book.style import HEADS, PICTURE, check, save, use_style
 from sigma_book.world import draw_scene, make_scene
 
 use_style()
@@ -34,72 +35,117 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## The picture
 #
-# A transformer reads a row of vectors. A picture is a grid of pixels, 112 x 112 of them here and three numbers in each.
-# Taking every pixel as a token would give 12,544 tokens, and attention compares every token with every other.
+# A transformer reads a row of vectors, called **tokens**. A sentence comes as a row of words already.
+# A picture does not: it is a grid of pixels, and nothing says where one "word" of it ends.
 #
-# So we cut the picture into squares of 14 x 14 pixels. Each square is a *patch*, and each patch becomes one token.
+# The answer is almost rude. Lay a grid over the picture, cut along the lines, and call every square a word.
+# The squares are called **patches**.
 
 # %%
-scene = make_scene(5)
-image = draw_scene(scene)
-raw = torch.tensor(list(image.get_flattened_data())).reshape(112, 112, 3).permute(2, 0, 1) / 127.5 - 1  # (3, 112, 112)
+drawn = draw_scene(make_scene(5))
+patch_size, size = 14, drawn.width
+per_side = size // patch_size
+assert (size, per_side, per_side**2) == (112, 8, 64)
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(6.4, 3.0))
-left.imshow(image)
-for edge in range(14, 112, 14):
-    left.axhline(edge - 0.5, color=PICTURE, lw=0.8)
-    left.axvline(edge - 0.5, color=PICTURE, lw=0.8)
-left.set_title("8 x 8 patches of 14 x 14 pixels")
-row = 4
-strip = image.crop((0, 14 * row, 112, 14 * (row + 1)))
-right.imshow(strip)
-for edge in range(14, 112, 14):
-    right.axvline(edge - 0.5, color="white", lw=4)
-right.set_title("row 5 of 8, as the model reads it")
+figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.9))
+left.imshow(drawn)
+for line in range(0, size + 1, patch_size):
+    left.axhline(line - 0.5, color=PICTURE, lw=0.8)
+    left.axvline(line - 0.5, color=PICTURE, lw=0.8)
+left.set_title("one picture, 112 x 112 pixels")
+gap = 5
+for patch in range(per_side**2):
+    row, column = divmod(patch, per_side)
+    box = (column * patch_size, row * patch_size, (column + 1) * patch_size, (row + 1) * patch_size)
+    x, y = column * (patch_size + gap), row * (patch_size + gap)
+    right.imshow(drawn.crop(box), extent=(x, x + patch_size, y + patch_size, y))
+    if patch in (0, 1, 2, 8, 63):
+        right.text(x + 7, y + 7, patch, ha="center", va="center", fontsize=8, color=PICTURE)
+end = per_side * (patch_size + gap) - gap
+right.set(xlim=(-2, end + 2), ylim=(end + 2, -2), title="64 patches, 14 x 14 pixels each")
 for axis in (left, right):
     axis.axis("off")
 save(figure, "02_patches")
-plt.show()
 
 # %% [markdown]
-# *Left, a drawn scene with a grid over it: 64 squares. Right, one row of the grid, cut apart: eight tokens.*
+# *Figure: a drawn scene with a grid of eight by eight over it; beside it the same scene cut apart into 64 squares.
+# Patch 0 is at the top left, patch 8 begins the second row, patch 63 ends the last.*
 #
-# ## First by hand
+# The order is the order of reading: row by row from the top left.
 #
-# A patch is a small picture. To make a vector of it, we write its numbers one after the other: all reds, then all
-# greens, then all blues, each row by row.
+# ## One number at a time
+#
+# First the picture as numbers: three channels (red, green, blue), rows, columns. A pixel value between 0 and 255
+# becomes a number between -1 and 1. (Chapter 11 does this with all the care that real photographs need.)
+
+# %%
+picture = torch.from_numpy(np.array(drawn)).permute(2, 0, 1) / 127.5 - 1  # (C, S, S)
+assert picture.shape == (3, 112, 112)
+assert picture.min() >= -1 and picture.max() <= 1
+
+# %% [markdown]
+# Now the cutting, in plain loops. For each patch we walk over channels, then rows, then columns, and write down what
+# we meet. That makes one list of numbers for each patch.
 
 
 # %%
-def patchify_naive(picture: torch.Tensor, size: int) -> torch.Tensor:
+def patchify_naive(picture: torch.Tensor, patch_size: int) -> torch.Tensor:
+    channels, height, width = picture.shape
     patches = []
-    for top in range(0, picture.shape[1], size):  # down the picture
-        for start in range(0, picture.shape[2], size):  # and along each row
+    for top in range(0, height, patch_size):
+        for left in range(0, width, patch_size):
             numbers = []
-            for channel in range(3):
-                for y in range(top, top + size):
-                    for x in range(start, start + size):
-                        numbers.append(picture[channel, y, x].item())
+            for channel in range(channels):
+                for row in range(top, top + patch_size):
+                    for column in range(left, left + patch_size):
+                        numbers.append(picture[channel, row, column].item())
             patches.append(numbers)
     return torch.tensor(patches)
 
 
-naive = patchify_naive(raw, 14)
+naive = patchify_naive(picture, patch_size)
 naive.shape
 
 # %% [markdown]
-# 64 patches of 588 numbers: 3 channels times 14 times 14 pixels.
+# 64 patches, and $3 \cdot 14 \cdot 14$ numbers in each. Nothing is lost so far: the same numbers stand in
+# another order.
+
+# %%
+assert naive.shape == (64, 3 * 14 * 14) == (64, 588)
+assert naive.numel() == picture.numel()
+assert torch.equal(naive.flatten().sort().values, picture.flatten().sort().values)
+
+# %% [markdown]
+# 588 numbers are a clumsy token. The model wants vectors of its own width $D$. The cheapest way there is a linear
+# map: each new number is a weighted sum of all 588, plus a constant. Every patch goes through the same weights.
+
+
+# %%
+def embed_naive(patch: list[float], weight: list[list[float]], bias: list[float]) -> list[float]:
+    token = []
+    for weights, constant in zip(weight, bias, strict=True):
+        total = constant
+        for number, factor in zip(patch, weights, strict=True):
+            total += number * factor
+        token.append(total)
+    return token
+
+
+embed_naive([1.0, -1.0, 0.5], weight=[[1.0, 1.0, 1.0], [2.0, 0.0, 4.0]], bias=[0.0, 10.0])
+
+# %% [markdown]
+# A patch of three numbers became a token of two.
 #
 # ## The formula
 #
-# A patch vector $x_p$ has 588 numbers. The model works with tokens of width $D$. One matrix $W$ and one vector $b$,
-# the same for every patch, make the token. A learned vector $e_p$ for each place says where the patch was.
+# $$ z_p = W x_p + b + e_p, \qquad p = 1 \dots P, \qquad P = \left(\frac{S}{s}\right)^2 $$
 #
-# $$ t_p = W x_p + b + e_p, \qquad p = 1 \dots P, \qquad P = \left(\frac{S}{14}\right)^2 $$
+# $S$ is the picture's side in pixels, $s$ the patch's side; $x_p$ holds the $C s^2$ numbers of patch $p$;
+# $W$ is a $D \times C s^2$ matrix. $e_p$ is new: a vector for the *place* $p$. We come to it below.
 #
 # ## All patches at once
 #
-# PyTorch cuts the patches in one call.
+# PyTorch calls the cutting `unfold`. It hands back one patch a column, so we turn the result around.
 
 
 # %%
@@ -131,37 +177,75 @@ def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 # %% [markdown]
-# ## Proof
-#
-# It gives the same numbers in the same order as the six loops.
+# It equals the five loops, number for number.
 
 # %%
-torch.testing.assert_close(patchify(raw[None], 14)[0], naive)
+patches = patchify(picture[None], patch_size)  # (1, P, C*p*p)
+assert torch.equal(patches[0], naive)
 
 # %% [markdown]
-# ## A convolution that does not overlap
+# ## The same thing by another name
 #
-# Checkpoints do not store $W$ as a matrix. They store the weight of a convolution, with shape $(D, 3, 14, 14)$. A
-# convolution slides a small window over the picture, and at each stop multiplies and adds. If the window is 14 pixels
-# wide and takes steps of 14 pixels, the stops are exactly our patches.
+# Look into any implementation of a vision transformer, and you find no cutting at all. You find a **convolution**: a
+# small window of weights that slides over the picture and gives a weighted sum at each stop.
+#
+# When the window is as large as a patch and each step as long as the window, no pixel is seen twice and none is left
+# out. That is cutting and mapping in one stroke. The weights are the same, only folded back into a square.
 
 # %%
-convolution = torch.nn.Conv2d(3, 32, kernel_size=14, stride=14)
-slid = convolution(raw[None])  # (1, 32, 8, 8)
+convolution = nn.Conv2d(3, 128, kernel_size=patch_size, stride=patch_size)
+by_convolution = convolution(picture[None])  # (1, D, S/p, S/p)
+by_convolution = by_convolution.flatten(2).transpose(1, 2)  # (1, P, D)
 
-matrix = convolution.weight.flatten(1)  # (32, 588): each filter written as one row
-multiplied = patchify(raw[None], 14) @ matrix.T + convolution.bias  # (1, 64, 32)
+weight = convolution.weight.flatten(1)  # (D, C*p*p)
+by_linear = F.linear(patches, weight, convolution.bias)  # (1, P, D)
 
-torch.testing.assert_close(slid.flatten(2).transpose(1, 2), multiplied)
+torch.testing.assert_close(by_linear, by_convolution, rtol=1e-5, atol=1e-5)
 
 # %% [markdown]
-# The two are one operation under two names. We keep the weight in the shape that files have, and compute with the
-# matrix product.
+# Checkpoints store the folded shape, (D, 3, 14, 14). We keep it, so that files load without a conversion, and flatten
+# it when we use it.
 #
-# ## The embedding
+# This only works because `patchify` writes channel, row, column, and `flatten` reads in that order. A patch written
+# row, column, channel has the same 588 numbers and the same shape. Nothing crashes. The tokens are wrong.
+
+# %%
+shuffled = patches.unflatten(-1, (3, 14, 14)).permute(0, 1, 3, 4, 2).flatten(2)  # row, column, channel
+wrong = F.linear(shuffled, weight, convolution.bias)
+assert wrong.shape == by_linear.shape
+assert (wrong - by_linear).abs().max() > 0.1
+
+# %% [markdown]
+# ## A place for every patch
 #
-# The position vectors are learned like any other weight. They are needed: attention (next chapter) does not know
-# the order of its tokens, so a patch must carry its place with it.
+# One map for all patches has a price: it does not know where a patch comes from. Take the 64 patches, shuffle them,
+# and the tokens are the old ones, shuffled.
+
+# %%
+order = torch.randperm(64)
+tokens_of_shuffled = F.linear(patches[:, order], weight, convolution.bias)
+torch.testing.assert_close(tokens_of_shuffled, by_linear[:, order])
+
+# %% [markdown]
+# Chapter 03 will show that attention does not care about order either. So a model without places could not tell these
+# two pictures apart.
+
+# %%
+mixed = F.fold(patches[:, order].transpose(1, 2), size, kernel_size=patch_size, stride=patch_size)[0]
+figure, axes = plt.subplots(1, 2, figsize=(5.2, 2.7))
+for axis, shown, title in zip(axes, (picture, mixed), ("the scene", "the same 64 patches")):
+    axis.imshow(shown.permute(1, 2, 0) / 2 + 0.5)
+    axis.set_title(title)
+    axis.axis("off")
+save(figure, "02_shuffled")
+
+# %% [markdown]
+# *Figure: the scene, and beside it the same squares in random order, a mosaic in which no shape is left.*
+#
+# The remedy is a table with one row for each place. Row $p$ is added to whatever token stands at place $p$. The rows
+# are learned like any other weight: the model finds out for itself what is worth knowing about a place.
+#
+# The class below holds both parts. In `forward`, read the shapes.
 
 
 # %%
@@ -206,113 +290,251 @@ class PatchEmbeddings(nn.Module):
 # %% [markdown]
 # ## Proof
 #
-# The reference is the embedding of `transformers`, with our random weights in it.
+# The class equals the loops: cut by hand, map by hand, add the row of the place. We check three of the 64 patches,
+# because pure Python is slow.
 
 # %%
-from transformers import SiglipVisionConfig
-from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
-
-ours = PatchEmbeddings(image_size=112, patch_size=14, hidden_size=32)
-reference = SiglipVisionEmbeddings(SiglipVisionConfig(image_size=112, patch_size=14, hidden_size=32))
-print(reference.load_state_dict(ours.state_dict(), strict=False))
-torch.testing.assert_close(ours(raw[None]), reference(raw[None]))
+embed = PatchEmbeddings(image_size=112, patch_size=14, hidden_size=128)
+with torch.no_grad():
+    tokens = embed(picture[None])  # (1, P, D)
+    flat = embed.patch_embedding.weight.flatten(1).tolist()
+    for place in (0, 27, 63):
+        by_hand = torch.tensor(embed_naive(naive[place].tolist(), flat, embed.patch_embedding.bias.tolist()))
+        by_hand += embed.position_embedding.weight[place]
+        torch.testing.assert_close(tokens[0, place], by_hand, rtol=1e-5, atol=1e-5)
 
 # %% [markdown]
-# The names of the weights agree too. That is on purpose: chapter 12 will load real files into these modules.
-#
-# ## A look inside: what a patch loses
-#
-# A token of width $D$ is made of 588 numbers. If $D$ is smaller, something must go. To see how much, we take many
-# patches of drawn scenes and ask for the best linear map to $k$ numbers and back. (The answer is a singular value
-# decomposition.)
+# And it equals torch's convolution plus the table, for a batch. (`tests/test_patches.py` compares with the SigLIP of
+# `transformers`, weight for weight.)
 
 # %%
-many = torch.stack(
-    [
-        torch.tensor(list(draw_scene(make_scene(seed)).get_flattened_data())).reshape(112, 112, 3).permute(2, 0, 1)
-        for seed in range(100, 160)
-    ]
-)
-cut = patchify(many / 127.5 - 1, 14).flatten(0, 1)  # (3840, 588)
-mean = cut.mean(0)
-_, _, directions = torch.linalg.svd(cut - mean, full_matrices=False)
+batch = torch.randn(2, 3, 112, 112)
+with torch.no_grad():
+    reference = embed.patch_embedding(batch).flatten(2).transpose(1, 2) + embed.position_embedding.weight
+    torch.testing.assert_close(embed(batch), reference, rtol=1e-5, atol=1e-5)
 
-figure, axes = plt.subplots(1, 4, figsize=(6.4, 1.9))
-errors = {}
-for axis, k in zip(axes, (2, 16, 128, 588), strict=True):
-    kept = (cut[: 0 + 64] - mean) @ directions[:k].T  # (64, k)
-    back = kept @ directions[:k] + mean
-    errors[k] = (back - cut[:64]).square().mean().sqrt().item()
-    shown = torch.nn.functional.fold(back.T[None], 112, 14, stride=14)[0].permute(1, 2, 0)
-    axis.imshow((shown * 0.5 + 0.5).clamp(0, 1))
-    axis.set_title(f"k = {k}")
+# %% [markdown]
+# Now order matters: the shuffled picture gives other tokens, not the old ones shuffled.
+
+# %%
+with torch.no_grad():
+    assert (embed(mixed[None]) - tokens[:, order]).abs().max() > 0.1
+
+# %% [markdown]
+# ## How many tokens
+#
+# PaliGemma cuts patches of 14 pixels and comes in three picture sizes. Twice the side is four times the tokens.
+
+# %%
+token_counts = {side: (side // 14) ** 2 for side in (112, 224, 448, 896)}
+assert token_counts == {112: 64, 224: 256, 448: 1024, 896: 4096}
+token_counts
+
+# %% [markdown]
+# 112 is the pocket model of this book, the others are PaliGemma's. 224 pixels make $224 / 14 = 16$ patches a side and
+# 256 tokens. A page of text to read wants 896: a letter must not be smaller than the grid can tell.
+#
+# A side that 14 does not divide is an error. Silently dropping the last columns would be worse.
+
+# %%
+try:
+    patchify(torch.zeros(1, 3, 112, 120), 14)
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# ## What a patch loses
+#
+# Three things can go missing between pixels and tokens. The first is **detail, in the linear map**. It depends on the
+# width. PaliGemma's tokens have 1,152 numbers, more than the 588 that come in: the map can be undone, and we get the
+# pixels back.
+
+# %%
+wide = torch.randn(1152, 588, dtype=torch.float64)
+pixels_back = (patches[0].double() @ wide.T) @ torch.linalg.pinv(wide).T  # (P, 588)
+torch.testing.assert_close(pixels_back, patches[0].double(), rtol=0, atol=1e-9)
+
+# %% [markdown]
+# The pocket's tokens have 128 numbers. 588 do not fit in. But patches are not noise: neighbouring pixels are nearly
+# equal, so a few directions say nearly everything. The singular value decomposition finds the best ones. We take them
+# from 200 scenes, keep $D$ of them, and look at what comes back.
+
+# %%
+many = torch.stack([torch.from_numpy(np.array(draw_scene(make_scene(seed)))) for seed in range(200)])
+many = patchify(many.permute(0, 3, 1, 2) / 127.5 - 1, patch_size).flatten(0, 1)  # (200 * P, 588)
+centre = many.mean(dim=0)
+energy, directions = torch.linalg.eigh((many - centre).T @ (many - centre))  # smallest first
+energy, directions = energy.flip(0), directions.flip(1)  # (588,), (588, 588)
+kept = {width: (energy[:width].sum() / energy.sum()).item() for width in (1, 8, 32, 128)}
+assert kept[8] > 0.85 and kept[128] > 0.99
+{width: f"{share:.1%}" for width, share in kept.items()}
+
+# %%
+figure, axes = plt.subplots(1, 5, figsize=(8.4, 2))
+for axis, width in zip(axes, (1, 8, 32, 128, 588)):
+    basis = directions[:, :width]
+    returned = (patches - centre) @ basis @ basis.T + centre  # (1, P, 588)
+    shown = F.fold(returned.transpose(1, 2), size, kernel_size=patch_size, stride=patch_size)[0]
+    axis.imshow((shown.permute(1, 2, 0) / 2 + 0.5).clamp(0, 1))
+    axis.set_title(f"{width} number{'s' if width > 1 else ''}", fontsize=9)
     axis.axis("off")
-save(figure, "02_loss")
-plt.show()
-assert errors[2] > errors[16] > errors[128] > errors[588]
+save(figure, "02_width")
 
 # %% [markdown]
-# *The same scene, rebuilt from 2, 16, 128 and all 588 numbers a patch.* Shapes come back long before the last pixel
-# does. The real model has $D = 1152$, more than 588, so the cut itself loses nothing. What is lost is resolution: what
-# is smaller than a pixel of the resized picture was gone before.
+# *Figure: the scene rebuilt from tokens of 1, 8, 32, 128 and 588 numbers. With one, patches are grey squares; with
+# eight, blocks of colour; with 32 edges appear; from 128 on the eye sees no difference.*
 #
-# There is one more loss. Inside a patch, the map is linear, so a token cannot say "here is an edge, wherever it lies".
-# Finding that out is the work of the layers behind it.
+# The second loss is **what happens before the cut**. The picture is resized to the model's side, and what is smaller
+# than a pixel then is gone. No width of token brings it back. Here is the scene, made small, as a model of 28 pixels
+# would get it: four tokens.
+
+# %%
+figure, axes = plt.subplots(1, 3, figsize=(6.6, 2.4))
+for axis, side in zip(axes, (112, 56, 28)):
+    axis.imshow(drawn.resize((side, side)))
+    axis.set_title(f"{side} pixels, {(side // patch_size) ** 2} tokens", fontsize=9)
+    axis.axis("off")
+save(figure, "02_resize")
+
+# %% [markdown]
+# *Figure: the scene at 112, 56 and 28 pixels. At 28 the tips of the star are blurred, and the small
+# diamond could as well be a cross.*
+#
+# The third loss is subtler: **a thing that moves does not give the same tokens at another place**. Move the scene by
+# a whole patch, and (without positions) the tokens move along. Move it by a few pixels, and every patch that holds an
+# edge looks different. The line shows how far the tokens are from the nearest whole-patch shift.
+
+
+# %%
+def tokens_without_places(shown: torch.Tensor) -> torch.Tensor:
+    return F.linear(patchify(shown[None], patch_size), weight)[0].unflatten(0, (per_side, per_side))  # (8, 8, D)
+
+
+still = tokens_without_places(picture)
+distances = []
+for shift in range(29):
+    moved = tokens_without_places(picture.roll(shift, dims=2))
+    candidates = [(moved - still.roll(whole, dims=1)).norm() for whole in range(3)]
+    distances.append((min(candidates) / (still - still.mean((0, 1))).norm()).item())
+assert max(distances[0], distances[14], distances[28]) < 1e-5
+assert min(distances[4:11]) > 0.5
+
+figure, axis = plt.subplots(figsize=(6.4, 2.6))
+axis.plot(range(29), distances, color=PICTURE, marker="o", ms=3)
+for whole in (0, 14, 28):
+    axis.annotate("same tokens", (whole, 0), (whole, 0.14), ha="center", fontsize=8, color="0.3")
+axis.set(xlabel="pixels moved to the right", ylabel="relative distance", xticks=range(0, 29, 7))
+save(figure, "02_shift")
+
+# %% [markdown]
+# *Figure: a line that touches zero at shifts of 0, 14 and 28 pixels and rises steeply between.*
+#
+# So the tokens of this chapter know what colour stands in a square, and where. That two squares hold halves of one
+# star, they do not know. Someone has to compare them.
+#
+# ## A look inside
+#
+# The directions that we kept above are patches themselves, so we can look at them. They are the best alphabet for
+# squares of this world: first brightness, then colours, then edges from one side to the other.
+
+# %%
+figure, axes = plt.subplots(2, 8, figsize=(7.4, 2.1))
+for number, axis in enumerate(axes.flat):
+    filter_ = directions[:, number].unflatten(0, (3, 14, 14)).permute(1, 2, 0)  # (14, 14, 3)
+    axis.imshow(filter_ / filter_.abs().max() / 2 + 0.5)
+    axis.set_title(number + 1, fontsize=8, color=HEADS[0])
+    axis.axis("off")
+save(figure, "02_alphabet")
+
+# %% [markdown]
+# *Figure: sixteen small squares. The first are even in colour, the next change from left to right or from top to
+# bottom, later ones show stripes and checks.*
 #
 # ## The bill
+#
+# One matrix, one bias, one table. For PaliGemma at 224 pixels that is less than a million numbers.
 
 
 # %%
-def bill(image_size: int, hidden_size: int, patch_size: int = 14) -> dict[str, int]:
-    patches = (image_size // patch_size) ** 2
-    numbers = 3 * patch_size**2
-    return {
-        "tokens": patches,
-        "parameters": hidden_size * numbers + hidden_size + patches * hidden_size,
-        "multiplications": patches * numbers * hidden_size,
-    }
+def embedding_parameters(image_size: int, hidden_size: int, patch_size: int = 14, num_channels: int = 3) -> int:
+    linear = num_channels * patch_size**2 * hidden_size + hidden_size
+    return linear + (image_size // patch_size) ** 2 * hidden_size
 
 
-pocket, large = bill(112, 128), bill(224, 1152)
-assert large["tokens"] == 256 and pocket["tokens"] == 64
-assert large["parameters"] == sum(p.numel() for p in PatchEmbeddings(224, 14, 1152).parameters()) == 973_440
-{"pocket": pocket, "PaliGemma 3B at 224 px": large, "at 448 px": bill(448, 1152), "at 896 px": bill(896, 1152)}
+with torch.device("meta"):  # shapes without numbers: nothing is allocated
+    for sizes in ((112, 128), (224, 1152), (448, 1152), (896, 1152)):
+        built = PatchEmbeddings(sizes[0], 14, sizes[1])
+        assert sum(parameter.numel() for parameter in built.parameters()) == embedding_parameters(*sizes)
+assert embedding_parameters(112, 128) == 83_584
+assert embedding_parameters(224, 1152) == 973_440
 
 # %% [markdown]
-# Twice the side gives four times the tokens: 256, 1,024, 4,096. Each costs the same here, but attention will compare
-# all pairs.
-#
+# Work: each of $P$ patches costs $C s^2 D$ multiplications and as many additions. We count both, and call that FLOPs.
+
+# %%
+flops = {side: 2 * 588 * width * (side // 14) ** 2 for side, width in ((112, 128), (224, 1152), (896, 1152))}
+assert flops[112] == 9_633_792  # ten million
+assert flops[224] == 346_816_512  # a third of a billion
+assert flops[896] == 16 * flops[224]
+
+# %% [markdown]
+# Bytes: the tokens of one 224-pixel picture, in 16 bits, take four times as many bytes as the picture's pixels.
+# Tokens are not compression. They are a form in which a model can think.
+
+# %%
+token_bytes = 256 * 1152 * 2
+pixel_bytes = 224 * 224 * 3
+assert token_bytes == 589_824 and pixel_bytes == 150_528
+assert round(token_bytes / pixel_bytes) == 4
+
+# %% [markdown]
 # ## Your turn
 #
-# **1.** How many tokens does a picture of side `size` give, with patches of side `patch`?
+# **1.** ★ Which patch holds the pixel in row `row` and column `column`? Write `patch_of(row, column, image_size)` for
+# patches of 14 pixels.
 
 
 # %%
-def token_count(size: int, patch: int) -> int: ...
+def patch_of(row: int, column: int, image_size: int) -> int: ...
 
 
-check(token_count, ((224, 14), 256), ((448, 14), 1024), ((112, 16), 49))
+check(patch_of, ((0, 0, 112), 0), ((0, 14, 112), 1), ((14, 0, 112), 8), ((223, 223, 224), 255), ((100, 30, 448), 226))
 
 # %% [markdown]
-# **2.** Which patch does the pixel in row `y`, column `x` belong to? Count patches row by row from 0.
+# **2.** ★★ Undo the cut. Write `unpatchify(patches, patch_size)`: patches (B, P, 3 * p * p) back to pictures
+# (B, 3, S, S). `F.fold` is one way; `unflatten`, `permute` and `flatten` another.
 
 
 # %%
-def patch_of(y: int, x: int, size: int, patch: int) -> int: ...
+def unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor: ...
 
 
-check(patch_of, ((0, 0, 112, 14), 0), ((13, 14, 112, 14), 1), ((14, 0, 112, 14), 8), ((111, 111, 112, 14), 63))
+check(unpatchify, ((patches, 14), picture[None]), ((patchify(batch, 28), 28), batch))
 
 # %% [markdown]
-# **3.** Put the picture together again: patches `(P, 3 * p * p)` to `(3, S, S)`. (The chapter used a PyTorch function
-# for it. Can you do it with `reshape` and `permute`?)
+# **3.** ★★ A model taught at 224 pixels has a table of 256 places. To read 448 pixels it needs 1,024. Write
+# `grow(table, side)`: a table (P, D) as a square of places, resized to `side` x `side` places with
+# `F.interpolate(..., mode="bilinear")`, and back to (side * side, D).
 
 
 # %%
-def unpatchify(patches: torch.Tensor, size: int, patch: int) -> torch.Tensor: ...
+def grow(table: torch.Tensor, side: int) -> torch.Tensor: ...
 
 
-check(unpatchify, ((naive, 112, 14), raw))
+places = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+doubled = [0, 0.25, 0.75, 1, 0.5, 0.75, 1.25, 1.5, 1.5, 1.75, 2.25, 2.5, 2, 2.25, 2.75, 3]
+check(grow, ((places, 2), places), ((places, 4), torch.tensor(doubled)[:, None]))
 
 # %% [markdown]
-# Next: 64 tokens that know nothing of each other learn to look around.
+# **4.** ★★★ `patchify` without `unfold`: a picture (B, C, S, S) is already all the numbers, and only the order is
+# wrong. Write `patchify_by_hand(pictures, patch_size)` with `unflatten`, `permute` and `flatten` alone.
+
+
+# %%
+def patchify_by_hand(pictures: torch.Tensor, patch_size: int) -> torch.Tensor: ...
+
+
+check(patchify_by_hand, ((picture[None], 14), patches), ((batch, 28), patchify(batch, 28)))
+
+# %% [markdown]
+# **Next**, in chapter 03: the 64 tokens look at each other.

@@ -47,7 +47,7 @@ row = ["pic", "pic", "...", "pic", "bos", "what", "colour", "?", "\\n", "red", "
 kinds = ["picture"] * 4 + ["prompt"] * 5 + ["answer"] * 2
 figure, axis = plt.subplots(figsize=(7, 1.5))
 draw_tokens(axis, row, kinds)
-for place, kind in enumerate(kinds):
+for place in range(len(kinds)):
     learns = place + 1 < len(kinds) and kinds[place + 1] == "answer"
     axis.text(
         place + 0.46,
@@ -266,7 +266,7 @@ for task in ("colour", "caption"):
 
 figure, axis = plt.subplots(figsize=(6.4, 1.7))
 colours = {"picture": PICTURE, "prompt": PROMPT, "answer": ANSWER, "padding": "#d9d9d9"}
-for place, (task, parts) in enumerate(shares.items()):
+for place, parts in enumerate(shares.values()):
     left = 0.0
     for name in colours:
         axis.barh(place, parts[name], left=left, color=colours[name])
