@@ -224,8 +224,8 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
             "and if it is private or asks for a licence, log in with: hf auth login"
         ) from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403):
+        answers = (getattr(cause, "response", None) for cause in (error, error.__cause__))
+        if any(getattr(answer, "status_code", None) in (401, 403) for answer in answers):
             raise RuntimeError(_LICENCE.format(name=name, page=page)) from error
         raise RuntimeError(
             f"no such folder: {name}; and the hub did not give it ({type(error).__name__}): "
@@ -369,9 +369,10 @@ def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: s
     with torch.device("meta"):
         model = PaliGemma(config)
     places = _locate_tensors(folder)
-    if config.text.tie_word_embeddings and "lm_head.weight" in places:
-        _check_tie(places["language_model.embed_tokens.weight"], places.pop("lm_head.weight"))
+    head = places.pop("lm_head.weight", None) if config.text.tie_word_embeddings else None
     _compare(folder, places, model.state_dict())
+    if head is not None:
+        _check_tie(places["language_model.embed_tokens.weight"], head)
     sizes = {name: math.prod(entry["shape"]) * BYTES[entry["dtype"]] for name, (_, _, entry) in places.items()}
     dtype = pick_dtype(dtype, _most_common_dtype(places, sizes), device)
     tensors, windows = {}, {}
