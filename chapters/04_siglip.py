@@ -660,11 +660,16 @@ save(figure, "04_matches")
 assert chances.diagonal().mean() > 4 * chances[~torch.eye(8, dtype=torch.bool)].mean()
 
 # %% [markdown]
-# *Rows are pictures, columns their captions; dark means that they point the same way. The diagonal is the right
-# answer.* After a few seconds, colour is learned and shape begins. The real tower saw billions of pairs.
+# *Figure: eight windows with one thing each down the left side, eight captions along the top, and a grid of chances in
+# percent. The diagonal is dark. Where another square has some grey, picture and caption share a colour or a shape.*
 #
-# The pocket model's tower has the same classes. # How alike are the features of patches? We take one patch of a thing and compare it with all others, before the first
-# block and after the last.
+# Nobody told the tower what a star is. It found out because "star" was in the right sentences.
+
+# %% [markdown]
+# ## What a trained tower sees alike
+#
+# The pocket model's tower has the same classes. How alike are the features of its patches? We take one patch of the
+# star and compare it with all others, before the first block and after the last.
 
 # %%
 model = load(os.environ.get("SIGMA_BOOK_MODEL"))
@@ -689,10 +694,9 @@ save(figure, "04_alike")
 plt.show()
 
 # %% [markdown]
-# *Figure: eight windows with one thing each down the left side, eight captions along the top, and a grid of chances in
-# percent. The diagonal is dark. Where another square has some grey, picture and caption share a colour or a shape.*
-#
-# Nobody told the tower what a star is. It found out because "star" was in the right sentences.
+# *Figure: a scene with a dot on a patch of the star; how like that patch all others are, before and after the blocks
+# (red alike, blue opposed).* Before, likeness is a matter of colour and of place. After, the patches of the star
+# stand out against all else.
 #
 # ## The bill
 #

@@ -7,6 +7,7 @@
 #     language: python
 #     name: python3
 # ---
+
 # %% [markdown]
 # # From files to tensors
 #
@@ -31,6 +32,64 @@ import sentencepiece
 import tokenizers
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+# %%
+import tempfile
+
+import matplotlib.pyplot as plt
+
+import sigma_book
+from sigma_book.style import GREY, PICTURE, PROMPT, check, draw_tokens, save, use_style
+from sigma_book.world import draw_scene, make_scene
+
+use_style()
+_ = torch.manual_seed(0)
+FOLDER = Path(sigma_book.__file__).parent / "pocket_model"
+
+# %% [markdown]
+# ## The picture
+#
+# A model knows only what it was trained on. If its pictures were resized in one way and ours in another, or a space is cut
+# off where it was not, nothing fails. The answers get a little worse, and nobody knows why. So this chapter is about being
+# exact.
+
+# %%
+figure, axis = plt.subplots(figsize=(6.8, 1.8))
+for line, stages in enumerate((("file", "RGB", "square", "-1 to 1"), ("text", "pieces", "ids", "laid out"))):
+    for place, name in enumerate(stages):
+        colour = PICTURE if line == 0 else PROMPT
+        axis.text(
+            place,
+            -line,
+            name,
+            ha="center",
+            va="center",
+            color="white",
+            bbox={"boxstyle": "round", "fc": colour, "ec": "none"},
+        )
+        if place:
+            axis.annotate(
+                "", (place - 0.3, -line), (place - 0.7, -line), arrowprops={"arrowstyle": "->", "color": GREY}
+            )
+axis.annotate("", (3.62, -0.5), (3.3, -0.1), arrowprops={"arrowstyle": "->", "color": GREY})
+axis.annotate("", (3.62, -0.5), (3.35, -0.9), arrowprops={"arrowstyle": "->", "color": GREY})
+axis.text(3.9, -0.5, "batch", ha="center", va="center", bbox={"boxstyle": "round", "fc": "white", "ec": GREY})
+axis.set(xlim=(-0.5, 4.3), ylim=(-1.4, 0.4))
+axis.axis("off")
+save(figure, "11_ways")
+plt.show()
+
+# %% [markdown]
+# *Two ways that end in one batch: a file becomes RGB, a square, numbers from -1 to 1; a text becomes pieces, ids, a row.*
+#
+# ## Any picture as RGB
+#
+# Files come in many kinds. A telephone stores a portrait lying on its side, with a note that says "turn me". A logo has a
+# transparent ground. A scan has 16 bits a pixel, a print four inks. The model wants three numbers a pixel and nothing else.
+#
+# Our rules: the note (EXIF) is obeyed, what is transparent lies on white, 16 bits are scaled to 8. And a file that is
+# broken or dangerously large says so in a sentence.
+
 
 # %%
 # | export
@@ -114,6 +173,96 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 # %%
+scene = draw_scene(make_scene(155))
+folder = Path(tempfile.mkdtemp())
+turned = scene.rotate(90)
+note = Image.Exif()
+note[0x0112] = 6  # "turn me a quarter to the right"
+turned.save(folder / "turned.jpg", exif=note, quality=95)
+clear = scene.convert("RGBA")
+clear.putalpha(Image.linear_gradient("L").resize(scene.size))
+clear.save(folder / "clear.png")
+Image.fromarray(np.asarray(scene.convert("L")).astype(np.uint16) * 257).save(folder / "deep.png")
+scene.convert("CMYK").save(folder / "inks.jpg")
+
+figure, axes = plt.subplots(2, 4, figsize=(6.4, 3.5))
+for column, name in zip(axes.T, ("turned.jpg", "clear.png", "deep.png", "inks.jpg"), strict=True):
+    with Image.open(folder / name) as stored:
+        raw = np.asarray(stored)
+        column[0].imshow(raw if stored.mode != "CMYK" else raw[..., :3], cmap="Greys_r")
+        column[0].set_title(f"{name}\n{stored.mode}", fontsize=8)
+    column[1].imshow(load_image(folder / name))
+    column[0].axis("off")
+    column[1].axis("off")
+save(figure, "11_modes")
+plt.show()
+assert load_image(folder / "turned.jpg").size == scene.size
+
+# %% [markdown]
+# *Above, the numbers as they lie in four files: lying on its side, half transparent, in 16-bit grey, in four inks (shown as if
+# three of them were colours). Below, what the model gets.*
+
+# %%
+(folder / "notes.png").write_text("this is no picture")
+(folder / "half.jpg").write_bytes((folder / "turned.jpg").read_bytes()[:700])
+for name in ("notes.png", "half.jpg", "nowhere.png"):
+    try:
+        load_image(folder / name)
+    except (ValueError, FileNotFoundError) as error:
+        print(type(error).__name__, "-", str(error).replace(str(folder), "..."))
+
+# %% [markdown]
+# ## A smaller square, by hand
+#
+# Making a row of pixels smaller means mixing. Taking every third pixel would drop the others: thin lines vanish, edges
+# get stairs. Instead each new pixel is a weighted mean of those that it covers. *Bicubic* is a shape for the weights: a hump with
+# a small dip on each side, which keeps edges crisp.
+
+
+# %%
+def hump(x: float) -> float:
+    x = abs(x)
+    if x < 1:
+        return 1.5 * x**3 - 2.5 * x**2 + 1
+    return -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
+
+
+def shrink_naive(row: list[float], size: int) -> list[float]:
+    scale = len(row) / size
+    wide = max(scale, 1.0)  # when shrinking, the hump is stretched over all pixels that melt into one
+    new = []
+    for place in range(size):
+        centre = (place + 0.5) * scale
+        weights = [hump((i + 0.5 - centre) / wide) for i in range(len(row))]
+        new.append(sum(w * value for w, value in zip(weights, row, strict=True)) / sum(weights))
+    return new
+
+
+row = np.asarray(scene.convert("L"))[60].astype(float)
+by_hand = shrink_naive(row.tolist(), 40)
+by_pillow = Image.fromarray(row[None].astype(np.float32)).resize((40, 1), Image.Resampling.BICUBIC)
+assert np.abs(np.array(by_hand) - np.asarray(by_pillow)[0]).max() < 0.01
+
+figure, axis = plt.subplots(figsize=(6, 2.2))
+axis.plot(np.arange(112), row, color=GREY, lw=1)
+axis.plot((np.arange(40) + 0.5) * 2.8, by_hand, color=PICTURE, marker="o", ms=3, lw=1)
+axis.plot((np.arange(40) + 0.5) * 2.8, row[(np.arange(40) * 2.8).astype(int)], color=PROMPT, lw=0, marker="x", ms=4)
+axis.set(xlabel="place in the row", ylabel="grey")
+save(figure, "11_shrink")
+plt.show()
+
+# %% [markdown]
+# *One row of the picture (grey line), shrunk to 40 pixels: bicubic (blue dots) overshoots a little at edges and stays true to them;
+# taking every third pixel (orange crosses) jumps.*
+#
+# ## The formula
+#
+# $$ x = \frac{\mathrm{pixel} / 255 - 0.5}{0.5} $$
+#
+# The square is the same for every picture: a wide one is squeezed. PaliGemma was trained so, and boxes count on it.
+
+
+# %%
 # | export
 def pixels(image: Image.Image, size: int) -> torch.Tensor:
     """An RGB picture as the tower wants it: squeezed to a square, bicubic with antialiasing, from -1 to 1.
@@ -133,6 +282,61 @@ def pixels(image: Image.Image, size: int) -> torch.Tensor:
     square = image.resize((size, size), Image.Resampling.BICUBIC)
     values = torch.from_numpy(np.array(square)).permute(2, 0, 1).float()  # (3, S, S)
     return values * (1 / 255) / 0.5 - 1.0
+
+
+# %% [markdown]
+# ## Proof
+#
+# The reference is the Pillow-backed image processor of `transformers`. (Its other one uses torchvision, whose bicubic
+# differs by a grey level here and there.)
+
+# %%
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+reference = SiglipImageProcessorPil(size={"height": 112, "width": 112}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+rng = np.random.default_rng(0)
+worst = 0.0
+for width, height in ((112, 112), (640, 480), (31, 200), (2, 2), (300, 299)):
+    noise = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    expected = reference(noise, return_tensors="pt")["pixel_values"][0]
+    worst = max(worst, (pixels(noise, 112) - expected).abs().max().item())
+assert worst < 1e-6
+worst
+
+# %% [markdown]
+# ## Text: pieces, by hand
+#
+# A tokenizer cuts text into pieces from a list. It starts with single letters and joins neighbours, always the pair
+# that stands first in its table of *merges*, until no pair is left in the table. A space is written as a low line, `▁`, and
+# belongs to the word behind it.
+
+# %%
+table = json.loads((FOLDER / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+ranks = {tuple(pair): rank for rank, pair in enumerate(table["merges"])}
+
+
+def cut_naive(word: str) -> list[str]:
+    parts = list(word.replace(" ", "▁"))
+    while True:
+        pairs = [(ranks[pair], place) for place, pair in enumerate(zip(parts, parts[1:])) if pair in ranks]
+        if not pairs:
+            return parts
+        _, place = min(pairs)
+        parts[place : place + 2] = ["".join(parts[place : place + 2])]
+        print("  ", " | ".join(parts))
+
+
+cut_naive(" star")
+
+# %% [markdown]
+# What is not in the list at all falls back to bytes: every text can be written, if need be a byte at a time.
+#
+# Some pieces are never cut: `<loc0001>`, `<seg001>`, `<image>`. A tokenizer that splits `<loc0001>` into characters makes
+# detection "return nothing"; it is one of the bugs that others shipped.
+#
+# There are two kinds of tokenizer file. `tokenizer.model` belongs to SentencePiece, `tokenizer.json` to another library.
+# Checkpoints come with both or with one, so we read either. One rule to know: a special name typed by a user, such as
+# `<bos>`, becomes that token, as in the reference.
 
 
 # %%
@@ -163,7 +367,13 @@ class Tokenizer:
             If a file cannot be read, or a token is missing that PaliGemma needs.
         """
         folder = Path(folder)
-        names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+        names = (
+            "tokenizer.json",
+            "tokenizer.model",
+            "tokenizer_config.json",
+            "added_tokens.json",
+            "special_tokens_map.json",
+        )
         files = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
         kind = next((name for name in ("tokenizer.json", "tokenizer.model") if name in files), None)
         if kind is None:
@@ -268,8 +478,63 @@ class _Model:
         named = {index: piece for piece, index in self._cut.items()}
         runs = itertools.groupby(ids, key=lambda token: token in named)
         return "".join(
-            "".join(named[token] for token in run) if is_cut else self._library.decode(list(run)) for is_cut, run in runs
+            "".join(named[token] for token in run) if is_cut else self._library.decode(list(run))
+            for is_cut, run in runs
         )
+
+
+# %%
+tokenizer = Tokenizer.from_folder(FOLDER)
+for text in (" star", "detect red star", "<loc0001><loc1023>", "é"):
+    ids = tokenizer.encode(text)
+    print(f"{text!r}: {[tokenizer.decode([token]) for token in ids]}")
+    assert tokenizer.decode(ids) == text
+assert [table["vocab"][part] for part in cut_naive(" star")] == tokenizer.encode(" star")
+
+# %% [markdown]
+# ## Proof
+#
+# Three readers give the same ids: ours from `tokenizer.json`, SentencePiece itself, and `transformers`.
+
+# %%
+from transformers import AutoTokenizer
+
+theirs = AutoTokenizer.from_pretrained(FOLDER)
+library = sentencepiece.SentencePieceProcessor(model_file=str(FOLDER / "tokenizer.model"))
+texts = [
+    "",
+    " ",
+    "caption en\n",
+    "  two  spaces ",
+    "a\n\nb",
+    "é 漢字 🙂",
+    "مرحبا",
+    "<loc0001> cat ; <seg127>",
+    "x" * 500,
+]
+for text in texts:
+    assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False) == library.encode(text)
+
+# %% [markdown]
+# ## Laid out in a row
+#
+# The order is fixed: `<image>` as often as there are patches, then the beginning `<bos>`, the prompt, and a newline. The newline is
+# the sign that the question is over. For training the answer follows, and `<eos>`.
+
+# %%
+figure, axes = plt.subplots(2, 1, figsize=(7, 1.7))
+draw_tokens(axes[0], ["img", "...", "img", "bos", "caption", "en", "\\n"], ["picture"] * 3 + ["prompt"] * 4)
+draw_tokens(
+    axes[1],
+    ["pad", "img", "...", "img", "bos", "caption", "\\n", "a", "star", "eos"],
+    ["pad"] + ["picture"] * 3 + ["prompt"] * 3 + ["answer"] * 3,
+)
+save(figure, "11_layout")
+plt.show()
+
+# %% [markdown]
+# *Above, a prompt. Below, a shorter one with padding in front and an answer behind.* Padding goes to the left for
+# answering, so that all rows end together, and to the right for training.
 
 
 # %%
@@ -322,7 +587,9 @@ class Processor:
         folder = Path(folder)
         tokenizer = Tokenizer.from_folder(folder)
         if not (folder / "config.json").exists():
-            raise FileNotFoundError(f"no config.json in {folder}: expected a PaliGemma folder in the Hugging Face layout")
+            raise FileNotFoundError(
+                f"no config.json in {folder}: expected a PaliGemma folder in the Hugging Face layout"
+            )
         vision = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vision_config") or {}
         size, patch = vision.get("image_size", 224), vision.get("patch_size", 14)
         for name in ("preprocessor_config.json", "processor_config.json"):
@@ -359,7 +626,9 @@ class Processor:
         pictures, rows = [], []
         for index, prompt in enumerate(prompts):
             if "<image>" in prompt:
-                raise ValueError(f"prompt {prompt!r} contains <image>: leave it out, the picture's place is set for you")
+                raise ValueError(
+                    f"prompt {prompt!r} contains <image>: leave it out, the picture's place is set for you"
+                )
             shown = [images[index]] if isinstance(images[index], Image.Image) else list(images[index])
             pictures += [pixels(image, self.image_size) for image in shown]
             prefix = [tokenizer.image_id] * (self.num_image_tokens * len(shown)) + [tokenizer.bos_id]
@@ -411,4 +680,88 @@ def _check_settings(settings: dict, path: Path, size: int) -> None:
     wanted = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3, "size": {"height": size, "width": size}}
     for key, value in wanted.items():
         if settings.get(key, value) != value:
-            raise ValueError(f"{path}: {key} is {settings[key]!r}, expected {value!r}: another way to prepare pictures is not supported")
+            raise ValueError(
+                f"{path}: {key} is {settings[key]!r}, expected {value!r}: another way to prepare pictures is not supported"
+            )
+
+
+# %% [markdown]
+# ## Proof
+#
+# The whole processor of `transformers`, on a batch with prompts of different lengths.
+
+# %%
+from transformers import AutoProcessor
+
+processor = Processor.from_folder(FOLDER)
+whole = AutoProcessor.from_pretrained(FOLDER)
+pictures = [draw_scene(make_scene(seed)) for seed in (1, 2, 3)]
+prompts = ["caption en", "", "answer en is the star left of the ring?"]
+ours = processor.prepare(pictures, prompts)
+expected = whole(
+    images=pictures, text=[f"<image>{p}" for p in prompts], return_tensors="pt", padding=True, padding_side="left"
+)
+assert torch.equal(ours.input_ids, expected["input_ids"])
+assert torch.equal(ours.attention_mask, expected["attention_mask"])
+torch.testing.assert_close(ours.pixel_values, expected["pixel_values"])
+
+# %% [markdown]
+# ## A look inside
+#
+# How long is a prompt? Letters against tokens, for words that the pocket's tokenizer knows and for some that it does not.
+
+# %%
+samples = ["caption en", "answer en how many red stars are there?", "what is the dog doing?", "encyclopaedia", "漢字"]
+lengths = {text: (len(text), len(tokenizer.encode(text))) for text in samples}
+for text, (letters, tokens) in lengths.items():
+    print(f"{text!r:46} {letters:3d} letters, {tokens:3d} tokens")
+assert lengths["caption en"][1] == 2 and lengths["漢字"][1] >= 6
+
+# %% [markdown]
+# A word of its world is one token. A word it never met is nearly one token a letter, and a Chinese sign is three bytes. The
+# real tokenizer has 256,000 pieces and knows most words of many languages.
+#
+# ## The bill
+
+# %%
+small, large = 112 * 112 * 3 * 4, 224 * 224 * 3 * 4
+assert large == 602_112
+rows = {"pocket": 64 + 2 + 3, "PaliGemma 3B at 224 px": 256 + 2 + 3, "at 896 px": 4096 + 2 + 3}
+{"bytes of a picture": {"pocket": small, "3B": large}, "tokens of 'caption en'": rows}
+
+# %% [markdown]
+# The picture is nearly all of the prompt.
+#
+# ## Your turn
+#
+# **1.** Bring a grey value from 0 to 255 to the range of the model.
+
+
+# %%
+def to_model(grey: int) -> float: ...
+
+
+check(to_model, ((0,), -1.0), ((255,), 1.0), ((51,), -0.6))
+
+# %% [markdown]
+# **2.** A pixel of one colour with `alpha` from 0 to 1, over white: which grey results?
+
+
+# %%
+def over_white(grey: float, alpha: float) -> float: ...
+
+
+check(over_white, ((0.0, 1.0), 0.0), ((0.0, 0.25), 191.25), ((100.0, 0.0), 255.0))
+
+# %% [markdown]
+# **3.** The length of the longest row, for prompts of these token counts, `n` pictures each, `p` patches a picture.
+
+
+# %%
+def row_length(prompts: list, n: int, p: int) -> int: ...
+
+
+check(row_length, (([2, 7], 1, 256), 265), (([3], 2, 64), 133))
+
+# %% [markdown]
+# Next: twelve gigabytes of numbers, and how to read them.

@@ -7,12 +7,14 @@
 #     language: python
 #     name: python3
 # ---
+
 # %% [markdown]
 # # Weights from a file
 #
 # *How do twelve gigabytes on a disk become a model, without ever standing in memory twice?*
 #
-# **You build** the loader and its opposite. **You need** chapter 10. **Exports** the module `sigma_book.weights`.
+# **You build** the loader and its opposite. **You need** chapters 10 and 11.
+# **Exports** the module `sigma_book.weights`.
 
 # %%
 # | export
@@ -33,34 +35,89 @@ from tqdm import tqdm
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 
 # %%
-# | export
-# Files spell the same tensors in several ways; each pair is (how a name may begin, how it begins here), in this order.
-RENAMED = (
-    ("model.", ""),
-    ("vision_tower.vision_model.", "vision_tower."),
-    ("language_model.model.", "language_model."),
-    ("language_model.lm_head.", "lm_head."),
+import struct
+
+import matplotlib.pyplot as plt
+
+import sigma_book
+from sigma_book.gemma import GemmaConfig
+from sigma_book.paligemma import count_parameters
+from sigma_book.siglip import SiglipConfig
+from sigma_book.style import ANSWER, GREY, PICTURE, PROMPT, check, save, use_style
+
+use_style()
+_ = torch.manual_seed(0)
+FOLDER = Path(sigma_book.__file__).parent / "pocket_model"
+
+# %% [markdown]
+# ## The picture
+#
+# A model is a program and a heap of numbers. The numbers come in files of a kind called *safetensors*. Such a file is as plain
+# as can be: how long the table of contents is, the table of contents, the numbers.
+
+# %%
+path = FOLDER / "model.safetensors"
+with path.open("rb") as file:
+    header_length = struct.unpack("<Q", file.read(8))[0]
+size = path.stat().st_size
+figure, axis = plt.subplots(figsize=(6.8, 1.3))
+parts = (
+    ("8 bytes:\na length", 1.0, GREY),
+    (f"{header_length:,} bytes:\nthe table, JSON", 1.9, PROMPT),
+    (f"{size - 8 - header_length:,} bytes: numbers, one tensor behind the other", 5.0, PICTURE),
 )
-# Some files also store what is not learned, or what PaliGemma never uses: constants, and the tower's pooling head.
-IGNORED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$|^vision_tower\.head\.")
+left = 0.0
+for name, width, colour in parts:
+    axis.add_patch(plt.Rectangle((left, 0), width - 0.05, 1, color=colour, lw=0))
+    axis.text(left + width / 2, 0.5, name, ha="center", va="center", color="white", fontsize=8)
+    left += width
+axis.set(xlim=(0, left), ylim=(-0.05, 1.05))
+axis.axis("off")
+save(figure, "12_file")
+plt.show()
 
+# %% [markdown]
+# *The file of the pocket model as a bar: eight bytes, a table, and the numbers, which are nearly all of it. Not to scale.*
+#
+# The older way was a *pickle*: a file that Python runs to get its numbers back. A stranger's pickle is a stranger's program on
+# your machine. This code never loads one.
+#
+# ## First by hand
+#
+# We read a file with nothing but Python. Eight bytes are a number, the lowest byte first. The table is JSON. Each entry has a
+# dtype, a shape, and the two places between which its bytes lie.
 
-def our_name(name: str) -> str:
-    """The name of a stored tensor in `PaliGemma`'s state dict."""
-    for old, new in RENAMED:
-        if name.startswith(old):
-            name = new + name[len(old) :]
-    return name
+# %%
+with path.open("rb") as file:
+    length = int.from_bytes(file.read(8), "little")
+    table = json.loads(file.read(length))
+    start = 8 + length
+    entry = table["multi_modal_projector.linear.bias"]
+    begin, end = entry["data_offsets"]
+    file.seek(start + begin)
+    raw = file.read(end - begin)
+entry
 
+# %% [markdown]
+# The pocket's numbers are in *bfloat16*: the upper half of a float32. So two bytes of zeros put below each make it whole
+# again.
 
-def hub_name(name: str) -> str:
-    """The name under which files on the hub store a tensor of `PaliGemma`'s state dict."""
-    if name.startswith("vision_tower."):
-        return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
-    if name.startswith("lm_head."):
-        return f"language_model.{name}"
-    return name.replace("language_model.", "language_model.model.", 1)
+# %%
+by_hand = [struct.unpack("<f", b"\x00\x00" + raw[i : i + 2])[0] for i in range(0, len(raw), 2)]
+with safe_open(path, framework="pt") as file:
+    expected = file.get_tensor("multi_modal_projector.linear.bias")
+assert by_hand == expected.float().tolist()
+[round(number, 4) for number in by_hand[:4]]
 
+# %% [markdown]
+# ## The formula
+#
+# $$ \mathrm{end} - \mathrm{begin} = \mathrm{bytes\ of\ a\ number} \times \prod_i \mathrm{shape}_i, \qquad \mathrm{begin}_{k+1} = \mathrm{end}_k $$
+#
+# Tensors follow each other without a gap, from the end of the table to the end of the file. A download that broke off, or a
+# table that lies, contradicts one of these, and is told apart from a good file before a single number is read.
+#
+# ## Reading the table, with care
 
 # %%
 # | export
@@ -154,32 +211,78 @@ def _check_entry(path: Path, name: str, entry: dict) -> None:
 
 
 # %%
-# | export
-def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Write a safetensors file, converting one tensor at a time.
+header = read_header(path)
+assert header == {name: entry for name, entry in table.items() if name != "__metadata__"}
+len(header)
 
-    Parameters
-    ----------
-    path : path
-    tensors : dict
-        By the names they get in the file.
-    dtype : torch.dtype
-        float32, bfloat16 or float16, for all of them.
-    """
-    code = {value: key for key, value in DTYPES.items()}[dtype]
-    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses a file without this format
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * dtype.itemsize
-        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)  # so that the numbers begin at a multiple of 8
-    with Path(path).open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for tensor in tensors.values():
-            ready = tensor.detach().to("cpu", dtype).contiguous()
-            file.write(ready.flatten().view(torch.uint8).numpy())
-        file.flush()
-        os.fsync(file.fileno())  # on the disk before it takes anybody's place
+# %% [markdown]
+# ## Proof
+#
+# The library that everyone uses sees the same tensors with the same shapes. And a file cut short is found out.
+
+# %%
+with safe_open(path, framework="pt") as file:
+    assert set(file.keys()) == set(header)
+    assert all(list(file.get_slice(name).get_shape()) == entry["shape"] for name, entry in header.items())
+
+here = Path(os.environ.get("TMPDIR", "/tmp")) / f"sigma-book-{uuid.uuid4().hex}"
+here.mkdir()
+(here / "cut.safetensors").write_bytes(path.read_bytes()[:-100])
+try:
+    read_header(here / "cut.safetensors")
+except ValueError as error:
+    print(str(error).replace(str(here), "..."))
+
+# %% [markdown]
+# ## Names
+#
+# One tensor has had several names over the years. Files on the hub say `language_model.model.layers.0…`, newer code says
+# `model.language_model.layers.0…`. One small table brings all of them to ours.
+
+# %%
+# | export
+# Files spell the same tensors in several ways; each pair is (how a name may begin, how it begins here), in this order.
+RENAMED = (
+    ("model.", ""),
+    ("vision_tower.vision_model.", "vision_tower."),
+    ("language_model.model.", "language_model."),
+    ("language_model.lm_head.", "lm_head."),
+)
+# Some files also store what is not learned, or what PaliGemma never uses: constants, and the tower's pooling head.
+IGNORED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$|^vision_tower\.head\.")
+
+
+def our_name(name: str) -> str:
+    """The name of a stored tensor in `PaliGemma`'s state dict."""
+    for old, new in RENAMED:
+        if name.startswith(old):
+            name = new + name[len(old) :]
+    return name
+
+
+def hub_name(name: str) -> str:
+    """The name under which files on the hub store a tensor of `PaliGemma`'s state dict."""
+    if name.startswith("vision_tower."):
+        return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+    if name.startswith("lm_head."):
+        return f"language_model.{name}"
+    return name.replace("language_model.", "language_model.model.", 1)
+
+
+# %%
+for name in (
+    "language_model.model.layers.0.mlp.up_proj.weight",
+    "model.language_model.layers.0.mlp.up_proj.weight",
+    "vision_tower.vision_model.post_layernorm.bias",
+):
+    print(f"{name:52s} -> {our_name(name)}")
+assert all(our_name(hub_name(our_name(name))) == our_name(name) for name in header)
+
+# %% [markdown]
+# ## Which folder, which device, which dtype
+#
+# A path is a folder, or the name of a repository on the hub. There the weights of PaliGemma lie behind a licence that each
+# user accepts; where that has not been done, a sentence says how.
 
 
 # %%
@@ -274,6 +377,11 @@ def _read_json(path: Path) -> dict:
     return values
 
 
+# %% [markdown]
+# A model can compute in 32 or in 16 bits. Sixteen take half the memory. But many processors have no units for them and
+# become hundreds of times slower, so on such a machine `auto` means 32.
+
+
 # %%
 # | export
 def pick_device(name: str | torch.device = "auto") -> torch.device:
@@ -338,6 +446,22 @@ def pick_dtype(name: str | torch.dtype, stored: torch.dtype, device: torch.devic
 def has_bfloat16_units() -> bool:
     """Whether this CPU multiplies bfloat16 numbers itself: AVX512-BF16, AMX or AVX10.2 on x86, BF16 on ARM."""
     return any(torch.cpu.get_capabilities().get(unit) for unit in ("avx512_bf16", "amx_bf16", "avx10_2", "bf16"))
+
+
+# %%
+cpu = torch.device("cpu")
+print("bf16 units here:", has_bfloat16_units(), "- so auto is", pick_dtype("auto", torch.bfloat16, cpu))
+assert pick_dtype("float32", torch.bfloat16, cpu) == torch.float32
+
+# %% [markdown]
+# ## Loading without a second copy
+#
+# The plain way: build the model with random numbers, read the file into a dictionary, copy from one to the other. At the
+# worst moment everything stands in memory twice, and the random numbers were made for nothing.
+#
+# Instead, build the model on the *meta* device, where a tensor has a shape and no numbers. Then *map* the file: the operating
+# system pretends that it lies in memory, and fetches a page when somebody looks at it. Each tensor takes its place
+# straight from there.
 
 
 # %%
@@ -496,6 +620,96 @@ def _compare(folder: Path, places: dict, expected: dict[str, torch.Tensor]) -> N
 
 
 # %%
+config = read_config(FOLDER)
+with torch.device("meta"):
+    empty = PaliGemma(config)
+assert next(empty.parameters()).is_meta
+model = load_model(FOLDER, device="cpu", dtype="float32")
+assert model.multi_modal_projector.linear.bias.tolist() == by_hand
+f"{count_parameters(model):,} parameters"
+
+# %% [markdown]
+# How much memory does that take? We let two fresh Python processes load a model of 200 MB, one in the plain way and one in
+# ours, and ask the operating system for the most that each ever held.
+
+# %%
+import subprocess
+import sys
+
+medium = PaliGemmaConfig(
+    SiglipConfig(256, 512, 4, 4, image_size=28, patch_size=14),
+    GemmaConfig(512, 4096, 6, 4, 1, 64, 20_000),
+    image_token_id=19_999,
+)
+save_model(PaliGemma(medium), here / "medium")
+weights = (here / "medium" / "model.safetensors").stat().st_size
+BEGIN = "import sys, resource, torch; from safetensors.torch import load_file; from sigma_book.weights import *;"
+BEGIN += (
+    "from sigma_book.paligemma import PaliGemma; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+)
+PLAIN = "m = PaliGemma(read_config(sys.argv[1])); before = 0; s = load_file(sys.argv[1] + '/model.safetensors');"
+PLAIN += "s = {k: v.clone() for k, v in s.items()}; m.load_state_dict({our_name(k): v for k, v in s.items()});"
+OURS = "m = load_model(sys.argv[1], 'cpu', 'float32'); sum(p.sum() for p in m.parameters());"
+
+
+def peak_bytes(way: str) -> int:
+    code = f"{BEGIN} start = peak(); {way} print(peak() - start)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(here / "medium")], capture_output=True, text=True, check=True
+    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(done.stdout) * unit
+
+
+plain, ours = peak_bytes(PLAIN), peak_bytes(OURS)
+figure, axis = plt.subplots(figsize=(5.6, 1.5))
+axis.barh(["plain", "ours"], [plain / weights, ours / weights], color=[PROMPT, PICTURE])
+axis.axvline(1, color=GREY, ls="--", lw=1)
+axis.set(xlabel="most memory ever held / size of the weights")
+axis.invert_yaxis()
+save(figure, "12_peak")
+plt.show()
+assert ours < 1.25 * weights < plain
+
+# %% [markdown]
+# *Two bars: the plain way holds two to three times the weights, ours about once (dashed line).*
+#
+# ## Writing it back
+#
+# A model is written as a folder that `transformers` reads too. Nothing is ever half written: files are made beside their
+# place and then moved into it, which happens at once or not at all.
+
+
+# %%
+# | export
+def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Write a safetensors file, converting one tensor at a time.
+
+    Parameters
+    ----------
+    path : path
+    tensors : dict
+        By the names they get in the file.
+    dtype : torch.dtype
+        float32, bfloat16 or float16, for all of them.
+    """
+    code = {value: key for key, value in DTYPES.items()}[dtype]
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses a file without this format
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * dtype.itemsize
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)  # so that the numbers begin at a multiple of 8
+    with Path(path).open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for tensor in tensors.values():
+            ready = tensor.detach().to("cpu", dtype).contiguous()
+            file.write(ready.flatten().view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it takes anybody's place
+
+
+# %%
 # | export
 def save_model(
     model: PaliGemma,
@@ -589,3 +803,96 @@ def _beside(folder: Path) -> Iterator[Path]:
 
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+# %%
+from transformers import AutoModelForImageTextToText
+
+save_model(model, here / "copy")
+theirs = AutoModelForImageTextToText.from_pretrained(here / "copy", dtype=torch.float32).eval()
+for name, tensor in theirs.state_dict().items():
+    if our_name(name) != "lm_head.weight":
+        assert torch.equal(tensor, model.state_dict()[our_name(name)]), name
+sorted(path.name for path in (here / "copy").iterdir())
+
+# %% [markdown]
+# Large models are spread over several files, *shards*, with an index that says where each tensor lies.
+
+# %%
+save_model(model, here / "shards", dtype=torch.bfloat16, max_shard_bytes=2_000_000)
+again = load_model(here / "shards", device="cpu", dtype="float32")
+assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+sorted(path.name for path in (here / "shards").glob("*.safetensors"))
+
+# %% [markdown]
+# Rounding to 16 bits lost nothing here, because the pocket's numbers came from 16 bits.
+#
+# ## A look inside
+#
+# Where do the bytes of the file lie? Each strip is a tensor, in the order of the file.
+
+# %%
+kinds = {"vision_tower": PICTURE, "multi_modal_projector": ANSWER, "language_model": PROMPT}
+figure, axis = plt.subplots(figsize=(6.8, 1.2))
+for name, entry in header.items():
+    begin, end = entry["data_offsets"]
+    colour = next(colour for kind, colour in kinds.items() if our_name(name).startswith(kind))
+    axis.barh(0, (end - begin) / 1e6, left=begin / 1e6, color=colour, edgecolor="white", linewidth=0.3)
+for place, (kind, colour) in enumerate(kinds.items()):
+    axis.text(place * 2.2, 0.62, kind, color=colour, fontsize=8)
+axis.set(xlabel="megabytes", yticks=[], ylim=(-0.45, 0.85))
+axis.spines["left"].set_visible(False)
+save(figure, "12_map")
+plt.show()
+
+# %% [markdown]
+# *The file as a strip, cut by tensor and coloured by part: most is decoder, and its single largest tensor is the table of words.*
+#
+# ## The bill
+
+# %%
+numbers = 2_923_466_480
+bill = {f"{bits} bits": f"{numbers * bits / 8 / 1e9:.2f} GB" for bits in (32, 16)}
+assert bill == {"32 bits": "11.69 GB", "16 bits": "5.85 GB"}
+bill
+
+# %% [markdown]
+# From a disk that reads a gigabyte a second, the large model in 16 bits takes six seconds. No program can be faster than its
+# disk.
+
+# %%
+shutil.rmtree(here)
+
+# %% [markdown]
+# ## Your turn
+#
+# **1.** How many bytes does a tensor take, from its dtype and shape?
+
+
+# %%
+def tensor_bytes(dtype: str, shape: list) -> int: ...
+
+
+check(tensor_bytes, (("F32", [2, 3]), 24), (("BF16", [257_216, 2048]), 1_053_556_736))
+
+# %% [markdown]
+# **2.** Into how many shards of at most `most` bytes do tensors of these sizes go, in order? (A tensor is never cut.)
+
+
+# %%
+def shard_count(sizes: list, most: int) -> int: ...
+
+
+check(shard_count, (([4, 4, 4], 8), 2), (([10, 1], 8), 2), (([1, 1, 1], 8), 1))
+
+# %% [markdown]
+# **3.** A float32 whose lower 16 bits are thrown away: what does 1.01 become in bfloat16, cut and not rounded?
+
+
+# %%
+def cut_to_bfloat16(number: float) -> float: ...
+
+
+check(cut_to_bfloat16, ((1.0,), 1.0), ((1.01,), 1.0078125))
+
+# %% [markdown]
+# Next: the scores become sentences.

@@ -40,34 +40,6 @@ __all__ = [
     "write_tensors",
 ]
 
-# Files spell the same tensors in several ways; each pair is (how a name may begin, how it begins here), in this order.
-RENAMED = (
-    ("model.", ""),
-    ("vision_tower.vision_model.", "vision_tower."),
-    ("language_model.model.", "language_model."),
-    ("language_model.lm_head.", "lm_head."),
-)
-# Some files also store what is not learned, or what PaliGemma never uses: constants, and the tower's pooling head.
-IGNORED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$|^vision_tower\.head\.")
-
-
-def our_name(name: str) -> str:
-    """The name of a stored tensor in `PaliGemma`'s state dict."""
-    for old, new in RENAMED:
-        if name.startswith(old):
-            name = new + name[len(old) :]
-    return name
-
-
-def hub_name(name: str) -> str:
-    """The name under which files on the hub store a tensor of `PaliGemma`'s state dict."""
-    if name.startswith("vision_tower."):
-        return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
-    if name.startswith("lm_head."):
-        return f"language_model.{name}"
-    return name.replace("language_model.", "language_model.model.", 1)
-
-
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # what a model can be stored in
 BYTES = dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1)  # of one number; constants may have any of these
 BYTES |= dict.fromkeys(("U16", "I16", "F16", "BF16"), 2) | dict.fromkeys(("U32", "I32", "F32"), 4)
@@ -157,31 +129,32 @@ def _check_entry(path: Path, name: str, entry: dict) -> None:
         )
 
 
-def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Write a safetensors file, converting one tensor at a time.
+# Files spell the same tensors in several ways; each pair is (how a name may begin, how it begins here), in this order.
+RENAMED = (
+    ("model.", ""),
+    ("vision_tower.vision_model.", "vision_tower."),
+    ("language_model.model.", "language_model."),
+    ("language_model.lm_head.", "lm_head."),
+)
+# Some files also store what is not learned, or what PaliGemma never uses: constants, and the tower's pooling head.
+IGNORED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$|^vision_tower\.head\.")
 
-    Parameters
-    ----------
-    path : path
-    tensors : dict
-        By the names they get in the file.
-    dtype : torch.dtype
-        float32, bfloat16 or float16, for all of them.
-    """
-    code = {value: key for key, value in DTYPES.items()}[dtype]
-    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses a file without this format
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * dtype.itemsize
-        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)  # so that the numbers begin at a multiple of 8
-    with Path(path).open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for tensor in tensors.values():
-            ready = tensor.detach().to("cpu", dtype).contiguous()
-            file.write(ready.flatten().view(torch.uint8).numpy())
-        file.flush()
-        os.fsync(file.fileno())  # on the disk before it takes anybody's place
+
+def our_name(name: str) -> str:
+    """The name of a stored tensor in `PaliGemma`'s state dict."""
+    for old, new in RENAMED:
+        if name.startswith(old):
+            name = new + name[len(old) :]
+    return name
+
+
+def hub_name(name: str) -> str:
+    """The name under which files on the hub store a tensor of `PaliGemma`'s state dict."""
+    if name.startswith("vision_tower."):
+        return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+    if name.startswith("lm_head."):
+        return f"language_model.{name}"
+    return name.replace("language_model.", "language_model.model.", 1)
 
 
 def find_folder(path_or_hub_id: str | Path) -> Path:
@@ -489,6 +462,33 @@ def _compare(folder: Path, places: dict, expected: dict[str, torch.Tensor]) -> N
             )
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{path}: tensor {stored_name} is {entry['dtype']}: expected one of {', '.join(DTYPES)}")
+
+
+def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Write a safetensors file, converting one tensor at a time.
+
+    Parameters
+    ----------
+    path : path
+    tensors : dict
+        By the names they get in the file.
+    dtype : torch.dtype
+        float32, bfloat16 or float16, for all of them.
+    """
+    code = {value: key for key, value in DTYPES.items()}[dtype]
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses a file without this format
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * dtype.itemsize
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)  # so that the numbers begin at a multiple of 8
+    with Path(path).open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for tensor in tensors.values():
+            ready = tensor.detach().to("cpu", dtype).contiguous()
+            file.write(ready.flatten().view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it takes anybody's place
 
 
 def save_model(
