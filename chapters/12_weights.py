@@ -112,7 +112,9 @@ assert by_hand == expected.float().tolist()
 # %% [markdown]
 # ## The formula
 #
-# $$ \mathrm{end} - \mathrm{begin} = \mathrm{bytes\ of\ a\ number} \times \prod_i \mathrm{shape}_i, \qquad \mathrm{begin}_{k+1} = \mathrm{end}_k $$
+# $$ \mathrm{end} - \mathrm{begin} = \mathrm{bytes\ of\ a\ number} \times \prod_i \mathrm{shape}_i $$
+#
+# $$ \mathrm{begin}_{k+1} = \mathrm{end}_k $$
 #
 # Tensors follow each other without a gap, from the end of the table to the end of the file. A download that broke off, or a
 # table that lies, contradicts one of these, and is told apart from a good file before a single number is read.
@@ -629,49 +631,6 @@ assert model.multi_modal_projector.linear.bias.tolist() == by_hand
 f"{count_parameters(model):,} parameters"
 
 # %% [markdown]
-# How much memory does that take? We let two fresh Python processes load a model of 200 MB, one in the plain way and one in
-# ours, and ask the operating system for the most that each ever held.
-
-# %%
-import subprocess
-import sys
-
-medium = PaliGemmaConfig(
-    SiglipConfig(256, 512, 4, 4, image_size=28, patch_size=14),
-    GemmaConfig(512, 4096, 6, 4, 1, 64, 20_000),
-    image_token_id=19_999,
-)
-save_model(PaliGemma(medium), here / "medium")
-weights = (here / "medium" / "model.safetensors").stat().st_size
-BEGIN = "import sys, resource, torch; from safetensors.torch import load_file; from sigma_book.weights import *;"
-BEGIN += (
-    "from sigma_book.paligemma import PaliGemma; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-)
-PLAIN = "m = PaliGemma(read_config(sys.argv[1])); before = 0; s = load_file(sys.argv[1] + '/model.safetensors');"
-PLAIN += "s = {k: v.clone() for k, v in s.items()}; m.load_state_dict({our_name(k): v for k, v in s.items()});"
-OURS = "m = load_model(sys.argv[1], 'cpu', 'float32'); sum(p.sum() for p in m.parameters());"
-
-
-def peak_bytes(way: str) -> int:
-    code = f"{BEGIN} start = peak(); {way} print(peak() - start)"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(here / "medium")], capture_output=True, text=True, check=True
-    )
-    unit = 1 if sys.platform == "darwin" else 1024
-    return int(done.stdout) * unit
-
-
-plain, ours = peak_bytes(PLAIN), peak_bytes(OURS)
-figure, axis = plt.subplots(figsize=(5.6, 1.5))
-axis.barh(["plain", "ours"], [plain / weights, ours / weights], color=[PROMPT, PICTURE])
-axis.axvline(1, color=GREY, ls="--", lw=1)
-axis.set(xlabel="most memory ever held / size of the weights")
-axis.invert_yaxis()
-save(figure, "12_peak")
-plt.show()
-assert ours < 1.25 * weights < plain
-
-# %% [markdown]
 # *Two bars: the plain way holds two to three times the weights, ours about once (dashed line).*
 #
 # ## Writing it back
@@ -822,6 +781,51 @@ save_model(model, here / "shards", dtype=torch.bfloat16, max_shard_bytes=2_000_0
 again = load_model(here / "shards", device="cpu", dtype="float32")
 assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 sorted(path.name for path in (here / "shards").glob("*.safetensors"))
+
+# %% [markdown]
+# ## Proof: never two copies
+#
+# How much memory does loading take? We let two fresh Python processes load a model of 200 MB, one in the plain way and one in
+# ours, and ask the operating system for the most that each ever held.
+
+# %%
+import subprocess
+import sys
+
+medium = PaliGemmaConfig(
+    SiglipConfig(256, 512, 4, 4, image_size=28, patch_size=14),
+    GemmaConfig(512, 4096, 6, 4, 1, 64, 20_000),
+    image_token_id=19_999,
+)
+save_model(PaliGemma(medium), here / "medium")
+weights = (here / "medium" / "model.safetensors").stat().st_size
+BEGIN = "import sys, resource, torch; from safetensors.torch import load_file; from sigma_book.weights import *;"
+BEGIN += (
+    "from sigma_book.paligemma import PaliGemma; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+)
+PLAIN = "m = PaliGemma(read_config(sys.argv[1])); before = 0; s = load_file(sys.argv[1] + '/model.safetensors');"
+PLAIN += "s = {k: v.clone() for k, v in s.items()}; m.load_state_dict({our_name(k): v for k, v in s.items()});"
+OURS = "m = load_model(sys.argv[1], 'cpu', 'float32'); sum(p.sum() for p in m.parameters());"
+
+
+def peak_bytes(way: str) -> int:
+    code = f"{BEGIN} start = peak(); {way} print(peak() - start)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(here / "medium")], capture_output=True, text=True, check=True
+    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(done.stdout) * unit
+
+
+plain, ours = peak_bytes(PLAIN), peak_bytes(OURS)
+figure, axis = plt.subplots(figsize=(5.6, 1.5))
+axis.barh(["plain", "ours"], [plain / weights, ours / weights], color=[PROMPT, PICTURE])
+axis.axvline(1, color=GREY, ls="--", lw=1)
+axis.set(xlabel="most memory ever held / size of the weights")
+axis.invert_yaxis()
+save(figure, "12_peak")
+plt.show()
+assert ours < 1.25 * weights < plain
 
 # %% [markdown]
 # Rounding to 16 bits lost nothing here, because the pocket's numbers came from 16 bits.
