@@ -15,6 +15,19 @@ def pytest_collect_file(file_path: Path, parent):
     return None
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makemodule(module_path: Path, parent):
+    """A chapter named on the command line is not a module of tests besides."""
+    if module_path.parent.name == "chapters":
+        return NoTests.from_parent(parent, path=module_path)
+    return None
+
+
+class NoTests(pytest.Module):
+    def collect(self):
+        return []
+
+
 class ChapterFile(pytest.File):
     """One chapter of the book, as one test."""
 

@@ -520,7 +520,7 @@ assert blind["caption"] < 0.02 and blind["detect"] < 0.02 and 0.4 < blind["yes_n
 
 # %%
 places = sum(((112 - side) // 4 + 1) ** 2 for side in range(20, 41, 4))
-assert places == 2839
+assert places == 2791
 one_thing = 8 * 8 * places
 f"{one_thing:,} scenes of one thing, without counting shades and grounds"
 
