@@ -110,7 +110,7 @@ def grouped_attention(
     key, value : torch.Tensor
         (B, K, S, Dh); H must be a multiple of K. Query head h reads key/value head h // (H / K).
     mask : torch.Tensor, optional
-        Boolean (B, 1, T, S) or (1, 1, T, S), True where a query may look.
+        Boolean (B, 1, T, S), True where a query may look. B and T may be 1: the same for all rows or all queries.
     scale, softcap : float, optional
         As in `attention`.
 
@@ -134,7 +134,7 @@ def grouped_attention(
         raise ValueError(f"{num_heads} query heads do not divide among {num_kv_heads} key/value heads")
     groups = num_heads // num_kv_heads
     query = query.reshape(batch, num_kv_heads, groups * length, head_dim)  # (B, K, G*T, Dh)
-    if mask is not None and length > 1:
+    if mask is not None and mask.shape[-2] > 1:
         mask = mask.repeat(1, 1, groups, 1)  # (B, 1, G*T, S): booleans, not keys
     output = attention(query, key, value, mask, scale, softcap)  # (B, K, G*T, Dh)
     return output.reshape(batch, num_heads, length, head_dim)

@@ -178,6 +178,8 @@ class KVCache:
         count = key.shape[2]
         if self.length + count > self.max_length:
             raise ValueError(f"the cache has room for {self.max_length} tokens, {self.length + count} were written")
+        if self.length and count > 1 and self.length + count > self.slots:
+            raise ValueError("a sliding cache takes one token at a time once the prompt is in")
         first, self.length = self.length, self.length + count
         if first == 0:
             kept = min(count, self.slots)
@@ -185,8 +187,6 @@ class KVCache:
             self.key[:, :, slots] = key[:, :, -kept:].to(self.key.dtype)
             self.value[:, :, slots] = value[:, :, -kept:].to(self.value.dtype)
             return key, value
-        if count > 1 and self.length > self.slots:
-            raise ValueError("a sliding cache takes one token at a time once the prompt is in")
         start = first % self.slots
         self.key[:, :, start : start + count] = key
         self.value[:, :, start : start + count] = value
