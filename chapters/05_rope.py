@@ -22,10 +22,13 @@ import torch
 
 # %%
 import math
+import os
 
 import matplotlib.pyplot as plt
 
+from sigma_book import load
 from sigma_book.style import ANSWER, GREY, PICTURE, PROMPT, check, save, use_style
+from sigma_book.world import draw_scene, make_scene
 
 use_style()
 _ = torch.manual_seed(0)
@@ -34,8 +37,8 @@ _ = torch.manual_seed(0)
 # ## The picture
 #
 # Attention compares a query with keys, whatever their order. "Dog bites man" and "man bites dog" would be the same to
-# it. The eyes of chapter 04 added a learned vector to each patch. Gemma does something else: it *turns* queries and
-# keys, by an angle that grows with the position.
+# it. The eyes add a learned vector to each patch (chapter 02). Gemma, the part that speaks, does something else: it
+# *turns* queries and keys, by an angle that grows with the position.
 #
 # Think of the hands of a clock. Two tokens, three steps apart, have hands three ticks apart, at noon as in the evening.
 
@@ -96,7 +99,14 @@ def rotate_naive(vector: list[float], position: int, theta: float = 10_000.0) ->
 [round(number, 3) for number in rotate_naive([1.0, 1.0, 0.0, 0.0], position=1)]
 
 # %% [markdown]
-# Number $i$ is paired with number $i + D_h/2$. The first pair turned by a whole radian, the second by a hundredth.
+# Number $i$ is paired with number $i + D_h/2$. The first pair turned by a whole radian, the second by a hundredth:
+
+# %%
+turned_once = rotate_naive([1.0, 1.0, 0.0, 0.0], position=1)
+assert math.isclose(math.atan2(turned_once[2], turned_once[0]), 1.0)
+assert math.isclose(math.atan2(turned_once[3], turned_once[1]), 0.01)
+
+# %% [markdown]
 #
 # ## The formula
 #
@@ -104,8 +114,11 @@ def rotate_naive(vector: list[float], position: int, theta: float = 10_000.0) ->
 # \begin{pmatrix} \cos m\theta_i & -\sin m\theta_i \\ \sin m\theta_i & \cos m\theta_i \end{pmatrix}
 # \begin{pmatrix} x_i \\ x_{i + D_h/2} \end{pmatrix}, \qquad \theta_i = 10000^{-2i/D_h} $$
 #
-# $m$ is the position. Why only differences count: turning by $a$ and then by $-b$ is turning by $a - b$, so
-# $(R_a q) \cdot (R_b k) = q \cdot (R_{b-a}\, k)$.
+# $m$ is the position; the code calls the 10000 `theta`. Write $R_m$ for the turn at position $m$. In a dot product one
+# may turn both vectors back by the same angle, since a turn changes neither lengths nor the angle between two vectors.
+# Turn back by $R_a$, and only the difference is left:
+#
+# $$ (R_a\, q) \cdot (R_b\, k) = q \cdot (R_{b-a}\, k) $$
 #
 # ## The tensor version
 #
@@ -173,9 +186,9 @@ by_hand = [rotate_naive(vectors[0, 0, t].tolist(), int(positions[0, t])) for t i
 torch.testing.assert_close(turned[0, 0], torch.tensor(by_hand), atol=1e-3, rtol=1e-3)
 
 # %% [markdown]
-# (At position 8,000 the naive version counts in 64 bits and ours in 32. We come back to that.)
+# (At position 8,000 the naive version counts in 64 bits and ours in 32, so the tolerance is wide. We come back to that.)
 #
-# It equals Gemma in `transformers`.
+# It equals Gemma in `transformers`, which counts in 32 bits too.
 
 # %%
 from transformers import GemmaConfig
@@ -186,7 +199,8 @@ expected, _ = apply_rotary_pos_emb(vectors, vectors, *reference(vectors, positio
 torch.testing.assert_close(turned, expected)
 
 # %% [markdown]
-# And scores depend on differences only, for a whole head of 256 numbers.
+# And the claim of this chapter, for a whole head of 256 numbers: shift both tokens, and the score stays. Turn the key by
+# the difference alone, and the score is the same again. Change the difference, and it changes.
 
 # %%
 query, key = torch.randn(2, 1, 1, 1, 256, dtype=torch.float32)
@@ -200,10 +214,12 @@ def score(query_at: int, key_at: int) -> float:
 
 size = (query.norm() * key.norm()).item()
 for shift in (1, 10, 1000):
-    assert abs(score(20, 5) - score(20 + shift, 5 + shift)) < 1e-4 * size
+    assert abs(score(20, 5) - score(20 + shift, 5 + shift)) < 1e-4 * size  # rounding of angles up to 1,020
+assert abs(score(20, 5) - score(0, -15)) < 1e-5 * size  # q turned by 0, k by b - a
+assert abs(score(20, 5) - score(20, 6)) > 1e-3 * size
 
 # %% [markdown]
-# ## A look inside: near is loud
+# ## Near is loud
 #
 # If query and key are the same vector, the score is largest at distance 0 and falls as the hands come apart. Slow
 # hands keep a memory of far tokens.
@@ -211,22 +227,22 @@ for shift in (1, 10, 1000):
 # %%
 distance = torch.arange(0, 400)
 cosine, _ = rotary_angles(distance[None], 256)
-figure, axis = plt.subplots(figsize=(6, 2.5))
-axis.plot(distance, cosine[0, 0].mean(-1), color=PICTURE, lw=2)
-axis.annotate(
-    "all 128 pairs", (150, cosine[0, 0, 150].mean()), xytext=(0, 12), textcoords="offset points", color=PICTURE
-)
-for pair, colour in ((40, GREY), (70, PROMPT)):
-    axis.plot(distance, cosine[0, 0, :, pair], color=colour, lw=0.8)
-    axis.annotate(f"pair {pair}", (390, cosine[0, 0, 390, pair]), fontsize=8, color=colour, va="bottom")
-axis.set(xlabel="tokens apart", ylabel="score / size", ylim=(-1.05, 1.1))
+figure, axis = plt.subplots(figsize=(6, 2.7))
+for name, curve, colour, place, lift in (
+    ("pair 40", cosine[0, 0, :, 40], GREY, 222, 4),
+    ("pair 70", cosine[0, 0, :, 70], PROMPT, 120, 5),
+    ("all 128 pairs", cosine[0, 0].mean(-1), PICTURE, 272, 6),
+):
+    axis.plot(distance, curve, color=colour, lw=2 if colour == PICTURE else 0.8)
+    axis.annotate(name, (place, curve[place]), xytext=(4, lift), textcoords="offset points", fontsize=9, color=colour)
+axis.set(xlabel="tokens apart", ylabel="score / size", ylim=(-1.1, 1.25))
 save(figure, "05_near")
 plt.show()
 assert cosine[0, 0, 0].mean() == 1 and cosine[0, 0, 100].mean() < 0.7
 
 # %% [markdown]
 # *The thick line is the score of a vector with itself, by distance: high at 0, then falling. The thin lines are two
-# single pairs: one swings several times, the other hardly moves.*
+# single pairs: pair 40 swings several times, pair 70 has not come round once.*
 #
 # ## Two layouts
 #
@@ -261,34 +277,120 @@ order.tolist()
 #
 # ## Why float32
 #
-# Positions go up to 8,192. In bfloat16 a number has 8 significant bits: 8,000 and 8,001 are the same.
+# Weights often come in bfloat16, a format of 16 bits of which 8 hold the digits. Whole numbers up to 256 fit. 257 does not:
+# it becomes 256. PaliGemma counts from 1 and has 256 picture tokens, so the last patch and the first token of the text
+# would stand at one place.
 
 # %%
-assert torch.tensor(8000.0).bfloat16() == torch.tensor(8001.0).bfloat16()
-place = torch.tensor([8001.0])
-exact = torch.cos(place.double())
-error = {
-    str(kind): (torch.cos(place.to(kind)).double() - exact).abs().item() for kind in (torch.float32, torch.bfloat16)
-}
-assert error["torch.float32"] < 1e-3 < 0.05 < error["torch.bfloat16"]
-error
+assert torch.tensor(257.0).bfloat16() == torch.tensor(256.0).bfloat16() == 256
+assert torch.tensor(8001.0).bfloat16() == torch.tensor(8000.0).bfloat16()  # and the farther, the coarser
 
 # %% [markdown]
-# So angles are computed in float32, whatever the dtype of the weights, and the result is cast back.
+# What that does to a score: two tokens, always three apart, moved from the start of a text to its end. The score ought
+# to be a flat line.
+
+# %%
+places = torch.arange(1, 8000, 40)
+same = torch.ones(1, 1, len(places), 256)  # queries and keys all alike: what varies comes from the angles
+
+
+def scores_by_place(kind: torch.dtype) -> torch.Tensor:
+    frequencies = 10_000.0 ** (-torch.arange(0, 256, 2) / 256)
+    turned = []
+    for at in (places, places + 3):
+        angles = at[:, None].to(kind) * frequencies.to(kind)  # the product is rounded to `kind` as well
+        turned.append(rotate(same, angles.double().cos().float(), angles.double().sin().float()))
+    return (turned[0] * turned[1]).sum(-1)[0, 0] / 256
+
+
+wide, narrow = scores_by_place(torch.float32), scores_by_place(torch.bfloat16)
+figure, axis = plt.subplots(figsize=(6, 2.5))
+axis.plot(places, narrow, color=GREY, lw=0.8)
+axis.plot(places, wide, color=PICTURE, lw=2)
+axis.annotate(
+    "angles in float32", (7900, wide[-1]), xytext=(0, 6), textcoords="offset points", ha="right", color=PICTURE
+)
+axis.annotate("angles in bfloat16", (7900, 0.05), ha="right", color=GREY)
+axis.set(xlabel="position of the query; the key is three further", ylabel="score / size", ylim=(-0.05, 1.15))
+save(figure, "05_float")
+plt.show()
+assert wide.max() - wide.min() < 1e-3
+assert narrow.max() - narrow.min() > 0.1
+
+# %% [markdown]
+# *In float32 the line is flat. In bfloat16 the score jumps about with the place, by more than a tenth of its size.*
+#
+# So angles are computed in float32, whatever the dtype of the weights; queries and keys are turned in float32 and rounded
+# back once, at the end. Float32 is not exact either: 8,191 radians carry an error of up to half of its last digit.
+
+# %%
+exact = torch.cos(torch.arange(8192, dtype=torch.float64) * 10_000.0 ** (-2 / 256))  # pair 1
+error = (rotary_angles(torch.arange(8192)[None], 256)[0][0, 0, :, 1] - exact).abs()
+assert error[:100].max() < 1e-5 and error.max() < 1e-3
+error[:100].max().item(), error.max().item()
+
+# %% [markdown]
+# ## A look inside
+#
+# If only differences count, then we may tell a taught model that its text begins at position 1,001 instead of 1, and it
+# must say the same. If we tell it that all tokens stand at one place, or stand in reverse, it must not.
+#
+# (How picture and prompt get in is chapters 09 to 11. Here only `positions` matters.)
+
+# %%
+# float32 on the CPU, so that rounding stays small whatever the file and the machine
+model = load(os.environ.get("SIGMA_BOOK_MODEL"), device="cpu", dtype="float32")
+batch = model.processor.prepare([draw_scene(make_scene(5))], ["caption en"])
+decoder = model.language_model
+with torch.no_grad():
+    embeddings = model.embed(batch.input_ids, model.encode_images(batch.pixel_values))  # (1, T, D)
+    count = embeddings.shape[1]
+    whole = {window: torch.ones(1, 1, count, count, dtype=torch.bool) for window in decoder.windows()}
+
+    def last_scores(positions: torch.Tensor) -> torch.Tensor:
+        return model.logits(decoder(embeddings, positions[None], whole)[0, -1])
+
+    usual = torch.arange(1, count + 1)
+    expected = last_scores(usual)
+    moved = {
+        "shifted by 1,000": last_scores(usual + 1000),
+        "all at one place": last_scores(torch.ones_like(usual)),
+        "in reverse": last_scores(usual.flip(0)),
+    }
+change = {name: ((scores - expected).abs().max() / expected.abs().max()).item() for name, scores in moved.items()}
+assert change["shifted by 1,000"] < 1e-3 < 1e-2 < min(change["all at one place"], change["in reverse"])
+{name: f"{value:.1e}" for name, value in change.items()}
+
+# %% [markdown]
+# The largest change of a score, as a part of the largest score. Shifting is rounding. The other two change what the
+# model says.
 #
 # ## The bill
 #
-# No parameters. Three multiplications or so for each number of each query and key: nothing beside the maps around it.
+# No parameters. A pair costs four multiplications and two additions, so a number costs three operations. That is for
+# each number of each query and key, and nothing beside the maps that make them.
+
 
 # %%
-heads, kv_heads, width, head_dim = 8, 1, 2048, 256
-rotation = 4 * (heads + kv_heads) * head_dim
-maps = 2 * (heads + kv_heads) * head_dim * width
-assert maps / rotation == width / 2 == 1024
+def operations(heads: int, kv_heads: int, head_dim: int, width: int) -> tuple[int, int]:
+    numbers = (heads + kv_heads) * head_dim  # of the queries and keys of one token in one layer
+    return 3 * numbers, 2 * numbers * width  # turning them, making them
+
+
+for name, sizes in (("pocket", (4, 2, 64, 192)), ("3B", (8, 1, 256, 2048))):
+    turning, making = operations(*sizes)
+    print(f"{name}: {turning:,} operations to turn, {making:,} to make: one in {making / turning:,.0f}")
+assert operations(8, 1, 256, 2048) == (6_912, 9_437_184)
+assert operations(4, 2, 64, 192) == (1_152, 147_456)
 
 # %% [markdown]
-# A thousandth of the cost of making the queries and keys.
-#
+# And bytes: cosine and sine for a text of 8,192 tokens, made once and used by all layers.
+
+# %%
+angles = rotary_angles(torch.arange(8192)[None], 256)
+assert sum(part.nbytes for part in angles) == 2 * 8192 * 128 * 4 == 8_388_608
+
+# %% [markdown]
 # ## Your turn
 #
 # **1.** After how many positions does pair `i` of a head of `d` numbers come round (a full circle, rounded)?
@@ -308,7 +410,8 @@ check(full_circle, ((0, 256), 6), ((64, 256), 628), ((127, 256), round(2 * math.
 def unrotate(turned: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor: ...
 
 
-check(unrotate, ((turned, *rotary_angles(positions, 8)), vectors))
+angles = rotary_angles(positions, 8)
+check(unrotate, ((rotate(vectors, *angles), *angles), vectors))
 
 # %% [markdown]
 # **3.** The inverse of `half_split_order`: indices that bring the half-split layout back to neighbours.
@@ -319,6 +422,17 @@ def neighbour_order(head_dim: int) -> torch.Tensor: ...
 
 
 check(neighbour_order, ((4,), torch.tensor([0, 2, 1, 3])), ((8,), torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])))
+
+# %% [markdown]
+# **4.** Position interpolation: a model taught on texts of up to `taught` tokens shall read one of `length`. Give the
+# positions of its tokens, from 0, squeezed so that the last one stays below `taught`. (Rotation takes any real number.)
+
+
+# %%
+def squeezed(length: int, taught: int) -> list[float]: ...
+
+
+check(squeezed, ((4, 4), [0.0, 1.0, 2.0, 3.0]), ((4, 2), [0.0, 0.5, 1.0, 1.5]), ((2, 4), [0.0, 1.0]))
 
 # %% [markdown]
 # Next: eight heads ask. Must eight heads also answer?

@@ -17,14 +17,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sigma_book.data import Example, collate
 from sigma_book.gemma import GemmaConfig
 from sigma_book.generation import generate_answers
 from sigma_book.locate import compare_boxes, encode_boxes, parse
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 from sigma_book.processor import Processor, pixels
 from sigma_book.siglip import SiglipConfig
-from sigma_book.training import answer_loss, train
+from sigma_book.training import train
 from sigma_book.weights import load_model, save_model
 from sigma_book.world import COLOURS, NUMBERS, SHAPES, SIZE, TASKS, Question, Scene, ask, draw_scene, make_scene
 
@@ -33,7 +32,6 @@ __all__ = [
     "LOCS",
     "LOC_WEIGHT",
     "PACK_STEPS",
-    "PLAIN_STEPS",
     "PLAN",
     "POCKET",
     "SEGS",
@@ -50,11 +48,9 @@ __all__ = [
     "packed_loss",
     "patch_truth",
     "picture_tensor",
-    "plain_batches",
     "questions_about",
     "quick_report",
     "teach_eyes",
-    "teach_plainly",
     "teach_speech",
     "train_pocket",
     "write_tokenizer",
@@ -539,21 +535,6 @@ def pack_batches(
         count += 1
 
 
-def plain_batches(processor: Processor, seed: int, pictures: int, questions: int) -> Iterator:
-    """Ordinary batches of new scenes for ever: each question with a picture of its own, the whole prompt a prefix."""
-    rng = random.Random(seed)
-    while True:
-        examples = []
-        for index in range(pictures):
-            scene = make_scene(seed + index)
-            picture = draw_scene(scene)
-            asked = questions_about(scene, PLAN, rng)
-            chosen = rng.sample(asked, min(questions, len(asked)))
-            examples += [Example(picture, question.prompt, answer_text(question)) for question in chosen]
-        seed += pictures
-        yield collate(processor, examples)
-
-
 def evaluate_pocket(model: PaliGemma, processor: Processor, scenes: int = 2000, seed: int = 90_000_000) -> dict:
     """Ask unseen scenes one question of each task, greedily, and compare with the truth.
 
@@ -609,16 +590,16 @@ def _score(task: str, pairs: list[tuple[Question, str]]) -> dict:
     return score | {"confusions": [(truth, said, times) for (truth, said), times in common]}
 
 
-EYE_STEPS, PACK_STEPS, PLAIN_STEPS = 1700, 4200, 600
+EYE_STEPS, PACK_STEPS = 1700, 4200
 
 
 def train_pocket(out: str | Path, seed: int = 0, scale: float = 1.0) -> dict:
-    """Teach a pocket model from random weights: eyes first, then many questions a picture, then ordinary batches.
+    """Teach a pocket model from random weights: eyes first, then many questions behind each picture.
 
     Parameters
     ----------
     out : path
-        Becomes a folder in the Hugging Face layout, with the logs of the three stages and `results.json`.
+        Becomes a folder in the Hugging Face layout, with the logs of the two stages and `results.json`.
     seed : int
         Of weights and data.
     scale : float
@@ -637,8 +618,6 @@ def train_pocket(out: str | Path, seed: int = 0, scale: float = 1.0) -> dict:
     model = new_pocket(seed).train()
     teach_eyes(model, processor, round(EYE_STEPS * scale), seed, out / "eyes.csv")
     teach_speech(model, processor, round(PACK_STEPS * scale), seed, out / "speech.csv")
-    save_model(model, out, dtype=torch.bfloat16)  # what is learned so far, should the last stage be cut short
-    teach_plainly(model, processor, round(PLAIN_STEPS * scale), seed, out / "plain.csv")
     save_model(model, out, dtype=torch.bfloat16)
     processor.save(out)
     results = evaluate_pocket(load_model(out, "cpu", torch.float32), processor, max(20, round(2000 * scale)))
@@ -688,25 +667,6 @@ def teach_speech(model: PaliGemma, processor: Processor, steps: int, seed: int, 
     )
     model.vision_tower.requires_grad_(True)
     return losses
-
-
-def teach_plainly(
-    model: PaliGemma, processor: Processor, steps: int, seed: int, log: Path | None = None
-) -> list[float]:
-    """Stage 3: ordinary batches with the true prefix mask; everything learns. Gives the losses."""
-    optimizers = optimizers_for(list(model.language_model.layers), model, 0.002, 3e-4)
-    batches = plain_batches(processor, 50_000_000 + 10_000_000 * seed, 10, 4)
-    return train(
-        model,
-        lambda batch: answer_loss(model, batch),
-        batches,
-        optimizers,
-        steps=steps,
-        log=log,
-        label="plain",
-        report_every=300,
-        report=lambda _: quick_report(model, processor),
-    )
 
 
 def quick_report(model: PaliGemma, processor: Processor) -> str:

@@ -194,5 +194,5 @@ def test_a_rehearsal_of_the_whole(tmp_path):
     assert set(results) == set(TASKS)
     assert json.loads((tmp_path / "model" / "results.json").read_text())
     assert load_model(tmp_path / "model").config == POCKET
-    for log in ("eyes", "speech", "plain"):
+    for log in ("eyes", "speech"):
         assert len((tmp_path / "model" / f"{log}.csv").read_text().splitlines()) > 1
