@@ -537,4 +537,4 @@ def patchify_by_hand(pictures: torch.Tensor, patch_size: int) -> torch.Tensor: .
 check(patchify_by_hand, ((picture[None], 14), patches), ((batch, 28), patchify(batch, 28)))
 
 # %% [markdown]
-# **Next**, in chapter 03: the 64 tokens look at each other.
+# Next: the 64 tokens look at each other.

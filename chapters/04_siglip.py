@@ -801,4 +801,4 @@ whole = sigmoid_loss(images, texts, torch.tensor(10.0), torch.tensor(-10.0))
 check(loss_in_pieces, *(((images, texts, torch.tensor(10.0), torch.tensor(-10.0), size), whole) for size in (6, 2, 4)))
 
 # %% [markdown]
-# **Next**, in chapter 05: the eyes are done. The voice begins with a clock: how words know their place.
+# Next: the eyes are done. The voice begins with a clock: how words know their place.

@@ -614,4 +614,4 @@ check(
 )
 
 # %% [markdown]
-# **Next:** chapter 10 puts eyes, bridge and voice into one class, and counts every parameter.
+# Next: chapter 10 puts eyes, bridge and voice into one class, and counts every parameter.

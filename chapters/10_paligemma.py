@@ -852,4 +852,4 @@ check(
 )
 
 # %% [markdown]
-# **Next:** chapter 11 turns a real picture and a real sentence into the tensors that this class takes.
+# Next: chapter 11 turns a real picture and a real sentence into the tensors that this class takes.

@@ -1142,4 +1142,4 @@ def most_tokens(bandwidth: float, weights: float, rows: int, cache: float) -> fl
 check(most_tokens, ((100e9, 5e9, 1, 0.0), 20.0), ((100e9, 4e9, 10, 1e8), 200.0))
 
 # %% [markdown]
-# **Next**: some answers are not words at all. Chapter 14 reads the tokens that name places in the picture.
+# Next: some answers are not words at all. Chapter 14 reads the tokens that name places in the picture.

@@ -1,0 +1,139 @@
+"""The book is the source: chapters and modules agree, their order is the order of imports, and a broken chapter fails."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import sigma_book
+from sigma_book import tangle
+
+PACKAGE = Path(sigma_book.__file__).parent
+CHECKOUT = PACKAGE.parent
+CHAPTERS = sorted((CHECKOUT / "chapters").glob("*.py"))
+NAMES = [
+    "00_tour",
+    "01_world",
+    "02_patches",
+    "03_attention",
+    "04_siglip",
+    "05_rope",
+    "06_gqa",
+    "07_kv_cache",
+    "08_gemma",
+    "09_projector",
+    "10_paligemma",
+    "11_processor",
+    "12_weights",
+    "13_generation",
+    "14_locate",
+    "15_data",
+    "16_training",
+    "17_pocket",
+]
+
+
+def test_modules_are_what_the_chapters_say(capsys):
+    assert tangle.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_the_chapters_are_all_there():
+    assert [path.stem for path in CHAPTERS] == NAMES
+
+
+def test_a_module_imports_only_from_earlier_chapters():
+    """Read from the tangled modules themselves, apart from tangle's own check."""
+    earlier: set[str] = set()
+    for name in NAMES[1:]:
+        module = name.partition("_")[2]
+        tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sigma_book"):
+                assert node.module.partition(".")[2] in earlier, f"{module} imports {node.module}"
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("sigma_book") for alias in node.names)
+        earlier.add(module)
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_opens_as_the_house_says(path):
+    chapter = tangle.read_chapter(path)
+    text = path.read_text()
+    assert "?" in chapter.docstring
+    for words in ("**You build**", "**You need**", "**Exports**"):
+        assert words in text
+    assert "\n# Next: " in text, "one line on what comes next"
+    assert "check(" in text, "exercises that answer at once"
+    assert "—" not in text
+
+
+def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"NO_COLOR": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture
+def small_book(tmp_path) -> Path:
+    (tmp_path / "chapters").mkdir()
+    shutil.copy(CHECKOUT / "conftest.py", tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    return tmp_path
+
+
+def test_a_chapter_that_raises_fails_the_run(small_book):
+    cells = "# %% [markdown]\n# # Broken\n\n# %%\nx = 1\n\n# %%\nx / 0  # on purpose\n"
+    (small_book / "chapters" / "05_broken.py").write_text(cells)
+    done = run_pytest(small_book, "--nbmake", "chapters/05_broken.py")
+    assert done.returncode == 1
+    assert "05_broken.py, cell 3" in done.stdout
+    assert "x / 0  # on purpose" in done.stdout
+    assert "ZeroDivisionError" in done.stdout
+
+
+def test_a_chapter_runs_in_a_folder_of_its_own_and_only_when_asked(small_book):
+    cell = "# %%\nfrom pathlib import Path\nPath('left_behind').write_text('x')\n"
+    (small_book / "chapters" / "05_fine.py").write_text(cell)
+    done = run_pytest(small_book, "--nbmake", "chapters")
+    assert done.returncode == 0 and "1 passed" in done.stdout
+    assert not list(small_book.rglob("left_behind"))
+    assert run_pytest(small_book, "chapters").returncode == 5  # nothing collected
+
+
+def test_chapters_run_against_this_checkout_or_say_so(small_book):
+    (small_book / "sigma_book").mkdir()
+    (small_book / "chapters" / "05_fine.py").write_text("# %%\n1 + 1\n")
+    done = run_pytest(small_book, "--nbmake", "chapters")
+    assert done.returncode == 1
+    assert "pip install -e ." in done.stdout
+
+
+def test_jupyterlab_opens_chapters_as_notebooks():
+    settings = json.loads((CHECKOUT / "jupyter" / "lab" / "settings" / "overrides.json").read_text())
+    assert settings["@jupyterlab/docmanager-extension:plugin"]["defaultViewers"]["python"] == "Jupytext Notebook"
+    extension = Path(sys.prefix) / "share" / "jupyter" / "labextensions" / "jupyterlab-jupytext"
+    assert any("Jupytext Notebook" in path.read_text() for path in extension.rglob("*.js"))
+    assert (Path(sys.prefix) / "share" / "jupyter" / "lab" / "settings" / "overrides.json").exists()
+
+
+@pytest.mark.network
+def test_the_wheel_carries_book_and_model(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", str(CHECKOUT), "--no-deps", "-q", "-w", str(tmp_path)]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        entry = next(name for name in names if name.endswith("entry_points.txt"))
+        assert "sigma-book = sigma_book.cli:main" in archive.read(entry).decode()
+    for name in NAMES:
+        assert f"sigma_book/chapters/{name}.py" in names
+    for name in ("model.safetensors", "config.json", "tokenizer.model", "tokenizer.json", "README.md", "results.json"):
+        assert f"sigma_book/pocket_model/{name}" in names
+    assert any(name.endswith("share/jupyter/lab/settings/overrides.json") for name in names)
+    assert wheel.stat().st_size < 8_000_000
