@@ -5,14 +5,16 @@ How can a model that only speaks point at a thing?
 Tangled from chapters/14_locate.py: edit there, then run python -m sigma_book.tangle.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations
 
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["BINS", "Box", "Detection", "compare_boxes", "draw_boxes", "encode_boxes", "iou", "parse"]
+from sigma_book.processor import load_image
+
+__all__ = ["BINS", "Box", "Detection", "compare_boxes", "draw_boxes", "encode_box", "encode_boxes", "iou", "parse"]
 
 BINS = 1024
 Box = tuple[float, float, float, float]
@@ -26,38 +28,83 @@ class Detection:
     box: Box
 
 
-def encode_boxes(boxes: Sequence[Box], labels: Sequence[str], height: int, width: int) -> str:
-    """Boxes as PaliGemma writes them: four loc tokens and a label, ` ; ` between them.
+def encode_box(box: Box, height: int, width: int) -> str:
+    """One box as four loc tokens: `<loc0073><loc0548><loc0329><loc0804>`.
+
+    A place x on an edge of length S becomes bin round(1023 x / S), halves to the even bin, clipped to 0..1023. These are
+    the training targets of big_vision (pp/proj/paligemma/segmentation.py).
 
     Parameters
     ----------
-    boxes : sequence of (y_min, x_min, y_max, x_max)
+    box : (y_min, x_min, y_max, x_max)
         In pixels.
-    labels : sequence of str
     height, width : int
         Of the picture, in pixels.
 
     Raises
     ------
     ValueError
-        If boxes and labels differ in number, or a box lies upside down.
+        If the box is not four finite numbers, ends before it begins, or the picture has no size.
+    """
+    _check_size(height, width)
+    if len(box) != 4 or not all(math.isfinite(edge) for edge in box):
+        raise ValueError(f"a box is four finite numbers (y_min, x_min, y_max, x_max), got {tuple(box)}")
+    top, left, bottom, right = box
+    if bottom < top or right < left:
+        raise ValueError(f"box {tuple(box)} ends before it begins: expected (y_min, x_min, y_max, x_max)")
+    places = (top / height, left / width, bottom / height, right / width)
+    bins = [round(min(1.0, max(0.0, float(place))) * (BINS - 1)) for place in places]
+    return "".join(f"<loc{index:04d}>" for index in bins)
+
+
+def _check_size(height: int, width: int) -> None:
+    if not (height > 0 and width > 0):
+        raise ValueError(f"a picture has a height and a width above 0, got {height} and {width}")
+
+
+def encode_boxes(boxes: Sequence[Box], labels: Sequence[str], height: int, width: int) -> str:
+    """Named boxes as PaliGemma writes them: four loc tokens and a label each, ` ; ` between them.
+
+    Parameters
+    ----------
+    boxes : sequence of (y_min, x_min, y_max, x_max)
+        In pixels.
+    labels : sequence of str
+        One for each box. Runs of white space become one space.
+    height, width : int
+        Of the picture, in pixels.
+
+    Raises
+    ------
+    ValueError
+        If boxes and labels differ in number, a box is wrong (see `encode_box`), or a label holds `;` or something
+        that reads like a loc or seg token.
     """
     if len(boxes) != len(labels):
         raise ValueError(f"{len(boxes)} boxes and {len(labels)} labels: there must be as many of each")
     parts = []
-    for (top, left, bottom, right), label in zip(boxes, labels):
-        if bottom < top or right < left:
-            raise ValueError(
-                f"box {(top, left, bottom, right)} ends before it begins: expected y_min, x_min, y_max, x_max"
-            )
-        edges = (top / height, left / width, bottom / height, right / width)
-        bins = [min(BINS - 1, max(0, round(edge * (BINS - 1)))) for edge in edges]
-        parts.append("".join(f"<loc{index:04d}>" for index in bins) + f" {label}")
+    for box, label in zip(boxes, labels, strict=True):
+        if ";" in label or _LIKE_TOKEN.search(label):
+            raise ValueError(f"label {label!r} could not be read back: leave out ';', '<loc' and '<seg'")
+        parts.append(" ".join([encode_box(box, height, width), *label.split()]))
     return " ; ".join(parts)
+
+
+_LIKE_TOKEN = re.compile(r"<(?:loc|seg)[^<>\s]*>?")
+
+# A box and what follows up to the next one. Up to the fourth loc token, stray seg tokens do not end the row; after it,
+# seg tokens are the mask that `segment` gives.
+_ROW = re.compile(
+    r"((?:<loc[0-9]{4}>\s*(?:<seg[0-9]{3}>\s*)*){0,3}(?:<loc[0-9]{4}>\s*)+(?:<seg[0-9]{3}>\s*)*)",
+)
 
 
 def parse(answer: str, height: int, width: int) -> tuple[list[Detection], list[str]]:
     """Read an answer to `detect` or `segment`: what can be read, and sentences about what could not.
+
+    A bin becomes bin / 1023 of the edge. Of more than four loc tokens in a row the first four are the box. A box without
+    a label is kept, with an empty label; one that ends before it begins, or has a bin above 1023, is dropped. The seg
+    tokens of a `segment` answer are left aside.
 
     Parameters
     ----------
@@ -69,64 +116,127 @@ def parse(answer: str, height: int, width: int) -> tuple[list[Detection], list[s
     Returns
     -------
     tuple
-        Detections in the order of the answer, and remarks on what was dropped.
+        Detections in the order of the answer, and remarks: one sentence for each thing that was dropped or missing.
+
+    Raises
+    ------
+    ValueError
+        If the picture has no size.
     """
-    found, remarks = [], []
-    for number, part in enumerate(answer.split(";"), start=1):
-        text = part.strip()
-        if not text:
-            if len(answer.split(";")) > 1:
-                remarks.append(f"part {number} is empty")
-            continue
-        locs = re.findall(r"<loc(\d{4})>", text)
-        before, *_ = re.split(r"<loc\d{4}>", text, maxsplit=1)
-        label = re.sub(r"<(?:loc|seg)\d+>", " ", text[len(before) :] if locs else text).strip()
-        label = " ".join(label.split())
-        if re.search(r"<seg\d+>", text):
-            remarks.append(f"part {number} ({text!r}): seg tokens were left aside, only the box was read")
-        if len(locs) < 4:
-            remarks.append(f"part {number} ({text!r}): {len(locs)} loc tokens where a box takes four; dropped")
-            continue
-        if len(locs) > 4:
-            remarks.append(
-                f"part {number} ({text!r}): {len(locs)} loc tokens where a box takes four; the first four were read"
-            )
-        if before.strip():
-            remarks.append(f"part {number}: {before.strip()!r} stands before the box; dropped")
-        bins = [int(index) for index in locs[:4]]
-        if max(bins) >= BINS:
-            remarks.append(f"part {number} ({text!r}): a loc token above <loc{BINS - 1:04d}>; dropped")
-            continue
-        top, left, bottom, right = (index / (BINS - 1) * size for index, size in zip(bins, (height, width) * 2))
-        if bottom < top or right < left:
-            remarks.append(f"part {number} ({text!r}): the box ends before it begins; dropped")
-            continue
-        if not label:
-            remarks.append(f"part {number} ({text!r}): no label")
-        found.append(Detection(label, (top, left, bottom, right)))
+    _check_size(height, width)
+    if not answer.strip():
+        return [], ["The answer is empty."]
+    found: list[Detection] = []
+    remarks: list[str] = []
+    number = 0
+    for piece in answer.split(";"):
+        before, *rows = _ROW.split(piece)
+        number += 1
+        if not piece.strip():
+            remarks.append(f"Part {number} is empty.")
+        elif before.strip():
+            why = "stands before the first loc token" if rows else "has no loc token"
+            remarks.append(f"Part {number}: {_short(before)} {why} and was dropped.")
+        for place, (row, after) in enumerate(zip(rows[::2], rows[1::2], strict=True)):
+            number += place > 0
+            detection, said = _read_row(row, after, height, width)
+            found += [detection] if detection else []
+            remarks += [f"Part {number} ({_short(row + after)}) {sentence}." for sentence in said]
     return found, remarks
 
 
+def _read_row(row: str, after: str, height: int, width: int) -> tuple[Detection | None, list[str]]:
+    bins = [int(index) for index in re.findall(r"<loc([0-9]{4})>", row)]
+    codes = re.findall(r"<seg[0-9]{3}>", row + after)
+    label = " ".join(_LIKE_TOKEN.sub(" ", after).split())
+    broken = [token for token in _LIKE_TOKEN.findall(after) if token not in codes]
+    said = []
+    if codes:
+        said.append(f"holds {_count(len(codes), 'seg token')}: left aside, boxes are read here")
+    if broken:
+        said.append(f"holds {', '.join(map(repr, broken))}, which is no loc or seg token: dropped")
+    if len(bins) < 4:
+        return None, [*said, f"has {_count(len(bins), 'loc token')}, a box takes 4: dropped"]
+    if len(bins) > 4:
+        said.append(f"has {len(bins)} loc tokens, a box takes 4: the first four were read, the rest was dropped")
+    if max(bins[:4]) >= BINS:
+        return None, [*said, f"has a bin above {BINS - 1}: dropped"]
+    top, left, bottom, right = (
+        index / (BINS - 1) * size for index, size in zip(bins[:4], (height, width) * 2, strict=True)
+    )
+    if bottom < top or right < left:
+        return None, [*said, "ends before it begins: dropped"]
+    return Detection(label, (top, left, bottom, right)), said if label else [*said, "has no label"]
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def iou(first: Box, second: Box) -> float:
-    """Intersection over union of two boxes, 0 to 1; a box without area overlaps nothing."""
+    """Intersection over union of two boxes (y_min, x_min, y_max, x_max), 0 to 1; a box without area overlaps nothing."""
     height = min(first[2], second[2]) - max(first[0], second[0])
     width = min(first[3], second[3]) - max(first[1], second[1])
-    if height <= 0 or width <= 0:
+    if not (height > 0 and width > 0):
         return 0.0
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
-    return height * width / (sum(areas) - height * width)
+    union = sum(areas) - height * width
+    return min(1.0, height * width / union) if union > 0 else 0.0
+
+
+def _best_pairing(scores: Sequence[Sequence[float]]) -> list[int]:
+    """For each row its column, no column twice, with the largest sum of scores; rows must not outnumber columns.
+
+    The Hungarian method with potentials (Kuhn 1955, Munkres 1957). A row's and a column's potential never add up to less
+    than their score, and add up to just that where the two are paired; each new row takes the cheapest way to a free
+    column, and the rows along that way each move over by one.
+    """
+    num_rows, num_columns = len(scores), len(scores[0]) if scores else 0
+    row_potential, column_potential = [max(row) for row in scores], [0.0] * num_columns
+    row_of: list[int | None] = [None] * num_columns
+    for new_row in range(num_rows):
+        cost, came_from = [math.inf] * num_columns, [-1] * num_columns  # of the best way to each column
+        done: list[int] = []
+        row, column, reached = new_row, -1, 0.0
+        while True:
+            for other in set(range(num_columns)).difference(done):
+                slack = reached + row_potential[row] + column_potential[other] - scores[row][other]
+                if slack < cost[other]:
+                    cost[other], came_from[other] = slack, column
+            column = min(set(range(num_columns)).difference(done), key=cost.__getitem__)
+            reached = cost[column]
+            if row_of[column] is None:
+                break
+            done.append(column)
+            row = row_of[column]
+        row_potential[new_row] -= reached
+        for other in done:
+            row_potential[row_of[other]] -= reached - cost[other]
+            column_potential[other] += reached - cost[other]
+        while column >= 0:  # walk back: each column takes the row of the one before it
+            before = came_from[column]
+            row_of[column] = row_of[before] if before >= 0 else new_row
+            column = before
+    column_of = {row: column for column, row in enumerate(row_of) if row is not None}
+    return [column_of[row] for row in range(num_rows)]
 
 
 def compare_boxes(found: Sequence[Box], truth: Sequence[Box], threshold: float = 0.5) -> tuple[bool, float]:
-    """Were all things found, and how well?
+    """Were all things found and none too many, and how well do the boxes fit?
 
-    Boxes are paired one to one so that the sum of their overlaps is largest (all pairings are tried: few boxes).
+    Both answers come from the best of all one-to-one pairings: for the first, the one with most pairs of an IoU of at least
+    `threshold`; for the second, the one with the largest sum of IoU.
 
     Returns
     -------
     tuple
-        Whether every true box has a partner of at least `threshold` and no box is left over; and the mean overlap
-        over the true boxes, where one without a partner counts 0.
+        Whether the boxes are as many as the true ones and all have partners; and the mean IoU over the true boxes, where
+        one without a partner counts 0. A box too many does not lower the mean.
 
     Raises
     ------
@@ -135,31 +245,95 @@ def compare_boxes(found: Sequence[Box], truth: Sequence[Box], threshold: float =
     """
     if not truth:
         raise ValueError("there is no true box to compare with")
-    rows = list(found)[: len(truth) + 3]  # boxes beyond a few too many cannot change the verdict
-    rows += [(0.0, 0.0, 0.0, 0.0)] * (len(truth) - len(rows))
-    overlap = [[iou(box, true) for box in rows] for true in truth]
-    pairings = permutations(range(len(rows)), len(truth))
-    best = max(([overlap[i][j] for i, j in enumerate(pairing)] for pairing in pairings), key=sum)
-    return len(found) == len(truth) and min(best) >= threshold, sum(best) / len(truth)
+    spare = [0.0] * max(0, len(truth) - len(found))
+    overlap = [[iou(box, true) for box in found] + spare for true in truth]
+    hits = [[float(value >= threshold) for value in row] for row in overlap]
+    all_found = len(found) == len(truth) and _paired_sum(hits) == len(truth)
+    return all_found, _paired_sum(overlap) / len(truth)
+
+
+def _paired_sum(scores: list[list[float]]) -> float:
+    return sum(row[column] for row, column in zip(scores, _best_pairing(scores), strict=True))
 
 
 def draw_boxes(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
-    """A copy of a picture with named boxes on it, readable on light and on dark ground."""
-    picture = image.convert("RGB")
+    """A copy of a picture with named boxes on it, readable on light and on dark ground.
+
+    Boxes are clipped to the picture. A label goes over its box, or into it, or under it, where it hides no other label; it
+    is cut if it is too long, and left out where the picture is too small for a letter. Letters that Pillow's own font lacks
+    appear as empty frames.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+        Of any mode. It becomes RGB as the processor makes it, turned as its EXIF says.
+    detections : sequence of Detection
+        In pixels of that upright picture.
+
+    Returns
+    -------
+    PIL.Image.Image
+        RGB; the picture given stays as it is.
+
+    Raises
+    ------
+    ValueError
+        If a box is not four finite numbers.
+    """
+    picture = load_image(image).copy()
     canvas = ImageDraw.Draw(picture)
     line = max(1, round(min(picture.size) / 200))
     font = ImageFont.load_default(size=max(9, round(min(picture.size) / 24)))
+    plates: list[tuple[int, int, int, int]] = []
+    frames = []
     for number, detection in enumerate(detections):
-        colour = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7")[number % 5]
-        top, left, bottom, right = detection.box
-        canvas.rectangle((left - line, top - line, right + line, bottom + line), outline="black", width=line)
-        canvas.rectangle((left, top, right, bottom), outline=colour, width=line)
-        if detection.label:
-            _, _, text_width, text_height = canvas.textbbox((0, 0), detection.label, font=font)
-            x = min(max(0, left), max(0, picture.width - text_width - 2 * line))
-            y = top - text_height - 3 * line
-            y = y if y >= 0 else min(bottom + line, max(0, picture.height - text_height - 2 * line))
-            plate = (x, y, x + text_width + 2 * line, y + text_height + 2 * line)
-            canvas.rectangle(plate, fill=colour, outline="black")
-            canvas.text((x + line, y + line // 2), detection.label, fill="black", font=font)
+        colour = _COLOURS[number % len(_COLOURS)]
+        left, top, right, bottom = _pixels_of(detection.box, picture.width, picture.height)
+        frames.append((colour, (left, top, right, bottom), detection.label))
+        for grown, paint in ((line, "black"), (0, colour), (-line, "black")):
+            edges = (left - grown, top - grown, right + grown, bottom + grown)
+            if edges[0] <= edges[2] and edges[1] <= edges[3]:
+                canvas.rectangle(edges, outline=paint, width=line)
+    for colour, frame, label in frames:  # labels last, so that no line runs through one
+        _draw_label(canvas, picture.size, font, line, colour, frame, label, plates)
     return picture
+
+
+_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7")
+
+
+def _pixels_of(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
+    """First and last column and row of a box, all inside the picture."""
+    if len(box) != 4 or not all(math.isfinite(edge) for edge in box):
+        raise ValueError(f"a box is four finite numbers (y_min, x_min, y_max, x_max), got {tuple(box)}")
+    top, bottom = sorted((box[0], box[2]))
+    left, right = sorted((box[1], box[3]))
+    first = (round(min(max(left, 0), width - 1)), round(min(max(top, 0), height - 1)))
+    last = (round(min(max(right, 0), width)) - 1, round(min(max(bottom, 0), height)) - 1)
+    return *first, max(first[0], last[0]), max(first[1], last[1])
+
+
+def _draw_label(canvas, size, font, line, colour, frame, label, plates) -> None:
+    # A lone surrogate is a code that no encoding can write: it is replaced. No label needs more than 200 letters.
+    text = " ".join(label.encode("utf-8", "replace").decode().split())[:200]
+    whole, room = text, size[0] - 4 * line
+    while text and canvas.textlength(text if text == whole else f"{text}…", font=font) > room:
+        text = text[:-1]
+    ascent, descent = font.getmetrics()
+    height = ascent + descent + 2 * line
+    if not text or height > size[1]:
+        return
+    text = text if text == whole else f"{text}…"
+    width = math.ceil(canvas.textlength(text, font=font)) + 4 * line
+    left, top, right, bottom = frame
+    x = min(left, size[0] - width)
+    places = [(x, y, x + width - 1, y + height - 1) for y in (top - height, top + line, bottom + 1, size[1] - height)]
+    inside = [place for place in places if place[1] >= 0 and place[3] < size[1]]
+    plate = next((place for place in inside if not any(_touch(place, other) for other in plates)), inside[0])
+    plates.append(plate)
+    canvas.rectangle(plate, fill=colour, outline="black", width=line)
+    canvas.text((plate[0] + 2 * line, plate[1] + line), text, fill="black", font=font)
+
+
+def _touch(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> bool:
+    return one[0] <= other[2] and other[0] <= one[2] and one[1] <= other[3] and other[1] <= one[3]
