@@ -18,21 +18,24 @@
 
 # %%
 # | export
+import hashlib
 import json
 import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
 
 from sigma_book.generation import whole_number
-from sigma_book.locate import Box, encode_box
+from sigma_book.locate import Box, draw_boxes, encode_box, parse
 from sigma_book.processor import Batch, Processor, load_image
 
 
@@ -1339,6 +1342,301 @@ class _SkippedRows:
         with self.path.open("ab", buffering=0) as file:
             file.write(line.encode("utf-8"))  # in one piece, so that lines of two processes do not mix
         self._catch_up()
+
+
+# %%
+# | export
+@dataclass(frozen=True)
+class Survey:
+    """What stands in a file of examples, found by reading all of it and opening each picture once.
+
+    Parameters
+    ----------
+    examples, pictures : int
+        Rows, and different pictures in them.
+    picture_tokens : int
+        Tokens of a row before the prompt.
+    prompt_tokens, answer_tokens : numpy.ndarray
+        Of the rows that can be read.
+    max_length : int or None
+        The context that rows must fit into.
+    broken : tuple
+        (where, reason) of rows that cannot be read or have nothing to learn.
+    duplicates : tuple of str
+        Where an earlier row is repeated: the same picture, prompt and answer.
+    answers : tuple
+        The most common answers, each with its number of rows; how many different ones there are stands in `num_answers`.
+    """
+
+    examples: int
+    pictures: int
+    picture_tokens: int
+    prompt_tokens: np.ndarray
+    answer_tokens: np.ndarray
+    max_length: int | None
+    broken: tuple[tuple[str, str], ...]
+    duplicates: tuple[str, ...]
+    answers: tuple[tuple[str, int], ...]
+    num_answers: int
+
+    @property
+    def too_long(self) -> np.ndarray:
+        """Tokens that are too many, of each row that does not fit."""
+        rows = self.picture_tokens + self.prompt_tokens + self.answer_tokens
+        return rows[:0] if self.max_length is None else rows[rows > self.max_length] - self.max_length
+
+    def lines(self) -> list[str]:
+        """The report, a sentence or two in each line."""
+        good = len(self.prompt_tokens)
+        said = [f"{self.examples:,} examples with {self.pictures:,} pictures, {good:,} of them can be learned from"]
+        for name, tokens in (("prompt", self.prompt_tokens), ("answer", self.answer_tokens)):
+            if good:
+                middle, most = np.percentile(tokens, [50, 95], method="lower")
+                said.append(
+                    f"tokens of the {name}: half have {middle} or fewer, 95 % {most}, the longest {tokens.max()}"
+                )
+        if self.max_length is not None:
+            over = self.too_long
+            cut = f", by up to {over.max()} tokens: shorten them, or train with --truncate" if len(over) else ""
+            said.append(
+                f"too long for {self.max_length} tokens with the picture's {self.picture_tokens}: {len(over):,} rows{cut}"
+            )
+        said.append(f"broken: {len(self.broken):,} rows")
+        said += [
+            f"  {where}: {reason}" if not reason.startswith(where) else f"  {reason}"
+            for where, reason in self.broken[:5]
+        ]
+        said += ["  ..."] * (len(self.broken) > 5)
+        again = f", the first is {self.duplicates[0]}" if self.duplicates else ""
+        said.append(f"repeated: {len(self.duplicates):,} rows{again}")
+        common = ", ".join(f"{_short_text(answer, 30)} ({number:,})" for answer, number in self.answers)
+        said.append(f"different answers: {self.num_answers:,}; the most common: {common or 'none'}")
+        return said
+
+
+def survey(examples: Sequence[Example], processor: Processor, max_length: int | None = None) -> Survey:
+    """Read all examples, count their tokens and open each picture once; a bar shows how far it is.
+
+    Parameters
+    ----------
+    examples : sequence of Example
+        From `read_examples`, or a list.
+    processor : Processor
+        Its tokenizer counts.
+    max_length : int, optional
+        The model's context, in tokens.
+
+    Returns
+    -------
+    Survey
+    """
+    prompts, answers = np.zeros(len(examples), np.int32), np.zeros(len(examples), np.int32)
+    digests = np.zeros((len(examples), 2), np.uint64)  # of the whole row, and of the answer
+    seen: dict[bytes, str | None] = {}  # a picture's digest, and why it cannot be opened
+    broken: list[tuple[str, str]] = []
+    kept: list[int] = []
+    texts: Counter = Counter()
+    with ThreadPoolExecutor() as pool, tqdm(total=len(examples), desc="reading", disable=None) as bar:
+        for start in range(0, len(examples), 256):
+            rows = []
+            for index in range(start, min(start + 256, len(examples))):
+                where = _where_in(examples, index)
+                try:
+                    example = examples[index]
+                    if not example.suffix:
+                        raise ValueError("the answer is empty: there is nothing to learn")
+                    picture, prompts[index], answers[index] = token_counts(processor, example)
+                    rows.append((index, where, example, _digest(_picture_name(example.image))))
+                except (ValueError, OSError) as error:
+                    broken.append((where, str(error)))
+            new = {name: example.image for _, _, example, name in rows if name not in seen}
+            seen.update(zip(new, pool.map(_why_broken, new.values())))
+            for index, where, example, name in rows:
+                if seen[name] is not None:
+                    broken.append((where, seen[name]))
+                    continue
+                kept.append(index)
+                digests[index] = [
+                    int.from_bytes(_digest(part)[:8], "big")
+                    for part in (f"{name.hex()} {example.prefix!r} {example.suffix!r}", example.suffix)
+                ]
+                if len(texts) < 100_000 or example.suffix in texts:  # enough to find the most common ones
+                    texts[example.suffix] += 1
+            bar.update(min(256, len(examples) - start))
+    good = np.asarray(kept, np.int64)
+    _, first = np.unique(digests[good, 0], return_index=True)
+    again = np.delete(good, first)
+    return Survey(
+        len(examples),
+        len(seen),
+        processor.num_image_tokens + 1,
+        prompts[good],
+        answers[good],
+        max_length,
+        tuple(broken),
+        tuple(_where_in(examples, int(index)) for index in again),
+        tuple(texts.most_common(5)),
+        len(np.unique(digests[good, 1])),
+    )
+
+
+def _where_in(examples: Sequence[Example], index: int) -> str:
+    """Where an example stands, also where it cannot be read."""
+    where = examples.where(index) if isinstance(examples, Examples) else examples[index].where
+    return where or f"example {index + 1}"
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
+
+
+def _picture_name(image: object) -> str:
+    return str(image) if isinstance(image, str | Path) else f"in memory {id(image)}"
+
+
+def _why_broken(image: object) -> str | None:
+    try:
+        load_image(image)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _short_text(text: str, most: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+# %%
+# | export
+_ORANGE, _GREEN, _GROUND = "#e69f00", "#009e73", "#8c8c8c"  # prompts, answers and the rest, as in the book's figures
+
+
+def draw_lengths(found: Survey) -> Image.Image:
+    """A histogram of the tokens of prompts, and one of answers."""
+    picture = Image.new("RGB", (900, 560), "white")
+    canvas = ImageDraw.Draw(picture)
+    for top, name, tokens, colour in (
+        (0, "prompt", found.prompt_tokens, _ORANGE),
+        (280, "answer", found.answer_tokens, _GREEN),
+    ):
+        _draw_bars(canvas, top, f"tokens of the {name}", tokens, colour)
+    return picture
+
+
+def _draw_bars(canvas: ImageDraw.ImageDraw, top: int, title: str, tokens: np.ndarray, colour: str) -> None:
+    left, right, base, high = 80, 870, top + 230, top + 50
+    font = ImageFont.load_default(size=16)
+    canvas.text((left, top + 14), f"{title}, rows in each bar", fill="black", font=font)
+    canvas.line((left, base, right, base), fill="black")
+    if not len(tokens):
+        return
+    longest = int(tokens.max())
+    width = -(-(longest + 1) // 60)  # lengths in a bar: at most 60 bars
+    rows = np.bincount(tokens // width, minlength=longest // width + 1)
+    step = (right - left) / len(rows)
+    for place, number in enumerate(rows):
+        height = (base - high) * number / rows.max()
+        if number:  # a single row stays visible
+            canvas.rectangle(
+                (left + place * step, base - max(2, height), left + (place + 0.85) * step, base), fill=colour
+            )
+    for place in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 9)).astype(int)):
+        middle = left + (place + 0.43) * step
+        canvas.text((middle, base + 6), str(place * width), fill="black", font=font, anchor="ma")
+    canvas.text((left - 8, high), f"{rows.max():,}", fill="black", font=font, anchor="rm")
+
+
+def contact_sheet(examples: Sequence[Example], columns: int = 4) -> Image.Image:
+    """Pictures in a grid, with prompt and answer under each; boxes of an answer are drawn.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        If a picture cannot be read.
+    """
+    side, gap, text_height = 260, 16, 108
+    rows = -(-len(examples) // columns)
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + text_height + gap) + gap), "white")
+    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
+    for number, example in enumerate(examples):
+        left = gap + number % columns * (side + gap)
+        top = gap + number // columns * (side + text_height + gap)
+        picture = load_image(example.image)
+        if "<loc" in example.suffix:
+            picture = draw_boxes(picture, parse(example.suffix, picture.height, picture.width)[0])
+        picture = ImageOps.contain(picture, (side, side), Image.Resampling.BICUBIC)
+        sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
+        canvas.rectangle((left, top, left + side - 1, top + side - 1), outline=_GROUND)
+        used = _write(canvas, (left, top + side + 4), example.prefix, "#9c6b00", font, side, 2)
+        _write(canvas, (left, top + side + 8 + used), example.suffix, "#00694c", font, side, 3)
+    return sheet
+
+
+def _write(canvas, place, text: str, colour: str, font, width: int, most: int) -> int:
+    """Write a text in at most so many lines; returns how high they are."""
+    text = " ".join(text.encode("utf-8", "replace").decode().split())[:600]
+    lines = [""]
+    for letter in text:
+        if canvas.textlength(lines[-1] + letter, font=font) > width:
+            space = lines[-1].rfind(" ") + 1 or len(lines[-1])  # break behind a word where there is one
+            lines[-1], rest = lines[-1][:space], lines[-1][space:]
+            lines.append(rest)
+        lines[-1] += letter
+    if len(lines) > most:
+        lines = lines[:most]
+        while canvas.textlength(f"{lines[-1]}…", font=font) > width:
+            lines[-1] = lines[-1][:-1]
+        lines[-1] += "…"
+    for number, line in enumerate(lines):
+        canvas.text((place[0], place[1] + 19 * number), line, fill=colour, font=font)
+    return 19 * len(lines)
+
+
+def write_survey(found: Survey, examples: Sequence[Example], folder: str | Path) -> list[Path]:
+    """Write `lengths.png`, `examples.png` with twelve examples, `survey.json`, and `broken.jsonl` with all broken rows.
+
+    The twelve are the first of the order with seed 0 that can be read.
+
+    Returns
+    -------
+    list of Path
+        The files.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    bad, chosen = {where for where, _ in found.broken}, []
+    for index in epoch_order(len(examples), 0, 0):
+        if len(chosen) < 12 and _where_in(examples, int(index)) not in bad:
+            chosen.append(examples[int(index)])
+    numbers = {
+        "examples": found.examples,
+        "pictures": found.pictures,
+        "broken": len(found.broken),
+        "repeated": len(found.duplicates),
+        "max_length": found.max_length,
+        "too_long": len(found.too_long),
+        "picture_tokens": found.picture_tokens,
+        "prompt_tokens": np.bincount(found.prompt_tokens).tolist(),
+        "answer_tokens": np.bincount(found.answer_tokens).tolist(),
+        "different_answers": found.num_answers,
+        "common_answers": [list(pair) for pair in found.answers],
+    }
+    lines = [json.dumps({"where": where, "reason": reason}, ensure_ascii=False) for where, reason in found.broken]
+    texts = {"survey.json": json.dumps(numbers, indent=2, ensure_ascii=False), "broken.jsonl": "\n".join(lines)}
+    pictures = {"lengths.png": draw_lengths(found), "examples.png": contact_sheet(chosen) if chosen else None}
+    paths = []
+    for name, content in (texts | pictures).items():
+        path, draft = folder / name, folder / f".{name}.part"
+        if content is None:
+            continue
+        if isinstance(content, str):
+            draft.write_text(f"{content}\n" if content else "", encoding="utf-8")
+        else:
+            content.save(draft, format="PNG")
+        os.replace(draft, path)
+        paths.append(path)
+    return paths
 
 
 # %% [markdown]
