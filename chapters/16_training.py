@@ -316,6 +316,7 @@ def train(
     label: str = "train",
     report_every: int = 500,
     report: Callable[[int], str] | None = None,
+    each: Callable[[list[float]], None] | None = None,
     progress: Progress | None = None,
     checkpoints: "Checkpoints | None" = None,
 ) -> list[float]:
@@ -347,6 +348,8 @@ def train(
         A CSV file that grows by a line a step.
     report : callable, optional
         Called every `report_every` steps with the step; its text is shown beside the progress bar.
+    each : callable, optional
+        Called after each step with the new row of the log.
     progress : Progress, optional
         Where to go on; it grows with the run.
     checkpoints : Checkpoints, optional
@@ -413,6 +416,8 @@ def train(
             progress.data = getattr(small[-1], "state", None)
             progress.scale = scaler.state_dict() if scaler.is_enabled() else None
             write(progress.rows[-1])
+            if each is not None:
+                each(progress.rows[-1])
             bar.update()
             bar.set_postfix_str(_speed(progress.rows[-50:]), refresh=False)
             if report is not None and (step + 1) % report_every == 0:
@@ -485,12 +490,13 @@ def _asked_to_stop(listen: bool) -> Iterator[threading.Event]:
     if not listen or threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    usual = signal.getsignal(signal.SIGINT)
+    usual, here = signal.getsignal(signal.SIGINT), os.getpid()
 
     def hear(number, frame) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, usual)
-        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+        if os.getpid() == here:  # processes that read ahead hear it too, and go on
+            asked.set()
+            signal.signal(signal.SIGINT, usual)
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
     signal.signal(signal.SIGINT, hear)
     try:
@@ -617,14 +623,17 @@ class Checkpoints:
 
 def _pack_optimizers(optimizers: list) -> tuple[dict, dict]:
     """What optimizers remember, as tensors by name and a table of plain numbers."""
-    tensors, numbers = {}, []
+    tensors, numbers, seen = {}, [], set()
     for place, optimizer in enumerate(optimizers):
         numbers.append({})
         for index, memory in optimizer.state_dict()["state"].items():
-            for key, value in memory.items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"{place}.{index}.{key}"] = value.detach().contiguous()
-                else:
+            wrapped = [value for value in memory.values() if isinstance(value, dict)]  # bitsandbytes does so
+            for key, value in itertools.chain(memory.items(), *(inner.items() for inner in wrapped)):
+                if isinstance(value, torch.Tensor):  # two that share memory cannot be written as they are
+                    value = value.detach().contiguous()
+                    tensors[f"{place}.{index}.{key}"] = value.clone() if value.data_ptr() in seen else value
+                    seen.add(value.data_ptr())
+                elif not isinstance(value, dict):
                     numbers[-1].setdefault(str(index), {})[key] = value
     return tensors, {"optimizers": numbers}
 
@@ -820,7 +829,7 @@ def claim_folder(out: Path, identity: dict) -> None:
     Parameters
     ----------
     out : Path
-        Gets `run.json`.
+        Gets `run.json`. As long as nothing is saved there, a run with other values may take it over.
     identity : dict
         All that decides the numbers of the run, of plain values.
 
@@ -835,17 +844,20 @@ def claim_folder(out: Path, identity: dict) -> None:
             known = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error}): give another folder, or remove this one") from error
-        for key, value in identity.items():
-            if key not in known or known[key] != json.loads(json.dumps(value)):
-                raise ValueError(
-                    f"{out} holds a run with {key} = {known.get(key)!r}, this one has {value!r}: "
-                    "give the same to go on with it, or another folder for a new run"
-                )
-        return
-    fresh = out / ".run.json"
-    if out.exists() and (not out.is_dir() or any(entry != fresh for entry in out.iterdir())):
+        wanted = json.loads(json.dumps(identity))
+        differing = [key for key in wanted if key not in known or known[key] != wanted[key]]
+        if not differing:
+            return
+        if any((out / "checkpoints").glob("*")) or (out / "final").exists():
+            key = differing[0]
+            raise ValueError(
+                f"{out} holds a run with {key} = {known.get(key)!r}, this one has {wanted[key]!r}: "
+                "give the same to go on with it, or another folder for a new run"
+            )
+    elif out.exists() and (not out.is_dir() or any(entry.name != ".run.json" for entry in out.iterdir())):
         raise ValueError(f"{out} holds something else and no run.json: give a folder that is empty or new")
     out.mkdir(parents=True, exist_ok=True)
+    fresh = out / ".run.json"
     fresh.write_text(json.dumps(identity, indent=2) + "\n")
     os.replace(fresh, path)
 

@@ -598,11 +598,11 @@ def go_on(
     model, optimizers = build(kind)
     checkpoints = Checkpoints(folder / "checkpoints", model, optimizers, every=every, keep=keep)
     progress = checkpoints.restore()
-    batches = [torch.full((2, 6), 1.0 + index) for index in range(of)][progress.step :]
+    given = batches = [torch.full((2, 6), 1.0 + index) for index in range(of)][progress.step :]
     if steps < of:  # the batches end, as if the process did
 
         def cut():
-            yield from batches[: steps - progress.step]
+            yield from given[: steps - progress.step]
             raise EOFError
 
         batches = cut()
@@ -671,7 +671,7 @@ def damages(path: Path) -> dict:
     """Every way in which one file of a checkpoint can be spoilt, by name."""
     content = path.read_bytes()
     middle = len(content) // 2
-    cuts = {f"cut at {at}": content[:at] for at in sorted({0, 1, 7, 8, middle, len(content) - 1})}
+    cuts = {f"cut at {at}": content[:at] for at in sorted({0, middle, len(content) - 1})}
     flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
     return cuts | {"a bit flipped": flipped, "longer": content + b"0", "gone": None}
 
@@ -761,7 +761,9 @@ def test_a_checkpoint_of_other_weights_is_refused(tmp_path):
 
 def test_a_folder_belongs_to_one_run(tmp_path):
     first = {"seed": 1, "freeze": ("vision",), "model": {"name": "pocket"}}
+    claim_folder(tmp_path / "run", first | {"seed": 3})  # nothing was saved there: it may be taken over
     claim_folder(tmp_path / "run", first)
+    (tmp_path / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
     claim_folder(tmp_path / "run", first)
     with pytest.raises(ValueError, match="holds a run with seed = 1, this one has 2"):
         claim_folder(tmp_path / "run", first | {"seed": 2})
