@@ -49,7 +49,7 @@ from tqdm import tqdm
 from sigma_book.data import Example, collate
 from sigma_book.generation import Sampling, generate_answers
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
-from sigma_book.processor import Batch, Processor
+from sigma_book.processor import Batch, Processor, load_image
 from sigma_book.weights import _beside
 
 # %%
@@ -547,18 +547,17 @@ class Checkpoints:
             tensors[f"random.cuda.{index}"] = torch.cuda.get_rng_state(index)
         kept = {"data": progress.data, "notes": progress.notes, "scale": progress.scale}
         state |= kept | {"step": progress.step, "random": random.getstate()}
+
+        def fill(fresh: Path) -> None:
+            weights = {name: parameter.detach().contiguous() for name, parameter in self.learning.items()}
+            save_file(weights, fresh / "weights.safetensors")
+            save_file(tensors, fresh / "optimizer.safetensors")
+            (fresh / "state.json").write_text(json.dumps(state))
+            manifest = {path.name: [path.stat().st_size, file_checksum(path)] for path in sorted(fresh.iterdir())}
+            (fresh / "manifest.json").write_text(json.dumps(manifest))
+
         try:
-            with _beside(self.folder / f"step-{progress.step:06d}") as fresh:
-                save_file(
-                    {name: p.detach().contiguous() for name, p in self.learning.items()}, fresh / "weights.safetensors"
-                )
-                save_file(tensors, fresh / "optimizer.safetensors")
-                (fresh / "state.json").write_text(json.dumps(state))
-                manifest = {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(fresh.iterdir())}
-                (fresh / "manifest.json").write_text(json.dumps(manifest))
-                for path in (*fresh.iterdir(), fresh):
-                    _to_disk(path)
-            _to_disk(self.folder)  # the new name too
+            write_whole(self.folder / f"step-{progress.step:06d}", fill)
         except (RuntimeError, SafetensorError, OSError) as error:
             raise RuntimeError(
                 f"the checkpoint of step {progress.step} cannot be written ({error}); those before it stand: "
@@ -654,7 +653,7 @@ def _read_checkpoint(path: Path) -> tuple[dict, dict, dict]:
         manifest = json.loads((path / "manifest.json").read_text())
         for name in ("weights.safetensors", "optimizer.safetensors", "state.json"):
             size, checksum = manifest[name]
-            if (path / name).stat().st_size != size or _checksum(path / name) != checksum:
+            if (path / name).stat().st_size != size or file_checksum(path / name) != checksum:
                 raise ValueError(f"{name} is not as it was written")
         state = json.loads((path / "state.json").read_text())
         return state, load_file(path / "weights.safetensors"), load_file(path / "optimizer.safetensors")
@@ -664,13 +663,28 @@ def _read_checkpoint(path: Path) -> tuple[dict, dict, dict]:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-def _checksum(path: Path) -> int:
-    """CRC-32 of a file, read in pieces of 4 MiB."""
-    value = 0
+def file_checksum(path: Path, most: int | None = None) -> int:
+    """CRC-32 of a file, or of its first `most` bytes."""
+    value, left = 0, path.stat().st_size if most is None else most
     with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            value = zlib.crc32(piece, value)
+        while left > 0 and (piece := file.read(min(left, 1 << 22))):
+            value, left = zlib.crc32(piece, value), left - len(piece)
     return value
+
+
+def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let a function fill a folder beside the wanted one, wait until all of it is on the disk, then give it the name.
+
+    Raises
+    ------
+    RuntimeError
+        If it cannot be written.
+    """
+    with _beside(folder) as fresh:
+        fill(fresh)
+        for path in (*fresh.iterdir(), fresh):
+            _to_disk(path)
+    _to_disk(folder.parent)  # the new name too
 
 
 def _to_disk(path: Path) -> None:
@@ -910,6 +924,17 @@ def saved_bytes(run: Callable[[], torch.Tensor], besides: Iterable[torch.Tensor]
     return result, sum(kept.values())
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a device has left, or None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    table = Path("/proc/meminfo")
+    if device.type != "cpu" or not table.exists():
+        return None
+    line = next(line for line in table.read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
+
+
 @dataclass(frozen=True)
 class Bill:
     """What a step costs: numbers that learn and that do not, bytes by part, and operations."""
@@ -926,6 +951,13 @@ class Bill:
     def bytes(self) -> int:
         """At the worst moment: all gradients are there and a small batch is on its way."""
         return self.weights + self.gradients + self.optimizer + self.activations
+
+    def lines(self) -> list[str]:
+        """The bill as a table, a part a line."""
+        parts = ("weights", "gradients", "optimizer", "activations", "bytes")
+        sizes = [f"{'together' if part == 'bytes' else part:12} {getattr(self, part) / 1e6:,.1f} MB" for part in parts]
+        learning = f"{'learning':12} {self.learning:,} of {self.learning + self.frozen:,} parameters"
+        return [learning, *sizes, f"{'operations':12} {self.operations / 1e9:,.1f} billion a step"]
 
 
 def training_bill(
@@ -954,7 +986,7 @@ def training_bill(
         prepare(model)
         tensors = [*model.parameters(), *model.buffers()]
         shaped = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in vars(batch).items()}
-        forward = partial(_loss_of_shapes, model, Batch(**shaped), answers, DTYPE_NAMES[config.dtype])
+        forward = partial(_loss_of_shapes, model, Batch(**shaped), answers, AUTOCAST[config.dtype])
         largest = _largest_block(model, forward, tensors) if config.recompute else 0
         if config.recompute:
             recompute_activations(blocks_of(model))
@@ -1007,7 +1039,7 @@ def _adamw_bytes(parameter: torch.Tensor, optimizer: str) -> int:
     return 2 * parameter.numel() + 2 * 4 * math.ceil(parameter.numel() / 256)
 
 
-DTYPE_NAMES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}  # None: no autocast is needed
+AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}  # None: no autocast is needed
 
 
 # %%
@@ -1047,7 +1079,7 @@ def examine(
     for start in range(0, len(examples), batch_size):
         part = [examples[index] for index in range(start, min(start + batch_size, len(examples)))]
         taught = collate(processor, part).to(device)
-        asked = processor.prepare([one.image for one in part], [one.prefix for one in part]).to(device)
+        asked = processor.prepare([load_image(one.image) for one in part], [one.prefix for one in part]).to(device)
         longest = int((taught.labels != -100).sum(1).max())
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             count = answer_tokens(taught)
