@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -369,7 +370,7 @@ def finetune(
     learner, write = _learner(model, config, device)
     optimizers = [adamw_by_part(learner, config)]
     checkpoints = Checkpoints(out / "checkpoints", learner, optimizers, every=save_every, keep=keep)
-    follow = None if wandb is None else _follower(wandb, out, identity | asdict(config))
+    follower = None if wandb is None else _Follower(wandb, out, identity | asdict(config))
     progress = checkpoints.restore()  # last, so that the random numbers are those of the checkpoint
     if progress.step:
         remark(f"going on after step {progress.step} of {steps}")
@@ -386,7 +387,7 @@ def finetune(
         truncate=truncate,
         start=progress.data,
     )
-    look = partial(_look, out, learner, held_out, config, progress, write, follow)
+    look = partial(_look, out, learner, held_out, config, progress, write, follower)
     if held_out and progress.step == 0:
         remark(f"before: {look(0)}")
     train(
@@ -404,7 +405,7 @@ def finetune(
         log=out / "log.csv",
         report_every=evaluate_every or steps,
         report=look if held_out else None,
-        each=follow,
+        each=None if follower is None else follower.step,
         progress=progress,
         checkpoints=checkpoints,
     )
@@ -420,6 +421,8 @@ def finetune(
         draw_losses(progress, out / "losses.png")
     except ImportError:
         remark("no picture of the losses: install matplotlib (pip install 'sigma-book[book]')")
+    if follower is not None:
+        follower.run.finish()
     write_whole(final, write)
     return final
 
@@ -489,6 +492,28 @@ def _learner(
     return learner.train(), write
 
 
+class _Follower:
+    """Sends steps and evaluations to Weights & Biases, as one run even if it is started several times."""
+
+    def __init__(self, project: str, out: Path, config: dict):
+        try:
+            import wandb
+        except ImportError as error:
+            raise RuntimeError("--wandb needs the package wandb: pip install wandb, or leave it out") from error
+        mark = out / "wandb-id.txt"
+        if not mark.exists():
+            mark.write_text(uuid.uuid4().hex[:8])
+        name = mark.read_text().strip()
+        self.run = wandb.init(project=project, dir=str(out), id=name, name=out.name, resume="allow", config=config)
+
+    def step(self, row: list[float]) -> None:
+        step, loss, norm, rate, tokens, _ = row
+        self.run.log({"loss": loss, "gradient_norm": norm, "rate": rate, "tokens": tokens}, step=int(step) + 1)
+
+    def note(self, found: dict) -> None:
+        self.run.log({"held_out/loss": found["loss"], "held_out/exact": found["exact"]}, step=found["step"])
+
+
 def _look(
     out: Path,
     model: PaliGemma,
@@ -496,7 +521,7 @@ def _look(
     config: TrainingConfig,
     progress: Progress,
     write: Callable[[Path], None],
-    follow: Callable[[list, dict], None] | None,
+    follower: _Follower | None,
     step: int,
 ) -> str:
     """Examine a model, note it, and keep it if it is the best so far; gives a line and some answers."""
@@ -508,33 +533,11 @@ def _look(
     draft = out / ".evaluations.json"
     draft.write_text(json.dumps(progress.notes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(draft, out / "evaluations.json")
-    if follow is not None:
-        follow(None, found)
+    if follower is not None:
+        follower.note(found)
     answers = [f"  {one['prefix']}: {one['answer']!r}, truth {one['suffix']!r}" for one in found["answers"]]
     line = f"loss {found['loss']:.4f}, {found['exact']:.1%} of {found['asked']} answers exact"
     return "\n".join([line, *answers])
-
-
-def _follower(project: str, out: Path, config: dict) -> Callable[..., None]:
-    """Send each step and each evaluation to Weights & Biases, as one run even if it is started several times."""
-    try:
-        import wandb as library
-    except ImportError as error:
-        raise RuntimeError("to follow a run with Weights & Biases: pip install wandb, or leave --wandb out") from error
-    mark = out / "wandb-id.txt"
-    if not mark.exists():
-        mark.write_text(library.util.generate_id())
-    name = mark.read_text().strip()
-    run = library.init(project=project, dir=str(out), id=name, name=out.name, resume="allow", config=config)
-
-    def follow(row: list[float] | None, found: dict | None = None) -> None:
-        if row is not None:
-            step, loss, norm, rate, tokens, _ = row
-            run.log({"loss": loss, "gradient_norm": norm, "rate": rate, "tokens": tokens}, step=int(step) + 1)
-        if found is not None:
-            run.log({"held_out/loss": found["loss"], "held_out/exact": found["exact"]}, step=found["step"])
-
-    return follow
 
 
 def estimate(
