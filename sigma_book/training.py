@@ -1,6 +1,6 @@
 """The loop that teaches.
 
-How does a model change, step by step, until its answers are right?
+How does a model change, step by step, until its answers are right, and what if the power fails on the way?
 
 Tangled from chapters/16_training.py: edit there, then run python -m sigma_book.tangle.
 """
@@ -174,6 +174,78 @@ class Progress:
         return [row[1] for row in self.rows]
 
 
+LOG_COLUMNS = ("step", "loss", "gradient_norm", "rate", "tokens", "seconds")
+
+
+def remark(text: str) -> None:
+    """Say something on standard error, above a progress bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
+
+
+@contextmanager
+def _log(path: Path | None, rows: list[list[float]]) -> Iterator[Callable[[list], None]]:
+    """A function that adds a line to a CSV file, which first becomes a head and `rows`; or to nowhere."""
+    if path is None:
+        yield lambda row: None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}")
+    with fresh.open("w", newline="") as file:
+        csv.writer(file).writerows([LOG_COLUMNS, *map(_as_text, rows)])
+    os.replace(fresh, path)  # lines behind the checkpoint are gone, and none is there twice
+    with path.open("a", newline="", buffering=1) as file:
+        writer = csv.writer(file)
+        yield lambda row: writer.writerow(_as_text(row))
+
+
+def _as_text(row: list[float]) -> list[str]:
+    step, loss, norm, rate, tokens, seconds = row
+    return [f"{step:.0f}", repr(loss), repr(norm), f"{rate:.6g}", f"{tokens:.0f}", f"{seconds:.2f}"]
+
+
+def _speed(rows: list[list[float]]) -> str:
+    """The mean loss of some rows, and how many tokens a second they read."""
+    text = f"loss {sum(row[1] for row in rows) / len(rows):.3f}"
+    seconds, tokens = rows[-1][5] - rows[0][5], sum(row[4] for row in rows[1:])
+    return f"{text}, {tokens / seconds:,.0f} tokens/s" if tokens and seconds else text
+
+
+def _tokens_read(batch) -> int:
+    ordinary = getattr(batch, "batch", batch)
+    return int(ordinary.attention_mask.sum()) if isinstance(ordinary, Batch) else 0
+
+
+def _not_finite(what: str, step: int, small: list, autocast: torch.dtype | None) -> str:
+    places = [str(place) for batch in small for place in getattr(batch, "where", ())]
+    text = f"{what} at step {step}: nothing was changed by this step"
+    if places:
+        text += f"; its examples: {', '.join(places[:16])}" + (f" and {len(places) - 16} more" if places[16:] else "")
+    cure = "take bfloat16 or float32" if autocast == torch.float16 else "look at these examples, or lower the rate"
+    return f"{text}; {cure}"
+
+
+@contextmanager
+def _asked_to_stop(listen: bool) -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets; the second one interrupts as usual."""
+    asked = threading.Event()
+    if not listen or threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    usual, here = signal.getsignal(signal.SIGINT), os.getpid()
+
+    def hear(number, frame) -> None:
+        if os.getpid() == here:  # processes that read ahead hear it too, and go on
+            asked.set()
+            signal.signal(signal.SIGINT, usual)
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+
+    signal.signal(signal.SIGINT, hear)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
 def train(
     modules: nn.Module,
     loss: Callable[..., torch.Tensor],
@@ -307,76 +379,191 @@ def train(
     return progress.losses
 
 
-LOG_COLUMNS = ("step", "loss", "gradient_norm", "rate", "tokens", "seconds")
+PARTS = {  # how the names of their parameters begin
+    "vision": ("vision_tower.",),
+    "projector": ("multi_modal_projector.",),
+    "decoder": ("language_model.", "lm_head."),
+}
+METHODS = ("full", "lora", "qlora")
 
 
-def remark(text: str) -> None:
-    """Say something on standard error, above a progress bar if there is one."""
-    tqdm.write(text, file=sys.stderr)
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What decides the numbers of a run: the same values on the same data give the same model.
+
+    Parameters
+    ----------
+    method : str
+        full, lora or qlora.
+    max_steps, epochs : int, optional
+        The run ends at whichever comes first; one epoch if neither is given.
+    batch_size, accumulate : int
+        Examples in a batch, and batches in a step.
+    learning_rate : float
+        The peak, for all parts that have none of their own.
+    vision_rate, projector_rate, decoder_rate : float, optional
+        The peak for one part.
+    freeze : tuple of str
+        Parts that do not learn: vision, projector, decoder.
+    schedule : str
+        linear or cosine, down to zero.
+    warmup : float
+        Below 1 a share of all steps, else a number of steps.
+    weight_decay, clip : float
+    optimizer : str
+        adamw, or adamw8bit, which keeps its two means in 8 bits and needs bitsandbytes.
+    dtype : str
+        What products are computed in: float32, bfloat16 or float16; the weights that learn are float32 in any case.
+        auto is bfloat16 on cuda, else float32.
+    recompute : bool
+        Keep no activations inside blocks, compute them again in the backward pass.
+    seed : int
+        Of the order of the data, and of dropout.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of its range.
+    """
+
+    method: str = "full"
+    max_steps: int | None = None
+    epochs: int | None = None
+    batch_size: int = 8
+    accumulate: int = 1
+    learning_rate: float = 1e-5
+    vision_rate: float | None = None
+    projector_rate: float | None = None
+    decoder_rate: float | None = None
+    freeze: tuple[str, ...] = ()
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    optimizer: str = "adamw"
+    dtype: str = "auto"
+    recompute: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        choices = {"method": METHODS, "schedule": ("linear", "cosine"), "optimizer": ("adamw", "adamw8bit")}
+        choices["dtype"] = ("auto", "float32", "bfloat16", "float16")
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected {', '.join(allowed)}")
+        for name in ("max_steps", "epochs", "batch_size", "accumulate"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} is {value!r}: expected a whole number, 1 or more")
+        for name in (
+            "learning_rate",
+            "vision_rate",
+            "projector_rate",
+            "decoder_rate",
+            "warmup",
+            "weight_decay",
+            "clip",
+        ):
+            value = getattr(self, name)
+            least = 0 if name in ("warmup", "weight_decay") else math.ulp(0)
+            if value is not None and not (math.isfinite(value) and value >= least):
+                raise ValueError(
+                    f"{name} is {value!r}: expected a number {'of 0 or more' if least == 0 else 'above 0'}"
+                )
+        if unknown := sorted(set(self.freeze) - set(PARTS)):
+            raise ValueError(f"freeze names {unknown[0]!r}: expected parts among {', '.join(PARTS)}")
+        if set(self.freeze) == set(PARTS):
+            raise ValueError("freeze names all three parts: nothing would learn, leave one out")
+
+    def warmup_steps(self, steps: int) -> int:
+        return round(self.warmup * steps if self.warmup < 1 else self.warmup)
+
+    def rate(self, part: str) -> float:
+        own = getattr(self, f"{part}_rate")
+        return self.learning_rate if own is None else own
 
 
-@contextmanager
-def _log(path: Path | None, rows: list[list[float]]) -> Iterator[Callable[[list], None]]:
-    """A function that adds a line to a CSV file, which first becomes a head and `rows`; or to nowhere."""
-    if path is None:
-        yield lambda row: None
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}")
-    with fresh.open("w", newline="") as file:
-        csv.writer(file).writerows([LOG_COLUMNS, *map(_as_text, rows)])
-    os.replace(fresh, path)  # lines behind the checkpoint are gone, and none is there twice
-    with path.open("a", newline="", buffering=1) as file:
-        writer = csv.writer(file)
-        yield lambda row: writer.writerow(_as_text(row))
+def adamw_by_part(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """One AdamW over all that may learn, a group for each part with its own peak rate.
 
-
-def _as_text(row: list[float]) -> list[str]:
-    step, loss, norm, rate, tokens, seconds = row
-    return [f"{step:.0f}", repr(loss), repr(norm), f"{rate:.6g}", f"{tokens:.0f}", f"{seconds:.2f}"]
-
-
-def _speed(rows: list[list[float]]) -> str:
-    """The mean loss of some rows, and how many tokens a second they read."""
-    text = f"loss {sum(row[1] for row in rows) / len(rows):.3f}"
-    seconds, tokens = rows[-1][5] - rows[0][5], sum(row[4] for row in rows[1:])
-    return f"{text}, {tokens / seconds:,.0f} tokens/s" if tokens and seconds else text
-
-
-def _tokens_read(batch) -> int:
-    ordinary = getattr(batch, "batch", batch)
-    return int(ordinary.attention_mask.sum()) if isinstance(ordinary, Batch) else 0
-
-
-def _not_finite(what: str, step: int, small: list, autocast: torch.dtype | None) -> str:
-    places = [str(place) for batch in small for place in getattr(batch, "where", ())]
-    text = f"{what} at step {step}: nothing was changed by this step"
-    if places:
-        text += f"; its examples: {', '.join(places[:16])}" + (f" and {len(places) - 16} more" if places[16:] else "")
-    cure = "take bfloat16 or float32" if autocast == torch.float16 else "look at these examples, or lower the rate"
-    return f"{text}; {cure}"
-
-
-@contextmanager
-def _asked_to_stop(listen: bool) -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second one interrupts as usual."""
-    asked = threading.Event()
-    if not listen or threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    usual, here = signal.getsignal(signal.SIGINT), os.getpid()
-
-    def hear(number, frame) -> None:
-        if os.getpid() == here:  # processes that read ahead hear it too, and go on
-            asked.set()
-            signal.signal(signal.SIGINT, usual)
-            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
-
-    signal.signal(signal.SIGINT, hear)
+    Raises
+    ------
+    RuntimeError
+        If adamw8bit is asked for and bitsandbytes is not installed.
+    """
+    groups = []
+    for part, beginnings in PARTS.items():
+        learning = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith(beginnings)]
+        if learning:
+            groups.append({"params": learning, "lr": config.rate(part)})
+    settings = {"lr": config.learning_rate, "betas": (0.9, 0.999), "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        one_kernel = groups[0]["params"][0].device.type in ("cpu", "cuda")  # where torch has the fused form
+        return torch.optim.AdamW(groups, fused=one_kernel, **settings)
     try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, usual)
+        import bitsandbytes
+    except ImportError as error:
+        raise RuntimeError("optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes, or take adamw") from error
+    return bitsandbytes.optim.AdamW8bit(groups, **settings)
+
+
+def freeze_parts(model: nn.Module, frozen: Sequence[str]) -> None:
+    """Let all parameters learn but those of some parts."""
+    beginnings = tuple(beginning for part in frozen for beginning in PARTS[part])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(beginnings))
+
+
+@torch.no_grad()
+def examine(
+    model: PaliGemma,
+    processor: Processor,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 32,
+    autocast: torch.dtype | None = None,
+    shown: int = 4,
+) -> dict:
+    """Ask a model what it does not learn from: the loss, greedy answers, and how many of them are exact.
+
+    Parameters
+    ----------
+    examples : sequence of Example
+        Where an example has several `answers`, any of them is right.
+    autocast : torch.dtype, optional
+        As in `train`.
+    shown : int
+        So many answers are given back.
+
+    Returns
+    -------
+    dict
+        `asked`, `loss` (nats, mean over answer tokens), `exact` (share, spaces around answers aside), and
+        `answers`: the first few as {"prefix", "suffix", "answer"}.
+    """
+    was_training = model.training
+    model.eval()
+    device, decode = model.device, processor.tokenizer.decode
+    total = tokens = right = 0
+    answers = []
+    for start in range(0, len(examples), batch_size):
+        part = [examples[index] for index in range(start, min(start + batch_size, len(examples)))]
+        taught = collate(processor, part).to(device)
+        asked = processor.prepare([load_image(one.image) for one in part], [one.prefix for one in part]).to(device)
+        longest = int((taught.labels != -100).sum(1).max())
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            count = answer_tokens(taught)
+            total, tokens = total + answer_loss(model, taught).item() * count, tokens + count
+            said = generate_answers(
+                model, asked, decode, max_new_tokens=longest + 8, sampling=Sampling(seed=0),
+                stop_ids=getattr(model, "stop_ids", None),
+            )  # fmt: skip
+        for one, answer in zip(part, said, strict=True):
+            right += answer.text.strip() in {truth.strip() for truth in (one.answers or (one.suffix,))}
+            if len(answers) < shown:
+                answers.append({"prefix": one.prefix, "suffix": one.suffix, "answer": answer.text})
+    model.train(was_training)
+    return {"asked": len(examples), "loss": total / tokens, "exact": right / len(examples), "answers": answers}
 
 
 class Checkpoints:
@@ -570,180 +757,6 @@ def _to_disk(path: Path) -> None:
         os.close(handle)
 
 
-PARTS = {  # how the names of their parameters begin
-    "vision": ("vision_tower.",),
-    "projector": ("multi_modal_projector.",),
-    "decoder": ("language_model.", "lm_head."),
-}
-METHODS = ("full", "lora", "qlora")
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """What decides the numbers of a run: the same values on the same data give the same model.
-
-    Parameters
-    ----------
-    method : str
-        full, lora or qlora.
-    max_steps, epochs : int, optional
-        The run ends at whichever comes first; one epoch if neither is given.
-    batch_size, accumulate : int
-        Examples in a batch, and batches in a step.
-    learning_rate : float
-        The peak, for all parts that have none of their own.
-    vision_rate, projector_rate, decoder_rate : float, optional
-        The peak for one part.
-    freeze : tuple of str
-        Parts that do not learn: vision, projector, decoder.
-    schedule : str
-        linear or cosine, down to zero.
-    warmup : float
-        Below 1 a share of all steps, else a number of steps.
-    weight_decay, clip : float
-    optimizer : str
-        adamw, or adamw8bit, which keeps its two means in 8 bits and needs bitsandbytes.
-    dtype : str
-        What products are computed in: float32, bfloat16 or float16; the weights that learn are float32 in any case.
-        auto is bfloat16 on cuda, else float32.
-    recompute : bool
-        Keep no activations inside blocks, compute them again in the backward pass.
-    seed : int
-        Of the order of the data, and of dropout.
-
-    Raises
-    ------
-    ValueError
-        If a value is out of its range.
-    """
-
-    method: str = "full"
-    max_steps: int | None = None
-    epochs: int | None = None
-    batch_size: int = 8
-    accumulate: int = 1
-    learning_rate: float = 1e-5
-    vision_rate: float | None = None
-    projector_rate: float | None = None
-    decoder_rate: float | None = None
-    freeze: tuple[str, ...] = ()
-    schedule: str = "cosine"
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    optimizer: str = "adamw"
-    dtype: str = "auto"
-    recompute: bool = False
-    seed: int = 0
-
-    def __post_init__(self):
-        choices = {"method": METHODS, "schedule": ("linear", "cosine"), "optimizer": ("adamw", "adamw8bit")}
-        choices["dtype"] = ("auto", "float32", "bfloat16", "float16")
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected {', '.join(allowed)}")
-        for name in ("max_steps", "epochs", "batch_size", "accumulate"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} is {value!r}: expected a whole number, 1 or more")
-        for name in (
-            "learning_rate",
-            "vision_rate",
-            "projector_rate",
-            "decoder_rate",
-            "warmup",
-            "weight_decay",
-            "clip",
-        ):
-            value = getattr(self, name)
-            least = 0 if name in ("warmup", "weight_decay") else math.ulp(0)
-            if value is not None and not (math.isfinite(value) and value >= least):
-                raise ValueError(
-                    f"{name} is {value!r}: expected a number {'of 0 or more' if least == 0 else 'above 0'}"
-                )
-        if unknown := sorted(set(self.freeze) - set(PARTS)):
-            raise ValueError(f"freeze names {unknown[0]!r}: expected parts among {', '.join(PARTS)}")
-        if set(self.freeze) == set(PARTS):
-            raise ValueError("freeze names all three parts: nothing would learn, leave one out")
-
-    def warmup_steps(self, steps: int) -> int:
-        return round(self.warmup * steps if self.warmup < 1 else self.warmup)
-
-    def rate(self, part: str) -> float:
-        own = getattr(self, f"{part}_rate")
-        return self.learning_rate if own is None else own
-
-
-def adamw_by_part(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """One AdamW over all that may learn, a group for each part with its own peak rate.
-
-    Raises
-    ------
-    RuntimeError
-        If adamw8bit is asked for and bitsandbytes is not installed.
-    """
-    groups = []
-    for part, beginnings in PARTS.items():
-        learning = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith(beginnings)]
-        if learning:
-            groups.append({"params": learning, "lr": config.rate(part)})
-    settings = {"lr": config.learning_rate, "betas": (0.9, 0.999), "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw":
-        one_kernel = groups[0]["params"][0].device.type in ("cpu", "cuda")  # where torch has the fused form
-        return torch.optim.AdamW(groups, fused=one_kernel, **settings)
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise RuntimeError("optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes, or take adamw") from error
-    return bitsandbytes.optim.AdamW8bit(groups, **settings)
-
-
-def freeze_parts(model: nn.Module, frozen: Sequence[str]) -> None:
-    """Let all parameters learn but those of some parts."""
-    beginnings = tuple(beginning for part in frozen for beginning in PARTS[part])
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith(beginnings))
-
-
-def claim_folder(out: Path, identity: dict) -> None:
-    """Make a folder the home of a run, or make sure that it is the home of this one already.
-
-    Parameters
-    ----------
-    out : Path
-        Gets `run.json`. As long as nothing is saved there, a run with other values may take it over.
-    identity : dict
-        All that decides the numbers of the run, of plain values.
-
-    Raises
-    ------
-    ValueError
-        If the folder holds another run, or something else; the sentence names what differs.
-    """
-    path = out / "run.json"
-    if path.exists():
-        try:
-            known = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}): give another folder, or remove this one") from error
-        wanted = json.loads(json.dumps(identity))
-        differing = [key for key in wanted if key not in known or known[key] != wanted[key]]
-        if not differing:
-            return
-        if any((out / "checkpoints").glob("*")) or (out / "final").exists():
-            key = differing[0]
-            raise ValueError(
-                f"{out} holds a run with {key} = {known.get(key)!r}, this one has {wanted[key]!r}: "
-                "give the same to go on with it, or another folder for a new run"
-            )
-    elif out.exists() and (not out.is_dir() or any(entry.name != ".run.json" for entry in out.iterdir())):
-        raise ValueError(f"{out} holds something else and no run.json: give a folder that is empty or new")
-    out.mkdir(parents=True, exist_ok=True)
-    fresh = out / ".run.json"
-    fresh.write_text(json.dumps(identity, indent=2) + "\n")
-    os.replace(fresh, path)
-
-
 def recompute_activations(blocks: Iterable[nn.Module]) -> None:
     """Let each block keep only its input, and run again when its gradient is asked for.
 
@@ -906,56 +919,43 @@ def _adamw_bytes(parameter: torch.Tensor, optimizer: str) -> int:
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}  # None: no autocast is needed
 
 
-@torch.no_grad()
-def examine(
-    model: PaliGemma,
-    processor: Processor,
-    examples: Sequence[Example],
-    *,
-    batch_size: int = 32,
-    autocast: torch.dtype | None = None,
-    shown: int = 4,
-) -> dict:
-    """Ask a model what it does not learn from: the loss, greedy answers, and how many of them are exact.
+def claim_folder(out: Path, identity: dict) -> None:
+    """Make a folder the home of a run, or make sure that it is the home of this one already.
 
     Parameters
     ----------
-    examples : sequence of Example
-        Where an example has several `answers`, any of them is right.
-    autocast : torch.dtype, optional
-        As in `train`.
-    shown : int
-        So many answers are given back.
+    out : Path
+        Gets `run.json`. As long as nothing is saved there, a run with other values may take it over.
+    identity : dict
+        All that decides the numbers of the run, of plain values.
 
-    Returns
-    -------
-    dict
-        `asked`, `loss` (nats, mean over answer tokens), `exact` (share, spaces around answers aside), and
-        `answers`: the first few as {"prefix", "suffix", "answer"}.
+    Raises
+    ------
+    ValueError
+        If the folder holds another run, or something else; the sentence names what differs.
     """
-    was_training = model.training
-    model.eval()
-    device, decode = model.device, processor.tokenizer.decode
-    total = tokens = right = 0
-    answers = []
-    for start in range(0, len(examples), batch_size):
-        part = [examples[index] for index in range(start, min(start + batch_size, len(examples)))]
-        taught = collate(processor, part).to(device)
-        asked = processor.prepare([load_image(one.image) for one in part], [one.prefix for one in part]).to(device)
-        longest = int((taught.labels != -100).sum(1).max())
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            count = answer_tokens(taught)
-            total, tokens = total + answer_loss(model, taught).item() * count, tokens + count
-            said = generate_answers(
-                model, asked, decode, max_new_tokens=longest + 8, sampling=Sampling(seed=0),
-                stop_ids=getattr(model, "stop_ids", None),
-            )  # fmt: skip
-        for one, answer in zip(part, said, strict=True):
-            right += answer.text.strip() in {truth.strip() for truth in (one.answers or (one.suffix,))}
-            if len(answers) < shown:
-                answers.append({"prefix": one.prefix, "suffix": one.suffix, "answer": answer.text})
-    model.train(was_training)
-    return {"asked": len(examples), "loss": total / tokens, "exact": right / len(examples), "answers": answers}
+    path = out / "run.json"
+    if path.exists():
+        try:
+            known = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}): give another folder, or remove this one") from error
+        wanted = json.loads(json.dumps(identity))
+        differing = [key for key in wanted if key not in known or known[key] != wanted[key]]
+        if not differing:
+            return
+        if any((out / "checkpoints").glob("*")) or (out / "final").exists():
+            key = differing[0]
+            raise ValueError(
+                f"{out} holds a run with {key} = {known.get(key)!r}, this one has {wanted[key]!r}: "
+                "give the same to go on with it, or another folder for a new run"
+            )
+    elif out.exists() and (not out.is_dir() or any(entry.name != ".run.json" for entry in out.iterdir())):
+        raise ValueError(f"{out} holds something else and no run.json: give a folder that is empty or new")
+    out.mkdir(parents=True, exist_ok=True)
+    fresh = out / ".run.json"
+    fresh.write_text(json.dumps(identity, indent=2) + "\n")
+    os.replace(fresh, path)
 
 
 def draw_losses(progress: Progress, path: Path) -> None:
