@@ -50,9 +50,10 @@ FOLDER = Path(sigma_book.__file__).parent / "pocket_model"
 # %% [markdown]
 # ## The picture
 #
-# A model knows only what it was trained on. If its pictures were resized in one way and ours in another, or a space is cut
-# off where it was not, nothing fails. The answers get a little worse, and nobody knows why. So this chapter is about being
-# exact.
+# A model knows only what it was trained on. Resize its pictures in another way, or cut off a space where none was cut,
+# and nothing fails. The answers get a little worse, and nobody knows why. So this chapter is about being exact.
+#
+# Two ways lead into the model, one for the picture and one for the text.
 
 # %%
 figure, axis = plt.subplots(figsize=(6.8, 1.8))
@@ -65,7 +66,7 @@ for line, stages in enumerate((("file", "RGB", "square", "-1 to 1"), ("text", "p
             name,
             ha="center",
             va="center",
-            color="white",
+            color="white" if line == 0 else "black",
             bbox={"boxstyle": "round", "fc": colour, "ec": "none"},
         )
         if place:
@@ -78,18 +79,20 @@ axis.text(3.9, -0.5, "batch", ha="center", va="center", bbox={"boxstyle": "round
 axis.set(xlim=(-0.5, 4.3), ylim=(-1.4, 0.4))
 axis.axis("off")
 save(figure, "11_ways")
-plt.show()
 
 # %% [markdown]
-# *Two ways that end in one batch: a file becomes RGB, a square, numbers from -1 to 1; a text becomes pieces, ids, a row.*
+# *Figure: two rows of boxes joined by arrows. Above, a file becomes RGB, a square, numbers from -1 to 1. Below, a text
+# becomes pieces, ids, a row laid out. Both arrive in one box, the batch.*
 #
 # ## Any picture as RGB
 #
-# Files come in many kinds. A telephone stores a portrait lying on its side, with a note that says "turn me". A logo has a
-# transparent ground. A scan has 16 bits a pixel, a print four inks. The model wants three numbers a pixel and nothing else.
+# Files come in many kinds. A telephone stores a portrait lying on its side, with a note that says "turn me". The note is
+# part of the **EXIF** data, a list of remarks that cameras write into the file. A logo has a transparent ground. A scan
+# has 16 bits a pixel, a print four inks. The model wants three numbers a pixel, red, green and blue, from 0 to 255.
 #
-# Our rules: the note (EXIF) is obeyed, what is transparent lies on white, 16 bits are scaled to 8. And a file that is
-# broken or dangerously large says so in a sentence.
+# Our rules: the note is obeyed, what is transparent lies on white, 16 bits are scaled to 8, and of an animation we take
+# the first frame. A file that is broken or dangerously large says so in a sentence. We let the library Pillow unpack
+# the file, and make every complaint of it that sentence.
 
 
 # %%
@@ -175,9 +178,12 @@ _TURNS = {
 }
 
 # %% [markdown]
-# Unpacked and the right way up, the picture is in one of Pillow's **modes**: `L` is grey, `P` points into a palette, `RGBA` has a
-# fourth number for how solid a pixel is, `I;16` is 16-bit grey, `F` floats, `CMYK` inks. Most become RGB by one call. Two
-# do not: transparency, which Pillow would simply drop, and deep grey, which it would cut off at 255.
+# Unpacked and the right way up, the picture is in one of Pillow's **modes**. `L` is grey. `P` holds places in a palette,
+# a short list of colours. `RGBA` has a fourth number, **alpha**: how solid a pixel is. `I;16` is 16-bit grey, `F` floats,
+# `CMYK` four inks.
+#
+# Most modes become RGB by one call. Two would go wrong. Of transparency Pillow drops the alpha, and shows colours that
+# nobody was meant to see. Deep grey it cuts off at 255, so that nearly everything is white.
 
 
 # %%
@@ -206,6 +212,12 @@ def _from_deep_grey(image: Image.Image, name: str) -> Image.Image:
     return Image.fromarray(np.round(values / (white / 255)).astype(np.uint8)).convert("RGB")
 
 
+# %% [markdown]
+# An array has no note and no palette. But its numbers may run to 1, to 255 or to 65,535, and only its dtype tells.
+
+
+# %%
+# | export
 def _from_array(array: np.ndarray) -> Image.Image:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or 0 in array.shape:
         raise ValueError(
@@ -240,18 +252,32 @@ figure, axes = plt.subplots(2, 4, figsize=(6.4, 3.5))
 for column, name in zip(axes.T, ("turned.jpg", "clear.png", "deep.png", "inks.jpg"), strict=True):
     with Image.open(folder / name) as stored:
         raw = np.asarray(stored)
-        column[0].imshow(raw if stored.mode != "CMYK" else raw[..., :3], cmap="Greys_r")
+        column[0].imshow(raw[..., :3] if raw.ndim == 3 else raw, cmap="gray", vmin=0, vmax=65535)
         column[0].set_title(f"{name}\n{stored.mode}", fontsize=8)
     column[1].imshow(load_image(folder / name))
     column[0].axis("off")
     column[1].axis("off")
 save(figure, "11_modes")
-plt.show()
-assert load_image(folder / "turned.jpg").size == scene.size
 
 # %% [markdown]
-# *Above, the numbers as they lie in four files: lying on its side, half transparent, in 16-bit grey, in four inks (shown as if
-# three of them were colours). Below, what the model gets.*
+# *Figure: four files, two pictures each. Above, the numbers as they lie in the file: a scene on its side, one shown
+# without its alpha, a 16-bit grey one, and four inks of which three are shown as if they were colours. Below, what the
+# model gets: the scene upright, fading to white, grey, in its colours.*
+#
+# The claims, as asserts. Alpha $a$ from 0 to 255 mixes a colour $c$ with white: $c\,a/255 + 255 - a$. Pillow rounds in a
+# way of its own, so a grey level may be off.
+
+# %%
+assert load_image(folder / "turned.jpg").size == scene.size
+
+alpha = np.asarray(clear)[..., 3:] / 255
+mixed = np.asarray(scene) * alpha + 255 * (1 - alpha)
+assert np.abs(np.asarray(load_image(folder / "clear.png")) - mixed).max() <= 1
+
+assert np.array_equal(np.asarray(load_image(folder / "deep.png"))[..., 0], np.asarray(scene.convert("L")))
+
+# %% [markdown]
+# Three files that are no pictures get a sentence each.
 
 # %%
 (folder / "notes.png").write_text("this is no picture")
@@ -266,8 +292,10 @@ for name in ("notes.png", "half.jpg", "nowhere.png"):
 # ## A smaller square, by hand
 #
 # Making a row of pixels smaller means mixing. Taking every third pixel would drop the others: thin lines vanish, edges
-# get stairs. Instead each new pixel is a weighted mean of those that it covers. *Bicubic* is a shape for the weights: a hump with
-# a small dip on each side, which keeps edges crisp.
+# get stairs. Instead each new pixel is a weighted mean of those that it covers.
+#
+# **Bicubic** is a shape for the weights: a hump, with a small dip below zero on each side, which keeps edges crisp. The
+# hump is as wide as the pixels that melt into one; that is what *antialiasing* means.
 
 
 # %%
@@ -289,28 +317,36 @@ def shrink_naive(row: list[float], size: int) -> list[float]:
     return new
 
 
-row = np.asarray(scene.convert("L"))[60].astype(float)
+row = np.asarray(scene.convert("L"))[76].astype(float)
+assert len(set(row)) > 5  # it crosses two hearts and a triangle
 by_hand = shrink_naive(row.tolist(), 40)
 by_pillow = Image.fromarray(row[None].astype(np.float32)).resize((40, 1), Image.Resampling.BICUBIC)
 assert np.abs(np.array(by_hand) - np.asarray(by_pillow)[0]).max() < 0.01
 
+assert max(by_hand) > row.max() and min(by_hand) < row.min()  # the dips of the hump: a little too far at each edge
+
+centres = (np.arange(40) + 0.5) * len(row) / 40
 figure, axis = plt.subplots(figsize=(6, 2.2))
-axis.plot(np.arange(112), row, color=GREY, lw=1)
-axis.plot((np.arange(40) + 0.5) * 2.8, by_hand, color=PICTURE, marker="o", ms=3, lw=1)
-axis.plot((np.arange(40) + 0.5) * 2.8, row[(np.arange(40) * 2.8).astype(int)], color=PROMPT, lw=0, marker="x", ms=4)
+axis.plot(np.arange(len(row)), row, color=GREY, lw=1)
+axis.plot(centres, by_hand, color=PICTURE, marker="o", ms=3, lw=1)
+axis.plot(centres, row[centres.astype(int)], color=PROMPT, lw=0, marker="x", ms=4)
+axis.text(66, 150, "the row, 112 pixels", color="0.4", size=8)
+axis.text(66, 130, "bicubic, 40 pixels", color=PICTURE, size=8)
+axis.text(66, 110, "single pixels, 40 of 112", color=PROMPT, size=8)
 axis.set(xlabel="place in the row", ylabel="grey")
 save(figure, "11_shrink")
-plt.show()
 
 # %% [markdown]
-# *One row of the picture (grey line), shrunk to 40 pixels: bicubic (blue dots) overshoots a little at edges and stays true to them;
-# taking every third pixel (orange crosses) jumps.*
+# *Figure: the grey values along one row of the scene, a thin line with steps. Forty dots on a line, the bicubic mean, follow
+# the steps and overshoot a little at each edge. Of forty crosses, single pixels of the row, most lie on the upper or the lower
+# level, whatever lay between them.*
 #
 # ## The formula
 #
 # $$ x = \frac{\mathrm{pixel} / 255 - 0.5}{0.5} $$
 #
-# The square is the same for every picture: a wide one is squeezed. PaliGemma was trained so, and boxes count on it.
+# So 0 becomes -1, and 255 becomes 1. The square is the same for every picture: a wide one is squeezed, and nothing is
+# cut away. PaliGemma was trained so, and its boxes count on it.
 
 
 # %%
@@ -345,8 +381,11 @@ def pixels(image: Image.Image, size: int) -> torch.Tensor:
 # %% [markdown]
 # ## Proof
 #
-# The reference is the Pillow-backed image processor of `transformers`. (Its other one uses torchvision, whose bicubic
-# differs by a grey level here and there.)
+# The reference is the image processor of `transformers`. It has two for SigLIP, and we name the one that resizes with
+# Pillow. The other uses torchvision, whose bicubic differs slightly.
+#
+# Not one grey level differs, from 2 x 2 pixels to shapes that nobody would print. What is left is the last bit of
+# float32, because the two take the steps of the formula in another order.
 
 # %%
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -354,7 +393,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 reference = SiglipImageProcessorPil(size={"height": 112, "width": 112}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 rng = np.random.default_rng(0)
 worst = 0.0
-for width, height in ((112, 112), (640, 480), (31, 200), (2, 2), (300, 299)):
+for width, height in ((112, 112), (640, 480), (31, 200), (2, 2), (300, 299), (1, 500), (3000, 7)):
     noise = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
     expected = reference(noise, return_tensors="pt")["pixel_values"][0]
     worst = max(worst, (pixels(noise, 112) - expected).abs().max().item())
@@ -364,9 +403,12 @@ worst
 # %% [markdown]
 # ## Text: pieces, by hand
 #
-# A tokenizer cuts text into pieces from a list. It starts with single letters and joins neighbours, always the pair
-# that stands first in its table of *merges*, until no pair is left in the table. A space is written as a low line, `▁`, and
-# belongs to the word behind it.
+# A model reads whole numbers, the **ids** of pieces. A **tokenizer** cuts text into pieces from a list; the id of a piece
+# is its place in the list.
+#
+# It starts with single letters and joins neighbours, always the pair that stands first in its table of **merges**, until
+# no pair is left that the table has. The method is called byte pair encoding. A space is written as a low line, `▁`, and
+# is joined like a letter: mostly with the word behind it.
 
 # %%
 table = json.loads((FOLDER / "tokenizer.json").read_text(encoding="utf-8"))["model"]
@@ -387,14 +429,22 @@ def cut_naive(word: str) -> list[str]:
 cut_naive(" star")
 
 # %% [markdown]
-# What is not in the list at all falls back to bytes: every text can be written, if need be a byte at a time.
+# A letter that is not in the list falls back to bytes. The list has 256 pieces for them, `<0x00>` to `<0xFF>`, so every
+# text can be written.
+
+# %%
+assert "é" not in table["vocab"]
+[f"<0x{byte:02X}>" for byte in "é".encode()]
+
+# %% [markdown]
+# Some pieces are never cut: `<loc0001>`, `<seg001>`, `<image>`. They are looked for before anything else. A tokenizer that
+# splits `<loc0001>` into characters makes detection "return nothing"; it is one of the bugs that others shipped.
 #
-# Some pieces are never cut: `<loc0001>`, `<seg001>`, `<image>`. A tokenizer that splits `<loc0001>` into characters makes
-# detection "return nothing"; it is one of the bugs that others shipped.
+# The same holds for `<bos>`, the beginning of a sequence, `<eos>`, its end, and `<pad>`, which only fills a row. One rule
+# to know: typed by a user, these names become the tokens, as in the reference.
 #
-# There are two kinds of tokenizer file. `tokenizer.model` belongs to SentencePiece, `tokenizer.json` to another library.
-# Checkpoints come with both or with one, so we read either. One rule to know: a special name typed by a user, such as
-# `<bos>`, becomes that token, as in the reference.
+# A trained model on disk is called a *checkpoint*. It comes with `tokenizer.model`, a file of the library SentencePiece, or
+# with `tokenizer.json`, of the library tokenizers, or with both. We read either. First the face that both have in common.
 
 
 # %%
@@ -503,6 +553,13 @@ class Tokenizer:
         return self._backend.decode(ids)
 
 
+# %% [markdown]
+# Some checkpoints name pieces in a third file that their tokenizer does not know yet. They go behind the others, and must
+# get exactly the ids that the file gives, or the model would look up the wrong rows.
+
+
+# %%
+# | export
 def _add_listed(backend: "_Json | _Model", path: Path) -> None:
     """Add the pieces that `added_tokens.json` lists, and see that they get the ids it gives."""
     added = _read_table(path)
@@ -528,6 +585,12 @@ def _read_table(path: Path) -> dict:
     return table
 
 
+# %% [markdown]
+# The two readers. For `tokenizer.json`, the library does all of it.
+
+
+# %%
+# | export
 class _Json:
     """`tokenizer.json`, through the tokenizers library."""
 
@@ -550,6 +613,14 @@ class _Json:
         return self._library.decode(ids, skip_special_tokens=False)
 
 
+# %% [markdown]
+# SentencePiece takes `<bos>` in a text for five letters. So we cut such names out of the text first, and give it what lies
+# between. On the way back, runs of bytes become characters together; a run that is none becomes the sign for "cannot be
+# read", `\ufffd`, once for each byte.
+
+
+# %%
+# | export
 class _Model:
     """`tokenizer.model`, through SentencePiece; added, control and unknown pieces are cut out of the text first."""
 
@@ -602,18 +673,23 @@ class _Model:
 tokenizer = Tokenizer.from_folder(FOLDER)
 for text in (" star", "detect red star", "<loc0001><loc1023>", "é"):
     ids = tokenizer.encode(text)
-    print(f"{text!r}: {[tokenizer.decode([token]) for token in ids]}")
+    print(f"{text!r}: {ids}")
     assert tokenizer.decode(ids) == text
 assert [table["vocab"][part] for part in cut_naive(" star")] == tokenizer.encode(" star")
+assert tokenizer.encode("<bos>") == [tokenizer.bos_id]
+assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("a<loc0001>")]) == "a<loc0001>"
 
 # %% [markdown]
 # ## Proof
 #
-# Three readers give the same ids: ours from `tokenizer.json`, SentencePiece itself, and `transformers`.
+# Four readers give the same ids: ours from `tokenizer.json`, ours from `tokenizer.model` alone, SentencePiece itself, and
+# `transformers`. The two spellings of é are one letter, and a letter with an accent behind it: they stay two texts.
 
 # %%
 from transformers import AutoTokenizer
 
+(folder / "tokenizer.model").write_bytes((FOLDER / "tokenizer.model").read_bytes())
+other = Tokenizer.from_folder(folder)
 theirs = AutoTokenizer.from_pretrained(FOLDER)
 library = sentencepiece.SentencePieceProcessor(model_file=str(FOLDER / "tokenizer.model"))
 texts = [
@@ -622,34 +698,63 @@ texts = [
     "caption en\n",
     "  two  spaces ",
     "a\n\nb",
-    "é 漢字 🙂",
+    "\t",
+    "é",
+    "e\u0301",
+    "漢字 🙂",
     "مرحبا",
     "<loc0001> cat ; <seg127>",
-    "x" * 500,
 ]
-for text in texts:
-    assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False) == library.encode(text)
+for text in [*texts, "x" * 500]:
+    expected = theirs.encode(text, add_special_tokens=False)
+    assert tokenizer.encode(text) == other.encode(text) == library.encode(text) == expected
+    assert tokenizer.decode(expected) == other.decode(expected) == theirs.decode(expected) == text
+assert len(tokenizer.encode("é")) != len(tokenizer.encode("e\u0301"))
+
+# %% [markdown]
+# And back, for ids that no text gives: half of them bytes at random.
+
+# %%
+byte_ids = [tokenizer.token_id(f"<0x{byte:02X}>") for byte in range(256)]
+broken = 0
+for _ in range(200):
+    ids = [int(rng.choice(byte_ids) if rng.random() < 0.5 else rng.integers(tokenizer.vocab_size)) for _ in range(8)]
+    for skip in (True, False):
+        expected = theirs.decode(ids, skip_special_tokens=skip)
+        assert tokenizer.decode(ids, skip) == other.decode(ids, skip) == expected
+    broken += "\ufffd" in expected
+assert broken > 50
+print(f"{broken} of 200 held bytes that are no character")
 
 # %% [markdown]
 # ## Laid out in a row
 #
-# The order is fixed: `<image>` as often as there are patches, then the beginning `<bos>`, the prompt, and a newline. The newline is
-# the sign that the question is over. For training the answer follows, and `<eos>`.
+# The order is fixed: `<image>` as often as there are patches, then `<bos>`, the prompt, and a newline. The newline is the
+# sign that the question is over. For training the answer follows, and `<eos>`.
+#
+# Prompts of a batch differ in length, and a tensor has no ragged edge. So shorter rows are filled with `<pad>`. For
+# answering it goes to the left: all rows end at the same place, ready to go on. For training it goes to the right.
 
 # %%
 figure, axes = plt.subplots(2, 1, figsize=(7, 1.7))
-draw_tokens(axes[0], ["img", "...", "img", "bos", "caption", "en", "\\n"], ["picture"] * 3 + ["prompt"] * 4)
+draw_tokens(
+    axes[0],
+    ["pad", "pad", "img", "...", "img", "bos", "caption", "en", "\\n"],
+    ["pad"] * 2 + ["picture"] * 3 + ["prompt"] * 4,
+)
 draw_tokens(
     axes[1],
-    ["pad", "img", "...", "img", "bos", "caption", "\\n", "a", "star", "eos"],
-    ["pad"] + ["picture"] * 3 + ["prompt"] * 3 + ["answer"] * 3,
+    ["img", "...", "img", "bos", "caption", "en", "\\n", "a", "star", "eos", "pad"],
+    ["picture"] * 3 + ["prompt"] * 4 + ["answer"] * 3 + ["pad"],
 )
 save(figure, "11_layout")
-plt.show()
 
 # %% [markdown]
-# *Above, a prompt. Below, a shorter one with padding in front and an answer behind.* Padding goes to the left for
-# answering, so that all rows end together, and to the right for training.
+# *Figure: two rows of boxes, coloured by kind. Above, for answering: pads, picture, prompt. Below, for training: picture,
+# prompt, answer, and a pad at the end.*
+#
+# A batch is five tensors. `token_type_ids` says which tokens are answer (1) and which are given (0); chapter 09 made the
+# mask from it. `labels` repeats the answer's ids and holds -100 elsewhere, which the loss of chapter 10 leaves out.
 
 
 # %%
@@ -667,6 +772,11 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
         return replace(self, **moved)
+
+
+# %% [markdown]
+# The processor puts the two ways together. A user's prompt must not contain `<image>`: the reference would take it for a
+# further picture, and everything behind it would slip.
 
 
 # %%
@@ -818,6 +928,13 @@ class Processor:
             ) from error
 
 
+# %% [markdown]
+# A checkpoint says in `preprocessor_config.json` how its pictures were prepared. If that is not what we do, the answers
+# would be wrong without a word. So each setting is compared, and a difference is an error that names it.
+
+
+# %%
+# | export
 def _how_prepared(size: int, num_image_tokens: int) -> dict:
     """What `preprocessor_config.json` says about pictures that are prepared as above."""
     return {
@@ -847,53 +964,80 @@ def _check_settings(settings: dict, path: Path, size: int, num_image_tokens: int
 # %% [markdown]
 # ## Proof
 #
-# The whole processor of `transformers`, on a batch with prompts of different lengths.
+# The whole processor of `transformers`, on a batch with prompts of different lengths: first to answer, then to learn.
 
 # %%
-from transformers import AutoProcessor
+from transformers import PaliGemmaProcessor
 
 processor = Processor.from_folder(FOLDER)
-whole = AutoProcessor.from_pretrained(FOLDER)
+whole = PaliGemmaProcessor(SiglipImageProcessorPil.from_pretrained(FOLDER), theirs)
 pictures = [draw_scene(make_scene(seed)) for seed in (1, 2, 3)]
-prompts = ["caption en", "", "answer en is the star left of the ring?"]
-ours = processor.prepare(pictures, prompts)
-expected = whole(
-    images=pictures, text=[f"<image>{p}" for p in prompts], return_tensors="pt", padding=True, padding_side="left"
-)
-assert torch.equal(ours.input_ids, expected["input_ids"])
-assert torch.equal(ours.attention_mask, expected["attention_mask"])
-torch.testing.assert_close(ours.pixel_values, expected["pixel_values"])
+prompts, answers = ["caption en", "", " star left of the ring?\n"], ["a red star", "", "no"]
+texts = [f"<image>{prompt}" for prompt in prompts]
+
+asked = processor.prepare(pictures, prompts)
+expected = whole(images=pictures, text=texts, return_tensors="pt", padding=True, padding_side="left")
+for name in ("input_ids", "attention_mask", "token_type_ids"):
+    assert torch.equal(getattr(asked, name), expected[name])
+assert (asked.pixel_values - expected["pixel_values"]).abs().max() < 1e-6
+
+taught = processor.prepare(pictures, prompts, answers)
+expected = whole(images=pictures, text=texts, suffix=answers, return_tensors="pt", padding=True, padding_side="right")
+for name in ("input_ids", "attention_mask", "token_type_ids", "labels"):
+    assert torch.equal(getattr(taught, name), expected[name])
+taught.labels[0, -6:]
 
 # %% [markdown]
 # ## A look inside
 #
-# How long is a prompt? Letters against tokens, for words that the pocket's tokenizer knows and for some that it does not.
+# Where does the tokenizer cut? Each box is a piece: of the pocket model's tokenizer, or of the one in the folder that
+# `SIGMA_BOOK_MODEL` names.
 
 # %%
-samples = ["caption en", "answer en how many red stars are there?", "what is the dog doing?", "encyclopaedia", "漢字"]
-lengths = {text: (len(text), len(tokenizer.encode(text))) for text in samples}
-for text, (letters, tokens) in lengths.items():
-    print(f"{text!r:46} {letters:3d} letters, {tokens:3d} tokens")
-assert lengths["caption en"][1] == 2 and lengths["漢字"][1] >= 6
+shown = Tokenizer.from_folder(os.environ.get("SIGMA_BOOK_MODEL") or FOLDER)
+samples = ["detect red star", "what is the dog?", "encyclopaedia", "漢字"]
+figure, axes = plt.subplots(len(samples), 1, figsize=(7, 3.0))
+for axis, text in zip(axes, samples, strict=True):
+    pieces = [shown.decode([token]).replace(" ", "▁") for token in shown.encode(text)]
+    draw_tokens(axis, [piece if "\ufffd" not in piece else "byte" for piece in pieces], ["prompt"] * len(pieces))
+    axis.set(xlim=(0, 12))
+save(figure, "11_pieces")
 
 # %% [markdown]
-# A word of its world is one token. A word it never met is nearly one token a letter, and a Chinese sign is three bytes. The
-# real tokenizer has 256,000 pieces and knows most words of many languages.
+# *Figure: four texts as rows of boxes, one for each piece. In the pocket's tokenizer "detect red star" is three boxes. Of
+# "what is the dog?" only the dog falls into letters. "encyclopaedia" is ten boxes of one or two letters, and two Chinese
+# signs are six boxes, each a byte.*
+
+# %%
+lengths = {text: (len(text), len(tokenizer.encode(text))) for text in ("detect red star", "encyclopaedia", "漢字")}
+assert lengths["detect red star"][1] == 3  # words of its world: one token each
+assert lengths["encyclopaedia"] == (13, 10)  # a word it never met: most letters stand alone
+assert lengths["漢字"][1] == len("漢字".encode()) == 6  # not a sign in its list: a token a byte
+lengths
+
+# %% [markdown]
+# The real tokenizer has 256,000 pieces in place of 1,850, and cuts less.
 #
 # ## The bill
+#
+# The processor learns nothing: no parameters. Its work is the resize, and a product for each pixel. What it makes is small.
 
 # %%
-small, large = 112 * 112 * 3 * 4, 224 * 224 * 3 * 4
-assert large == 602_112
-rows = {"pocket": 64 + 2 + 3, "PaliGemma 3B at 224 px": 256 + 2 + 3, "at 896 px": 4096 + 2 + 3}
-{"bytes of a picture": {"pocket": small, "3B": large}, "tokens of 'caption en'": rows}
+picture_bytes = {size: pixels(scene, size).nbytes for size in (112, 224, 896)}
+assert picture_bytes == {112: 150_528, 224: 602_112, 896: 9_633_792}
+
+words = asked.attention_mask[0].sum().item() - processor.num_image_tokens
+assert words == 4  # of "caption en": bos, two pieces, newline
+rows = {name: patches + words for name, patches in (("pocket", 64), ("3B at 224 px", 256), ("3B at 896 px", 4096))}
+assert all(words / length < 0.06 for length in rows.values())
+rows
 
 # %% [markdown]
-# The picture is nearly all of the prompt.
+# The picture is nearly all of the prompt: of the pocket's 68 tokens, 64.
 #
 # ## Your turn
 #
-# **1.** Bring a grey value from 0 to 255 to the range of the model.
+# **1.** ★ Bring a grey value from 0 to 255 to the range of the model.
 
 
 # %%
@@ -903,7 +1047,7 @@ def to_model(grey: int) -> float: ...
 check(to_model, ((0,), -1.0), ((255,), 1.0), ((51,), -0.6))
 
 # %% [markdown]
-# **2.** A pixel of one colour with `alpha` from 0 to 1, over white: which grey results?
+# **2.** ★ A pixel of one grey with `alpha` from 0 to 1, over white: which grey results?
 
 
 # %%
@@ -913,14 +1057,41 @@ def over_white(grey: float, alpha: float) -> float: ...
 check(over_white, ((0.0, 1.0), 0.0), ((0.0, 0.25), 191.25), ((100.0, 0.0), 255.0))
 
 # %% [markdown]
-# **3.** The length of the longest row, for prompts of these token counts, `n` pictures each, `p` patches a picture.
+# **3.** ★★ The picture was squeezed to a square of `size` pixels, and the model found something there. Bring its box
+# `(left, top, right, bottom)` back to the picture of `width` x `height`.
 
 
 # %%
-def row_length(prompts: list, n: int, p: int) -> int: ...
+def box_back(box: tuple, size: int, width: int, height: int) -> tuple: ...
 
 
-check(row_length, (([2, 7], 1, 256), 265), (([3], 2, 64), 133))
+check(
+    box_back,
+    (((0, 0, 112, 112), 112, 640, 480), (0.0, 0.0, 640.0, 480.0)),
+    (((56, 28, 84, 56), 112, 400, 40), (200.0, 10.0, 300.0, 20.0)),
+)
+
+# %% [markdown]
+# **4.** ★★ How many of the ids that `prepare` makes are pads? `lengths` counts the tokens of each row; `together` rows
+# share a batch, in this order. (Then sort the lengths first. What changes?)
+
+
+# %%
+def pads(lengths: list, together: int) -> int: ...
+
+
+check(pads, (([5, 9, 6, 8], 4), 8), (([5, 9, 6, 8], 2), 6), (([5, 6, 8, 9], 2), 2), (([5, 9, 6], 2), 4))
+
+# %% [markdown]
+# **5.** ★★★ `cut_naive` knows no letter outside the list. Write `to_ids(text)` for any text without special names: letters
+# that `table["vocab"]` lacks become bytes, the rest is joined by `ranks`, and pieces become ids.
+
+
+# %%
+def to_ids(text: str) -> list: ...
+
+
+check(to_ids, *(((text,), tokenizer.encode(text)) for text in (" star", "é", "a red  star é 漢 🙂", "")))
 
 # %% [markdown]
 # Next: twelve gigabytes of numbers, and how to read them.
