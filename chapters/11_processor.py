@@ -270,14 +270,18 @@ save(figure, "11_modes")
 # %%
 assert load_image(folder / "turned.jpg").size == scene.size
 
+with Image.open(folder / "clear.png") as stored:  # one call of Pillow: the alpha is gone
+    assert np.array_equal(np.asarray(stored.convert("RGB")), np.asarray(scene))
 alpha = np.asarray(clear)[..., 3:] / 255
 mixed = np.asarray(scene) * alpha + 255 * (1 - alpha)
 assert np.abs(np.asarray(load_image(folder / "clear.png")) - mixed).max() <= 1
 
+with Image.open(folder / "deep.png") as stored:  # one call of Pillow: all is white
+    assert (np.asarray(stored.convert("RGB")) == 255).all()
 assert np.array_equal(np.asarray(load_image(folder / "deep.png"))[..., 0], np.asarray(scene.convert("L")))
 
 # %% [markdown]
-# Three files that are no pictures get a sentence each.
+# Three files that hold no whole picture get a sentence each.
 
 # %%
 (folder / "notes.png").write_text("this is no picture")
@@ -614,7 +618,7 @@ class _Json:
 
 
 # %% [markdown]
-# SentencePiece takes `<bos>` in a text for five letters. So we cut such names out of the text first, and give it what lies
+# SentencePiece takes `<bos>` in a text for letters like any others. So we cut such names out of the text first, and give it what lies
 # between. On the way back, runs of bytes become characters together; a run that is none becomes the sign for "cannot be
 # read", `\ufffd`, once for each byte.
 
@@ -860,22 +864,12 @@ class Processor:
         tokenizer = self.tokenizer
         pictures, rows = [], []
         for index, prompt in enumerate(prompts):
-            texts = {"prompt": prompt} if suffixes is None else {"prompt": prompt, "suffix": suffixes[index]}
-            for name, text in texts.items():
-                if not isinstance(text, str):
-                    raise ValueError(f"{name} {text!r:.80} is {type(text).__name__}: expected text")
-                if "<image>" in text:
-                    raise ValueError(
-                        f"{name} {text!r:.80} contains <image>: leave it out, the picture's place is set for you"
-                    )
-            shown = [images[index]] if isinstance(images[index], Image.Image) else images[index]
-            if not isinstance(shown, list | tuple) or not shown or not all(isinstance(i, Image.Image) for i in shown):
-                raise ValueError(f"prompt {prompt!r:.80} has no picture: expected an RGB PIL image, or a list of them")
+            suffix = "" if suffixes is None else suffixes[index]
+            shown = _check_row(prompt, suffix, images[index])
             pictures += [pixels(image, self.image_size) for image in shown]
             prefix = [tokenizer.image_id] * (self.num_image_tokens * len(shown)) + [tokenizer.bos_id]
             prefix += tokenizer.encode(f"{prompt}\n")
-            suffix = [] if suffixes is None else [*tokenizer.encode(suffixes[index]), tokenizer.eos_id]
-            rows.append((prefix, suffix))
+            rows.append((prefix, [] if suffixes is None else [*tokenizer.encode(suffix), tokenizer.eos_id]))
         length = max(len(prefix) + len(suffix) for prefix, suffix in rows)
         ids, mask, types, labels = [], [], [], []
         for prefix, suffix in rows:
@@ -926,6 +920,19 @@ class Processor:
             raise RuntimeError(
                 f"{folder} cannot be written ({error.strerror}): check the room and the permissions"
             ) from error
+
+
+def _check_row(prompt: str, suffix: str, images: "Image.Image | Sequence[Image.Image]") -> list[Image.Image]:
+    """The pictures of a row as a list, once it is sure that its texts are texts and its pictures pictures."""
+    for name, text in (("prompt", prompt), ("suffix", suffix)):
+        if not isinstance(text, str):
+            raise ValueError(f"{name} {text!r:.80} is {type(text).__name__}: expected text")
+        if "<image>" in text:
+            raise ValueError(f"{name} {text!r:.80} contains <image>: leave it out, the picture's place is set for you")
+    shown = [images] if isinstance(images, Image.Image) else images
+    if not isinstance(shown, list | tuple) or not shown or not all(isinstance(i, Image.Image) for i in shown):
+        raise ValueError(f"prompt {prompt!r:.80} has no picture: expected an RGB PIL image, or a list of them")
+    return list(shown)
 
 
 # %% [markdown]
@@ -1016,7 +1023,7 @@ assert lengths["漢字"][1] == len("漢字".encode()) == 6  # not a sign in its 
 lengths
 
 # %% [markdown]
-# The real tokenizer has 256,000 pieces in place of 1,850, and cuts less.
+# The real tokenizer has 256,000 pieces where the pocket's has 1,850: more to store, less to cut.
 #
 # ## The bill
 #

@@ -466,22 +466,12 @@ class Processor:
         tokenizer = self.tokenizer
         pictures, rows = [], []
         for index, prompt in enumerate(prompts):
-            texts = {"prompt": prompt} if suffixes is None else {"prompt": prompt, "suffix": suffixes[index]}
-            for name, text in texts.items():
-                if not isinstance(text, str):
-                    raise ValueError(f"{name} {text!r:.80} is {type(text).__name__}: expected text")
-                if "<image>" in text:
-                    raise ValueError(
-                        f"{name} {text!r:.80} contains <image>: leave it out, the picture's place is set for you"
-                    )
-            shown = [images[index]] if isinstance(images[index], Image.Image) else images[index]
-            if not isinstance(shown, list | tuple) or not shown or not all(isinstance(i, Image.Image) for i in shown):
-                raise ValueError(f"prompt {prompt!r:.80} has no picture: expected an RGB PIL image, or a list of them")
+            suffix = "" if suffixes is None else suffixes[index]
+            shown = _check_row(prompt, suffix, images[index])
             pictures += [pixels(image, self.image_size) for image in shown]
             prefix = [tokenizer.image_id] * (self.num_image_tokens * len(shown)) + [tokenizer.bos_id]
             prefix += tokenizer.encode(f"{prompt}\n")
-            suffix = [] if suffixes is None else [*tokenizer.encode(suffixes[index]), tokenizer.eos_id]
-            rows.append((prefix, suffix))
+            rows.append((prefix, [] if suffixes is None else [*tokenizer.encode(suffix), tokenizer.eos_id]))
         length = max(len(prefix) + len(suffix) for prefix, suffix in rows)
         ids, mask, types, labels = [], [], [], []
         for prefix, suffix in rows:
@@ -532,6 +522,19 @@ class Processor:
             raise RuntimeError(
                 f"{folder} cannot be written ({error.strerror}): check the room and the permissions"
             ) from error
+
+
+def _check_row(prompt: str, suffix: str, images: "Image.Image | Sequence[Image.Image]") -> list[Image.Image]:
+    """The pictures of a row as a list, once it is sure that its texts are texts and its pictures pictures."""
+    for name, text in (("prompt", prompt), ("suffix", suffix)):
+        if not isinstance(text, str):
+            raise ValueError(f"{name} {text!r:.80} is {type(text).__name__}: expected text")
+        if "<image>" in text:
+            raise ValueError(f"{name} {text!r:.80} contains <image>: leave it out, the picture's place is set for you")
+    shown = [images] if isinstance(images, Image.Image) else images
+    if not isinstance(shown, list | tuple) or not shown or not all(isinstance(i, Image.Image) for i in shown):
+        raise ValueError(f"prompt {prompt!r:.80} has no picture: expected an RGB PIL image, or a list of them")
+    return list(shown)
 
 
 def _how_prepared(size: int, num_image_tokens: int) -> dict:
