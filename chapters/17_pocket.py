@@ -765,8 +765,9 @@ plt.show()
 assert plain[:40].mean() < plain[-40:].mean() < plain.max()
 
 # %% [markdown]
-# *Figure: the loss starts low, rises fivefold, and at the end has not come back to where it began.* The steps were too
-# large for a model that was nearly done, and its optimizer had forgotten what it knew of each number. We stopped it. The exam had shown
+# *Figure: the loss, each level the mean of ten steps. It starts low, rises more than fivefold, and spends the rest of the
+# stage coming down; the last forty steps are on the mean still above the first forty.* The steps were too large for a
+# model that was nearly done, and its optimizer had forgotten what it knew of each number. We stopped it. The exam had shown
 # meanwhile that the model of stage 2 answers well under the true mask too, though it never met it.
 #
 # ## The exam
