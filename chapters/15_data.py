@@ -11,10 +11,10 @@
 # %% [markdown]
 # # What to learn from: data
 #
-# *What does a model see of an example, and which part of it should it learn to say?*
+# *How does a folder of pictures and a file of answers become what a model learns from?*
 #
-# **You build** examples and batches of them. **You need** chapter 11 (the processor).
-# **Exports** the module `sigma_book.data`.
+# **You build** examples, batches of them, and a reader for the files that people have. **You need** chapters 11 (the
+# processor) and 14 (boxes). **Exports** the module `sigma_book.data`.
 
 # %%
 # | export
@@ -37,6 +37,56 @@ from tqdm import tqdm
 from sigma_book.generation import whole_number
 from sigma_book.locate import Box, draw_boxes, encode_box, parse
 from sigma_book.processor import Batch, Processor, load_image
+
+
+# %%
+import importlib.util
+import random
+import tempfile
+import tracemalloc
+
+import matplotlib.pyplot as plt
+from matplotlib.patches import Rectangle
+
+from sigma_book import load
+from sigma_book.style import ANSWER, GREY, HEADS, PICTURE, PROMPT, check, draw_tokens, save, use_style
+from sigma_book.world import SHAPES, SIZE, ask, caption, draw_scene, make_scene
+
+use_style()
+
+# %% [markdown]
+# ## The picture
+#
+# A model learns by being asked, at each place of a row, what comes next. Most of the row is not its business: it should
+# not learn to write our questions, and nobody can write a picture token. Only the answer is to be learned.
+
+# %%
+row = ["pic", "pic", "...", "pic", "bos", "what", "colour", "?", "\\n", "red", "eos"]
+kinds = ["picture"] * 4 + ["prompt"] * 5 + ["answer"] * 2
+figure, axis = plt.subplots(figsize=(7, 1.5))
+draw_tokens(axis, row, kinds)
+for place in range(len(kinds)):
+    learns = place + 1 < len(kinds) and kinds[place + 1] == "answer"
+    axis.text(
+        place + 0.46,
+        -0.45,
+        row[place + 1] if learns else "-",
+        ha="center",
+        fontsize=8,
+        color=ANSWER if learns else GREY,
+    )
+axis.set_ylim(-0.7, 1.1)
+save(figure, "15_labels")
+plt.show()
+
+# %% [markdown]
+# *Figure: a row of tokens, four of the picture, five of the prompt, two of the answer; below each, what that place is asked
+# for. Only the newline (asked for "red") and "red" (asked for the end) have something to learn.*
+#
+# ## An example
+#
+# A picture, a *prefix* (what is asked) and a *suffix* (what to answer). Besides them an example remembers where it came
+# from, because sooner or later one of them is broken, and we want to find it.
 
 
 # %%
@@ -67,6 +117,44 @@ class Example:
     where: str = ""
     answers: tuple[str, ...] = ()
     facts: Mapping[str, object] = field(default_factory=dict, hash=False)
+
+
+# %%
+def examples_from(seeds, task="colour") -> list[Example]:
+    found = []
+    for seed in seeds:
+        scene = make_scene(seed)
+        question = ask(scene, task, random.Random(seed))
+        if question is not None:
+            found.append(Example(draw_scene(scene), question.prompt, question.answer, f"scene {seed}"))
+    return found
+
+
+examples = examples_from(range(40))
+[(example.prefix, example.suffix) for example in examples[:3]]
+
+# %% [markdown]
+# ## First by hand
+#
+# One row. The labels are -100 wherever there is nothing to learn: that number is a custom, and the loss of chapter 10
+# skips it.
+
+# %%
+processor = load().processor
+tokenizer = processor.tokenizer
+one = examples[0]
+prefix = [tokenizer.image_id] * processor.num_image_tokens + [tokenizer.bos_id] + tokenizer.encode(one.prefix + "\n")
+suffix = tokenizer.encode(one.suffix) + [tokenizer.eos_id]
+ids_by_hand = prefix + suffix
+labels_by_hand = [-100] * len(prefix) + suffix
+len(ids_by_hand), [tokenizer.decode([token], skip_special_tokens=False) for token in suffix]
+
+# %% [markdown]
+# ## Several rows, one tensor
+#
+# Rows differ in length, so short ones are filled up with padding. For *answering* the padding stands on the left, so that
+# all rows end at the same place and go on together. For *learning* it stands on the right, where no answer token
+# can see it.
 
 
 # %%
@@ -101,6 +189,14 @@ def collate(
     return _lay_out(processor, rows, max_length)
 
 
+# %% [markdown]
+# Before rows are laid side by side, each is looked at alone: is there an answer, does the text fit, can the picture be
+# opened? What is wrong is said with the example's place in front. The picture is made small at once, so that a batch never
+# holds all its photographs at full size.
+
+
+# %%
+# | export
 @dataclass(frozen=True)
 class _Ready:
     """A row that is known to be good: its picture is open and as small as the model sees it."""
@@ -188,6 +284,149 @@ def _lay_out(processor: Processor, rows: Sequence[_Ready], max_length: int | Non
 
 
 # %%
+batch = collate(processor, examples[:3])
+assert batch.input_ids[0, : len(ids_by_hand)].tolist() == ids_by_hand
+assert batch.labels[0, : len(labels_by_hand)].tolist() == labels_by_hand
+{name: tuple(value.shape) for name, value in vars(batch).items()}
+
+# %% [markdown]
+# ## Proof
+#
+# The processor of `transformers` makes the same of the same three examples.
+
+# %%
+from transformers import AutoProcessor
+
+import sigma_book
+
+reference = AutoProcessor.from_pretrained(Path(sigma_book.__file__).parent / "pocket_model")
+expected = reference(
+    images=[example.image for example in examples[:3]],
+    text=[f"<image>{example.prefix}" for example in examples[:3]],
+    suffix=[example.suffix for example in examples[:3]],
+    return_tensors="pt",
+    padding=True,
+    padding_side="right",
+)
+assert torch.equal(batch.input_ids, expected["input_ids"])
+real = batch.attention_mask == 1
+assert torch.equal(batch.labels[real], expected["labels"][real])
+assert torch.equal(batch.attention_mask, expected["attention_mask"])
+
+# %% [markdown]
+# ## What an open mask does wrong
+#
+# If every token could see every other, the answer would stand there to be copied. The loss would fall beautifully, and the
+# model would learn nothing. One can see the leak with an untrained eye: change the last answer token and watch the scores
+# before it.
+
+# %%
+model = load()
+with torch.no_grad():
+    row = collate(processor, examples[:1])
+    changed = row.input_ids.clone()
+    changed[0, -1] = tokenizer.encode(" blue")[0]  # the end is replaced by a word
+    inputs = (row.pixel_values, row.attention_mask)
+    right = [model(ids, *inputs, row.token_type_ids) for ids in (row.input_ids, changed)]
+    leaky = [model(ids, *inputs, torch.zeros_like(row.token_type_ids)) for ids in (row.input_ids, changed)]
+asked_at = row.input_ids.shape[1] - 2  # the place that is asked for the end
+moved = {
+    name: (a - b)[0, asked_at].abs().max().item() for name, (a, b) in (("prefix mask", right), ("open mask", leaky))
+}
+assert moved["prefix mask"] < 1e-4 < moved["open mask"]
+moved
+
+# %% [markdown]
+# With the right mask the scores do not move. With everything declared prefix they do: the future leaks.
+#
+# ## What does not fit
+#
+# A model has a context, the most tokens it can read at once. What to do with a row that is longer? A silent cut would teach
+# answers that stop in the middle of a word. So it is an error, with the counts in it.
+
+# %%
+long = Example(examples[0].image, "caption en", " and ".join(["a red star"] * 12), "scene 0")
+room = processor.num_image_tokens + 1 + 20
+try:
+    collate(processor, [long], max_length=room)
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# One may ask for a cut. Prompt and answer then may each have half of the room for text, and what the other does not need.
+# The answer loses its end, and the end token with it: the model should not learn that one stops there.
+
+# %%
+cut = collate(processor, [long], max_length=room, truncate=True)
+assert cut.input_ids.shape[1] == room and tokenizer.eos_id not in cut.input_ids[0].tolist()
+tokenizer.decode(cut.labels[0][cut.labels[0] != -100])
+
+# %% [markdown]
+# ## From one row to a file
+#
+# Forty examples can be a list. A million cannot: they lie in a file, and their pictures in a folder. The simplest good
+# format is JSON lines (JSONL): each line is one JSON object, one example.
+
+# %%
+folder = Path(tempfile.mkdtemp())
+for seed in range(40):
+    draw_scene(make_scene(seed)).save(folder / f"{seed}.png")
+rows = [{"image": f"{seed}.png", "text": caption(make_scene(seed))} for seed in range(40)]
+(folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+print((folder / "train.jsonl").read_text()[:190])
+
+# %% [markdown]
+# The naive way to read it is one line of Python: a list of all rows. Here is what that costs for 50,000 lines, and it grows
+# with each line.
+
+# %%
+large = folder / "large.jsonl"
+with large.open("w") as file:
+    for number in range(50_000):
+        file.write(json.dumps({"image": f"{number % 40}.png", "text": f"a red star, seen {number} times"}) + "\n")
+
+
+def bytes_kept(read) -> int:
+    tracemalloc.start()
+    kept = read()  # held while we look
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    return size + 0 * len(kept)
+
+
+naive_bytes = bytes_kept(lambda: [json.loads(line) for line in large.open()])
+f"{naive_bytes / 1e6:.1f} MB for a file of {large.stat().st_size / 1e6:.1f} MB"
+
+# %% [markdown]
+# But to read line 17 one does not need the others. One needs to know *where it begins*. So we go through the file once, look
+# only for line ends, and keep the places: one number for each line. The rows stay on the disk until they are asked for.
+
+# %%
+shown = (folder / "train.jsonl").read_bytes().split(b"\n")[:3]
+figure, axis = plt.subplots(figsize=(7.2, 1.5))
+start, places = 0, []
+for number, line in enumerate(shown):
+    width = len(line) + 1
+    axis.add_patch(Rectangle((start, 0), width, 1, facecolor=[PICTURE, PROMPT, ANSWER][number], lw=0, alpha=0.85))
+    axis.text(start + width / 2, 0.5, f"line {number + 1}", ha="center", va="center", color="white")
+    axis.annotate(
+        f"byte {start}", (start, 0), xytext=(start, -0.75), ha="center", fontsize=9, arrowprops={"arrowstyle": "-"}
+    )
+    places.append(start)
+    start += width
+axis.text(start + 4, 0.5, "...", va="center")
+axis.set(xlim=(-12, start + 20), ylim=(-1, 1.1))
+axis.axis("off")
+save(figure, "15_places")
+plt.show()
+places
+
+# %% [markdown]
+# *Figure: the first three lines of the file as bars, as long as their bytes. An arrow marks where each begins: these
+# numbers are all that is kept.*
+
+
+# %%
 # | export
 @dataclass(frozen=True)
 class _Table:
@@ -237,6 +476,8 @@ def _read_object(raw: bytes) -> dict:
 
 
 _BYTES_AT_ONCE = 1 << 24
+
+
 _MARK = b"\xef\xbb\xbf"  # some editors begin a UTF-8 file with it
 
 
@@ -267,6 +508,159 @@ def index_lines(path: Path) -> _Table:
     ends = np.append(first[1:], before)[: len(first)]
     columns = {"line": np.concatenate(lines)} if lines else {"line": first}
     return _Table(path, state.st_size, state.st_mtime_ns, first, ends, columns)
+
+
+# %% [markdown]
+# The proof: on a file with everything that editors do to files (a mark in front, Windows line ends, blank lines), the index
+# finds the rows that the naive way finds, and it remembers the line numbers that an editor shows.
+
+# %%
+rough = folder / "rough.jsonl"
+rough.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"a": "\xc3\xa4"}\r\n   \r\n{"a": 3}')
+table = index_lines(rough)
+naive = [json.loads(line) for line in rough.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+assert table.rows(range(len(table))) == naive
+assert table.columns["line"].tolist() == [1, 3, 5]
+
+index_bytes = bytes_kept(lambda: index_lines(large))
+assert len(index_lines(large)) == 50_000 and naive_bytes > 15 * index_bytes
+f"{index_bytes / 1e6:.1f} MB in place of {naive_bytes / 1e6:.1f} MB: {index_bytes / 50_000:.0f} bytes for a line"
+
+# %% [markdown]
+# ## What a row says
+#
+# People write rows in three ways, told apart by their keys. We turn all into prefix and suffix, with the words that
+# PaliGemma was trained on: `caption en` asks for a caption, `answer en` goes before a question.
+#
+# Strangers' files hold surprises, and each gets a rule. An answer may be a number: it becomes text. It may be a list, as
+# ten people answered: the most common is learned, all are kept. A path may have been written on Windows: its `\` are read
+# as `/` if that helps. A URL is refused in a sentence, since nothing here downloads behind your back.
+
+
+# %%
+# | export
+ROW_FORMS = {  # what a row says, by its keys; the first that fits counts
+    "prefix": ("prefix", "suffix"),
+    "vqa": ("question", "answer"),
+    "text": ("text",),
+}
+
+
+FORMS = (*ROW_FORMS, "vqav2", "coco-captions", "coco-detect", "coco-segment")
+
+
+@dataclass(frozen=True)
+class _RowSource:
+    """Rows that say everything themselves."""
+
+    table: _Table
+    form: str
+    folders: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def where(self, index: int) -> str:
+        lines = self.table.columns.get("line")
+        place = f"entry {index + 1}" if lines is None else f"line {lines[index]}"
+        return f"{self.table.path.name}, {place}"
+
+    def parts(self, index: int) -> dict:
+        (row,) = self.table.rows([index])
+        wanted = ("image", *ROW_FORMS[self.form])
+        if missing := [key for key in wanted if key not in row]:
+            raise ValueError(
+                f"no {_quoted(missing)} in this row, its keys are {_quoted(row)}: expected {_quoted(wanted)}"
+            )
+        facts = {key: value for key, value in row.items() if key not in wanted}
+        image = find_picture(row["image"], self.folders)
+        if self.form == "prefix":
+            suffix = _text(row["suffix"], "suffix")
+            return {
+                "image": image,
+                "prefix": _text(row["prefix"], "prefix"),
+                "suffix": suffix,
+                "answers": (suffix,),
+                "facts": facts,
+            }
+        if self.form == "text":
+            text = _text(row["text"], "text").strip()
+            return {"image": image, "prefix": "caption en", "suffix": text, "answers": (text,), "facts": facts}
+        question = _text(row["question"], "question").strip()
+        answers = _answers(row["answer"])
+        return {
+            "image": image,
+            "prefix": f"answer en {question}",
+            "suffix": _most_common(answers),
+            "answers": answers,
+            "facts": facts | {"question": question},
+        }
+
+
+def _quoted(names) -> str:
+    names = [repr(name) for name in names]
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "none"
+
+
+def _text(value: object, key: str) -> str:
+    """A text, or a number as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key} is {value}: expected a text")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        shown = json.dumps(value)
+        raise ValueError(f"{key} is {shown if len(shown) <= 60 else shown[:57] + '...'}: expected a text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{key} holds half of a letter (a lone surrogate at place {error.start}): repair it"
+        ) from error
+    return value
+
+
+def _answers(value: object) -> tuple[str, ...]:
+    """One answer or a list of them; an entry may be an object with the key `answer`, as in VQAv2."""
+    listed = value if isinstance(value, list) else [value]
+    if not listed:
+        raise ValueError("answer is an empty list: expected at least one")
+    return tuple(_text(item.get("answer") if isinstance(item, dict) else item, "answer").strip() for item in listed)
+
+
+def _most_common(answers: Sequence[str]) -> str:
+    return Counter(answers).most_common(1)[0][0]  # of equally common ones, the first
+
+
+def find_picture(name: object, folders: Sequence[Path]) -> Path:
+    """The path of a picture: in the first folder that has it; where none has, in the first.
+
+    Raises
+    ------
+    ValueError
+        If the name is no path, or is a URL.
+    """
+    name = _text(name, "image") if isinstance(name, str) else name
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        raise ValueError(f"image is {name!r}: expected the path of a picture")
+    if "://" in name or name.startswith("data:"):
+        shown = name if len(name) <= 80 else f"{name[:77]}..."
+        raise ValueError(f"image is {shown!r}, a URL: download the pictures first and write their paths")
+    names = [name] if os.sep == "\\" or "\\" not in name else [name, PureWindowsPath(name).as_posix()]
+    paths = [folder / spelled for folder in folders for spelled in names]
+    return next((path for path in paths if path.exists()), paths[len(names) - 1])
+
+
+# %% [markdown]
+# ## One JSON for everything
+#
+# The large public sets are not JSON lines. COCO is one JSON object of hundreds of megabytes: an array `images`, an array
+# `annotations`, and each annotation names its picture by an id. Read whole, it becomes a tree of millions of Python objects.
+#
+# The same idea helps: note where the entries of the arrays begin and end, and keep the ids as columns of numbers, so that
+# one can look up. To find where an entry ends, one has to understand it, so each is read once, by Python's own fast reader,
+# and thrown away. A trick keeps the places right: we let one byte be one letter (the encoding Latin-1), whatever the text
+# says. JSON's own signs are plain ASCII, so its structure is not disturbed.
 
 
 # %%
@@ -439,118 +833,59 @@ class _Find:
         return self._sorted[twice[0]].item() if len(twice) else None
 
 
+# %% [markdown]
+# We write the drawn world in COCO's layout: captions, and *instances*, which are things with a category and a box. COCO's
+# box is x, y, width, height.
+
+# %%
+names = list(SHAPES)
+images, captions, instances = [], [], []
+for seed in range(40):
+    scene = make_scene(seed)
+    images.append({"id": seed, "file_name": f"{seed}.png", "height": SIZE, "width": SIZE})
+    for text in (caption(scene), f"{len(scene.things)} things"):
+        captions.append({"id": len(captions), "image_id": seed, "caption": text})
+    for thing in scene.things:
+        top, left, bottom, right = thing.box
+        entry = {"id": len(instances), "image_id": seed, "category_id": names.index(thing.shape), "iscrowd": 0}
+        box = [left, top, right - left, bottom - top]
+        corners = [[left, top, right, top, right, bottom, left, bottom]]
+        instances.append(entry | {"bbox": box, "segmentation": corners})
+categories = [{"id": number, "name": name} for number, name in enumerate(names)]
+(folder / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
+whole = {"images": images, "annotations": instances, "categories": categories}
+(folder / "instances.json").write_text(json.dumps(whole, indent=1))
+
+tables, _ = index_document(folder / "instances.json")
+assert {name: table.rows(range(len(table))) for name, table in tables.items()} == whole
+{name: len(table) for name, table in tables.items()}
+
+# %% [markdown]
+# That was a proof as well: read back through the places, the arrays are what was written.
+#
+# What does it save? A file as COCO's, with 20,000 entries, read whole and read as an index.
+
+# %%
+like_coco = folder / "like_coco.json"
+with like_coco.open("w") as file:
+    file.write('{"images": [{"id": 1, "file_name": "0.png", "height": 112, "width": 112}], "annotations": [')
+    for number in range(20_000):
+        corners = [round(1.5 * (number + k) % 112, 1) for k in range(20)]
+        thing = {"id": number, "image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "segmentation": [corners]}
+        file.write(json.dumps(thing) + (", " if number < 19_999 else "]}"))
+tree_bytes = bytes_kept(lambda: json.loads(like_coco.read_text()))
+index_bytes = bytes_kept(lambda: index_document(like_coco))
+assert tree_bytes > 12 * index_bytes
+f"a tree of {tree_bytes / 1e6:.1f} MB, an index of {index_bytes / 1e6:.1f} MB"
+
+# %% [markdown]
+# Now what the entries say. VQAv2 comes as two files, questions and answers, joined by `question_id`; a picture's name is
+# made of the year's part and the picture's number. COCO captions have about five captions for a picture: each is an example
+# to learn, and all five are its reference answers.
+
+
 # %%
 # | export
-ROW_FORMS = {  # what a row says, by its keys; the first that fits counts
-    "prefix": ("prefix", "suffix"),
-    "vqa": ("question", "answer"),
-    "text": ("text",),
-}
-FORMS = (*ROW_FORMS, "vqav2", "coco-captions", "coco-detect", "coco-segment")
-
-
-@dataclass(frozen=True)
-class _RowSource:
-    """Rows that say everything themselves."""
-
-    table: _Table
-    form: str
-    folders: tuple[Path, ...]
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def where(self, index: int) -> str:
-        lines = self.table.columns.get("line")
-        place = f"entry {index + 1}" if lines is None else f"line {lines[index]}"
-        return f"{self.table.path.name}, {place}"
-
-    def parts(self, index: int) -> dict:
-        (row,) = self.table.rows([index])
-        wanted = ("image", *ROW_FORMS[self.form])
-        if missing := [key for key in wanted if key not in row]:
-            raise ValueError(
-                f"no {_quoted(missing)} in this row, its keys are {_quoted(row)}: expected {_quoted(wanted)}"
-            )
-        facts = {key: value for key, value in row.items() if key not in wanted}
-        image = find_picture(row["image"], self.folders)
-        if self.form == "prefix":
-            suffix = _text(row["suffix"], "suffix")
-            return {
-                "image": image,
-                "prefix": _text(row["prefix"], "prefix"),
-                "suffix": suffix,
-                "answers": (suffix,),
-                "facts": facts,
-            }
-        if self.form == "text":
-            text = _text(row["text"], "text").strip()
-            return {"image": image, "prefix": "caption en", "suffix": text, "answers": (text,), "facts": facts}
-        question = _text(row["question"], "question").strip()
-        answers = _answers(row["answer"])
-        return {
-            "image": image,
-            "prefix": f"answer en {question}",
-            "suffix": _most_common(answers),
-            "answers": answers,
-            "facts": facts | {"question": question},
-        }
-
-
-def _quoted(names) -> str:
-    names = [repr(name) for name in names]
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "none"
-
-
-def _text(value: object, key: str) -> str:
-    """A text, or a number as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{key} is {value}: expected a text")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        shown = json.dumps(value)
-        raise ValueError(f"{key} is {shown if len(shown) <= 60 else shown[:57] + '...'}: expected a text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{key} holds half of a letter (a lone surrogate at place {error.start}): repair it"
-        ) from error
-    return value
-
-
-def _answers(value: object) -> tuple[str, ...]:
-    """One answer or a list of them; an entry may be an object with the key `answer`, as in VQAv2."""
-    listed = value if isinstance(value, list) else [value]
-    if not listed:
-        raise ValueError("answer is an empty list: expected at least one")
-    return tuple(_text(item.get("answer") if isinstance(item, dict) else item, "answer").strip() for item in listed)
-
-
-def _most_common(answers: Sequence[str]) -> str:
-    return Counter(answers).most_common(1)[0][0]  # of equally common ones, the first
-
-
-def find_picture(name: object, folders: Sequence[Path]) -> Path:
-    """The path of a picture: in the first folder that has it; where none has, in the first.
-
-    Raises
-    ------
-    ValueError
-        If the name is no path, or is a URL.
-    """
-    name = _text(name, "image") if isinstance(name, str) else name
-    if not isinstance(name, str) or not name.strip() or "\0" in name:
-        raise ValueError(f"image is {name!r}: expected the path of a picture")
-    if "://" in name or name.startswith("data:"):
-        shown = name if len(name) <= 80 else f"{name[:77]}..."
-        raise ValueError(f"image is {shown!r}, a URL: download the pictures first and write their paths")
-    names = [name] if os.sep == "\\" or "\\" not in name else [name, PureWindowsPath(name).as_posix()]
-    paths = [folder / spelled for folder in folders for spelled in names]
-    return next((path for path in paths if path.exists()), paths[len(names) - 1])
-
-
 @dataclass(frozen=True)
 class _QuestionSource:
     """The official VQAv2 pair: questions, and answers in a second file."""
@@ -641,6 +976,14 @@ def _image_row(images: _Table, find: _Find, image_id) -> dict:
     return images.rows(found[:1])[0]
 
 
+# %% [markdown]
+# Instances become questions of where. One example asks for one category on one picture: `detect star`. The answer names all
+# stars from left to right, as the drawn world does, for a model learns an order more easily than none. A *crowd* is an entry that covers
+# many things at once; it has no single box, so it is left aside, and counted.
+
+
+# %%
+# | export
 @dataclass(frozen=True)
 class _InstanceSource:
     """COCO instances: an example for each picture and each category on it."""
@@ -707,6 +1050,36 @@ def _corners(row: dict) -> Box:
     return y, x, y + height, x + width
 
 
+# %% [markdown]
+# ## Three ways to write a mask
+#
+# `segment` asks for a mask besides the box. COCO writes masks as polygons, or as runs: go down the first column of
+# pixels, then the next; count how many lie outside, then how many inside, then outside again. Runs are written as numbers,
+# or packed into text.
+
+# %%
+mask = np.zeros((6, 8), bool)
+mask[1:5, 2:5] = mask[3, 2:7] = True
+flat = mask.T.reshape(-1)  # column by column
+edges = np.flatnonzero(np.diff(flat)) + 1
+runs = np.diff([0, *edges, flat.size]).tolist()
+figure, axis = plt.subplots(figsize=(4.2, 2.7))
+axis.imshow(mask, cmap="Greys", vmin=0, vmax=1.6)
+for order in range(flat.size):
+    column, line = divmod(order, 6)
+    axis.text(column, line, order, ha="center", va="center", fontsize=8, color="0.35" if not flat[order] else "white")
+axis.axis("off")
+save(figure, "15_runs")
+plt.show()
+runs
+
+# %% [markdown]
+# *Figure: a mask of 6 x 8 pixels, dark inside. The numbers count pixels in COCO's order, down each column. The first run
+# lies outside and is 13 pixels long, the next four lie inside.*
+
+
+# %%
+# | export
 def read_mask(segmentation: object, height: int, width: int) -> np.ndarray:
     """COCO's three ways to write a mask: polygons, runs as numbers, runs as text.
 
@@ -774,6 +1147,26 @@ def _runs_of_text(text: str) -> list[int]:
             value -= 1 << shift
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))
     return runs
+
+
+# %%
+assert runs[:2] == [13, 4]
+assert np.array_equal(read_mask({"size": [6, 8], "counts": runs}, 6, 8), mask)
+if importlib.util.find_spec("pycocotools"):  # the official code packs the same mask into text
+    from pycocotools import mask as coco_mask
+
+    packed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+    assert np.array_equal(read_mask({"size": [6, 8], "counts": packed}, 6, 8), mask)
+    print(packed)
+
+# %% [markdown]
+# To become `<seg>` tokens a mask must go through an encoder (chapter 14), whose weights are published with PaliGemma. The
+# reader takes it as a function; without it, a file can still be read as `detect`.
+#
+# ## Any of these files
+#
+# The last step is to look into a file and tell which it is. The first sign of the file tells an array from an object; the
+# keys tell the rest. What was found is said, and can be overruled with `form`.
 
 
 # %%
@@ -893,6 +1286,12 @@ def read_examples(
     return examples
 
 
+# %% [markdown]
+# The parts: is it a file that can be read, what does it look like, and one function to open each form.
+
+
+# %%
+# | export
 def _data_file(path: str | Path) -> Path:
     path = Path(path)
     if path.is_dir():
@@ -1059,6 +1458,105 @@ def _open_instances(path, tables, folders, form, encode_mask) -> Examples:
     encode = encode_mask if form == "coco-segment" else None
     source = _InstanceSource(images, annotations, _find_images(path, images), order, begins, named, encode, folders)
     return Examples(source, form, remarks)
+
+
+# %%
+for name in ("train.jsonl", "captions.json", "instances.json"):
+    found = read_examples(folder / name)
+    example = found[3]
+    print(f"{found.form:14} {len(found):3} examples; {example.where}: {example.prefix!r} -> {example.suffix!r}")
+
+# %% [markdown]
+# A broken line is found where it stands.
+
+# %%
+(folder / "broken.jsonl").write_text('{"image": "0.png", "text": "fine"}\n{"image": "1.png", "text": fine}\n')
+try:
+    read_examples(folder / "broken.jsonl")[1]
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# And a file of a form that nobody foresaw? A few lines turn it into JSON lines. The package `easy-vqa` is a good first
+# case: 4,000 drawn pictures of one shape each, and 38,575 questions, in three lists. If it is installed
+# (`pip install easy-vqa`), this converts it; if not, the drawn world stands in.
+
+# %%
+if importlib.util.find_spec("easy_vqa"):
+    import easy_vqa
+
+    questions, answers, numbers = easy_vqa.get_train_questions()
+    paths = easy_vqa.get_train_image_paths()
+    rows = [
+        {"image": paths[number], "question": question, "answer": answer}
+        for question, answer, number in zip(questions, answers, numbers)
+    ]
+else:
+    rows = []
+    for seed in range(40):
+        question = ask(make_scene(seed), "count", random.Random(seed))
+        text = question.prompt.removeprefix("answer en ")
+        rows.append({"image": f"{seed}.png", "question": text, "answer": question.answer})
+(folder / "vqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+found = read_examples(folder / "vqa.jsonl")
+assert found.form == "vqa" and len(found) == len(rows)
+found[0].prefix, found[0].suffix
+
+# %% [markdown]
+# ## In a new order each time
+#
+# One pass over all examples is an *epoch*. The order is shuffled, or the model would learn the order; and the shuffle
+# comes from a seed, so that a run can be repeated. We draw a random number for each example, and sort by it.
+
+
+# %%
+# | export
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: each number below `count` once.
+
+    Examples stand in the order of random numbers drawn for them. NumPy promises that the bits of PCG64 never change, so the
+    order is the same on any machine, with any version.
+    """
+    draws = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    return np.argsort(draws, kind="stable")
+
+
+# %%
+for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0)):
+    print(f"seed {seed}, epoch {epoch}:", *epoch_order(12, seed, epoch))
+assert sorted(epoch_order(1000, 0, 0)) == list(range(1000))
+
+# %% [markdown]
+# When several processes train together, each has a number, its *rank*, and takes its share: rank 0 of 3 takes the first of
+# the order, the fourth, the seventh; rank 1 the second, the fifth, the eighth. No example goes to two, none to nobody.
+#
+# Eleven examples on three ranks, in batches of two, do not come out even. All ranks must take the same number of steps, or one
+# would wait for ever. So the last batch of an epoch may be short. If nothing at all is left for a rank, it gets a batch
+# without labels, which teaches nothing and keeps it in step.
+
+# %%
+figure, axes = plt.subplots(2, 1, figsize=(7, 2.7))
+for axis, epoch in zip(axes, (0, 1)):
+    for place, example in enumerate(epoch_order(11, 0, epoch)):
+        step, rank = place // 6, place % 3
+        axis.add_patch(Rectangle((place + 0.35 * step, 0), 0.92, 1, color=HEADS[rank], lw=0, alpha=0.85))
+        axis.text(place + 0.35 * step + 0.46, 0.5, example, ha="center", va="center", color="white")
+        axis.text(place + 0.35 * step + 0.46, -0.35, f"rank {rank}", ha="center", va="center", fontsize=7)
+    axis.text(-0.3, 0.5, f"epoch {epoch}", ha="right", va="center")
+    axis.set(xlim=(-1.8, 11.5), ylim=(-0.6, 1.5))
+    axis.text(2.96, 1.25, "step 0", ha="center", va="center", fontsize=8)
+    axis.text(8.8, 1.25, "step 1", ha="center", va="center", fontsize=8)
+    axis.axis("off")
+save(figure, "15_ranks")
+plt.show()
+
+# %% [markdown]
+# *Figure: two epochs of eleven examples, each in its own order. Below each example stands the rank that takes it: 0, 1, 2,
+# 0, 1, 2. A gap parts the two steps of an epoch; in the second, rank 2 has one example where the others have two.*
+#
+# The place in all this is one number: how many steps are done. The batch of step *s* depends on the seed and on *s* alone,
+# on nothing that happened before. So any process can make any batch, workers can prepare ahead in any number, and a run that was stopped
+# goes on exactly where it was.
 
 
 # %%
@@ -1232,6 +1730,13 @@ class Batches:
         return iter(loader)
 
 
+# %% [markdown]
+# Who makes the batches: one object that can be sent to workers. What goes wrong in a worker comes back as a value, so that
+# its sentence arrives here as it was.
+
+
+# %%
+# | export
 def _as_it_is(made: "_Made") -> "_Made":
     return made
 
@@ -1245,16 +1750,6 @@ class _Made:
     cut: tuple[int, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
     error: Exception | None = None
-
-
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: each number below `count` once.
-
-    Examples stand in the order of random numbers drawn for them. NumPy promises that the bits of PCG64 never change, so the
-    order is the same on any machine, with any version.
-    """
-    draws = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
-    return np.argsort(draws, kind="stable")
 
 
 class _Maker:
@@ -1312,6 +1807,30 @@ class _Maker:
         return _Made(skipped=tuple(skipped))
 
 
+# %%
+found = read_examples(folder / "train.jsonl")
+whole = list(Batches(found, processor, 16, seed=0, epochs=2))
+assert [len(made.where) for made in whole] == [16, 16, 8] * 2
+ahead = list(Batches(found, processor, 16, seed=0, epochs=2, workers=2, start=whole[1].state))
+assert [made.where for made in ahead] == [made.where for made in whole[2:]]
+assert all(torch.equal(a.batch.input_ids, b.batch.input_ids) for a, b in zip(ahead, whole[2:]))
+whole[1].state
+
+# %%
+shares = [list(Batches(found, processor, 2, seed=0, epochs=1, rank=rank, world_size=3)) for rank in range(3)]
+assert len({len(share) for share in shares}) == 1  # as many steps for each
+taken = sorted(where for share in shares for made in share for where in made.where)
+assert taken == sorted(example.where for example in found)  # all of them, none twice
+
+# %% [markdown]
+# ## What is broken
+#
+# In a million rows some are broken. The default is to stop at the first, with its place. One may ask to go on without them:
+# then each is counted and listed, once, in a file. Never silently, because a set that lost a tenth of its rows is another set.
+
+
+# %%
+# | export
 class _SkippedRows:
     """The list of rows that were left out, in a file that several ranks may add to; each row stands in it once."""
 
@@ -1345,6 +1864,32 @@ class _SkippedRows:
 
 
 # %%
+rows = [{"image": f"{seed}.png", "text": "a scene"} for seed in (0, 1, 99, 2)]
+lines = [json.dumps(row) for row in rows]
+lines[1] = lines[1][:-5]
+(folder / "rough.jsonl").write_text("\n".join(lines))
+going_on = Batches(
+    read_examples(folder / "rough.jsonl"),
+    processor,
+    2,
+    seed=0,
+    epochs=3,
+    on_error="skip",
+    skipped=folder / "skipped.jsonl",
+)
+assert sum(len(made.where) for made in going_on) == 3 * 2  # two good rows, three times
+assert going_on.num_skipped == 2
+print((folder / "skipped.jsonl").read_text().replace(f"{folder}/", ""))
+
+# %% [markdown]
+# ## Look before you train
+#
+# An hour of training on a file that one has not looked at is an hour lost. A survey reads all of it: what is broken, what
+# is too long, what stands there twice, how long the texts are, which answers are common. If half of all answers are "yes", a model
+# that always says yes is half right, and one should know that before being proud of it.
+
+
+# %%
 # | export
 @dataclass(frozen=True)
 class Survey:
@@ -1360,6 +1905,8 @@ class Survey:
         Of the rows that can be read.
     max_length : int or None
         The context that rows must fit into.
+    too_long : tuple
+        (where, tokens too many) of rows that do not fit; cutting them is a choice that training has to be told.
     broken : tuple
         (where, reason) of rows that cannot be read or have nothing to learn.
     duplicates : tuple of str
@@ -1374,16 +1921,11 @@ class Survey:
     prompt_tokens: np.ndarray
     answer_tokens: np.ndarray
     max_length: int | None
+    too_long: tuple[tuple[str, int], ...]
     broken: tuple[tuple[str, str], ...]
     duplicates: tuple[str, ...]
     answers: tuple[tuple[str, int], ...]
     num_answers: int
-
-    @property
-    def too_long(self) -> np.ndarray:
-        """Tokens that are too many, of each row that does not fit."""
-        rows = self.picture_tokens + self.prompt_tokens + self.answer_tokens
-        return rows[:0] if self.max_length is None else rows[rows > self.max_length] - self.max_length
 
     def lines(self) -> list[str]:
         """The report, a sentence or two in each line."""
@@ -1396,11 +1938,13 @@ class Survey:
                     f"tokens of the {name}: half have {middle} or fewer, 95 % {most}, the longest {tokens.max()}"
                 )
         if self.max_length is not None:
-            over = self.too_long
-            cut = f", by up to {over.max()} tokens: shorten them, or train with --truncate" if len(over) else ""
             said.append(
-                f"too long for {self.max_length} tokens with the picture's {self.picture_tokens}: {len(over):,} rows{cut}"
+                f"too long for {self.max_length} tokens, {self.picture_tokens} of them before the prompt: "
+                f"{len(self.too_long):,} rows"
             )
+            if self.too_long:
+                where, most = max(self.too_long, key=lambda pair: pair[1])
+                said.append(f"  by up to {most} tokens ({where}): shorten them, or train with --truncate")
         said.append(f"broken: {len(self.broken):,} rows")
         said += [
             f"  {where}: {reason}" if not reason.startswith(where) else f"  {reason}"
@@ -1435,6 +1979,7 @@ def survey(examples: Sequence[Example], processor: Processor, max_length: int | 
     seen: dict[bytes, str | None] = {}  # a picture's digest, and why it cannot be opened
     broken: list[tuple[str, str]] = []
     kept: list[int] = []
+    too_long: list[tuple[str, int]] = []
     texts: Counter = Counter()
     with ThreadPoolExecutor() as pool, tqdm(total=len(examples), desc="reading", disable=None) as bar:
         for start in range(0, len(examples), 256):
@@ -1445,7 +1990,7 @@ def survey(examples: Sequence[Example], processor: Processor, max_length: int | 
                     example = examples[index]
                     if not example.suffix:
                         raise ValueError("the answer is empty: there is nothing to learn")
-                    picture, prompts[index], answers[index] = token_counts(processor, example)
+                    _, prompts[index], answers[index] = token_counts(processor, example)
                     rows.append((index, where, example, _digest(_picture_name(example.image))))
                 except (ValueError, OSError) as error:
                     broken.append((where, str(error)))
@@ -1456,6 +2001,11 @@ def survey(examples: Sequence[Example], processor: Processor, max_length: int | 
                     broken.append((where, seen[name]))
                     continue
                 kept.append(index)
+                excess = int(processor.num_image_tokens + 1 + prompts[index] + answers[index]) - (
+                    max_length or math.inf
+                )
+                if excess > 0:
+                    too_long.append((where, excess))
                 digests[index] = [
                     int.from_bytes(_digest(part)[:8], "big")
                     for part in (f"{name.hex()} {example.prefix!r} {example.suffix!r}", example.suffix)
@@ -1473,6 +2023,7 @@ def survey(examples: Sequence[Example], processor: Processor, max_length: int | 
         prompts[good],
         answers[good],
         max_length,
+        tuple(too_long),
         tuple(broken),
         tuple(_where_in(examples, int(index)) for index in again),
         tuple(texts.most_common(5)),
@@ -1505,6 +2056,15 @@ def _why_broken(image: object) -> str | None:
 def _short_text(text: str, most: int) -> str:
     text = " ".join(text.split())
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+# %%
+found = read_examples(folder / "vqa.jsonl")
+sample = found[:400]
+print("\n".join(survey(sample, processor, max_length=90).lines()))
+
+# %% [markdown]
+# Numbers do not show that all boxes stand upside down. Twelve pictures with their answers do.
 
 
 # %%
@@ -1563,9 +2123,9 @@ def contact_sheet(examples: Sequence[Example], columns: int = 4) -> Image.Image:
         left = gap + number % columns * (side + gap)
         top = gap + number // columns * (side + text_height + gap)
         picture = load_image(example.image)
+        picture = ImageOps.contain(picture, (side, side), Image.Resampling.BICUBIC)
         if "<loc" in example.suffix:
             picture = draw_boxes(picture, parse(example.suffix, picture.height, picture.width)[0])
-        picture = ImageOps.contain(picture, (side, side), Image.Resampling.BICUBIC)
         sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
         canvas.rectangle((left, top, left + side - 1, top + side - 1), outline=_GROUND)
         used = _write(canvas, (left, top + side + 4), example.prefix, "#9c6b00", font, side, 2)
@@ -1594,7 +2154,8 @@ def _write(canvas, place, text: str, colour: str, font, width: int, most: int) -
 
 
 def write_survey(found: Survey, examples: Sequence[Example], folder: str | Path) -> list[Path]:
-    """Write `lengths.png`, `examples.png` with twelve examples, `survey.json`, and `broken.jsonl` with all broken rows.
+    """Write `lengths.png`, `examples.png` with twelve examples, `survey.json`, and lists of rows: `broken.jsonl`,
+    `too_long.jsonl` and `repeated.jsonl`.
 
     The twelve are the first of the order with seed 0 that can be read.
 
@@ -1617,13 +2178,19 @@ def write_survey(found: Survey, examples: Sequence[Example], folder: str | Path)
         "max_length": found.max_length,
         "too_long": len(found.too_long),
         "picture_tokens": found.picture_tokens,
-        "prompt_tokens": np.bincount(found.prompt_tokens).tolist(),
-        "answer_tokens": np.bincount(found.answer_tokens).tolist(),
+        "prompt_tokens": dict(sorted(Counter(found.prompt_tokens.tolist()).items())),  # rows of each length
+        "answer_tokens": dict(sorted(Counter(found.answer_tokens.tolist()).items())),
         "different_answers": found.num_answers,
         "common_answers": [list(pair) for pair in found.answers],
     }
-    lines = [json.dumps({"where": where, "reason": reason}, ensure_ascii=False) for where, reason in found.broken]
-    texts = {"survey.json": json.dumps(numbers, indent=2, ensure_ascii=False), "broken.jsonl": "\n".join(lines)}
+    lists = {
+        "broken": [{"where": where, "reason": reason} for where, reason in found.broken],
+        "too_long": [{"where": where, "tokens_too_many": excess} for where, excess in found.too_long],
+        "repeated": [{"where": where} for where in found.duplicates],
+    }
+    texts = {"survey.json": json.dumps(numbers, indent=2, ensure_ascii=False)}
+    for name, rows in lists.items():
+        texts[f"{name}.jsonl"] = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     pictures = {"lengths.png": draw_lengths(found), "examples.png": contact_sheet(chosen) if chosen else None}
     paths = []
     for name, content in (texts | pictures).items():
@@ -1638,6 +2205,129 @@ def write_survey(found: Survey, examples: Sequence[Example], folder: str | Path)
         paths.append(path)
     return paths
 
+
+# %%
+found = read_examples(folder / "instances.json")
+sheet = contact_sheet([found[int(index)] for index in epoch_order(len(found), 0, 0)[:8]])
+figure, axis = plt.subplots(figsize=(8.2, 6))
+axis.imshow(sheet, interpolation="bilinear")
+axis.axis("off")
+save(figure, "15_sheet")
+plt.show()
+
+# %% [markdown]
+# *Figure: eight pictures of drawn shapes in a grid. Under each stand the prompt, such as "detect heart", and the answer
+# with its loc tokens; on each picture the boxes of that answer are drawn, and they fit.*
+#
+# The command `sigma-book data FILE` does all this and writes the pictures and lists into a folder.
+#
+# ## A look inside
+#
+# How much of a batch is learned from? For captions, whose answers are long, and for colours.
+
+# %%
+shares = {}
+for task in ("colour", "caption"):
+    batch = collate(processor, examples_from(range(100, 132), task))
+    kinds = {
+        "picture": (batch.input_ids == tokenizer.image_id),
+        "answer": batch.labels != -100,
+        "padding": batch.attention_mask == 0,
+    }
+    kinds["prompt"] = ~(kinds["picture"] | kinds["answer"] | kinds["padding"])
+    shares[task] = {name: where.float().mean().item() for name, where in kinds.items()}
+
+figure, axis = plt.subplots(figsize=(6.4, 1.7))
+colours = {"picture": PICTURE, "prompt": PROMPT, "answer": ANSWER, "padding": "#d9d9d9"}
+for place, parts in enumerate(shares.values()):
+    left = 0.0
+    for name in colours:
+        axis.barh(place, parts[name], left=left, color=colours[name])
+        if parts[name] > 0.06:
+            axis.text(left + parts[name] / 2, place, f"{name}\n{parts[name]:.0%}", ha="center", va="center", fontsize=7)
+        left += parts[name]
+axis.set_yticks(range(2), list(shares))
+axis.xaxis.set_visible(False)
+axis.spines[["bottom", "left"]].set_visible(False)
+save(figure, "15_shares")
+plt.show()
+assert shares["colour"]["answer"] < 0.05 < shares["caption"]["answer"]
+
+# %% [markdown]
+# *Figure: two bars, cut by kind of token. Most of a row is picture; the answer is a small part, and smallest for colours.*
+#
+# This is why chapter 17 lays many questions behind one picture.
+#
+# ## The bill
+#
+# In memory stands the index, three numbers of 8 bytes for a line, and the order of an epoch, one more. They grow with the file, but
+# slowly; what is read from it does not stay.
+
+# %%
+lines = 500_000
+assert lines * (3 + 1) * 8 == 16_000_000
+f"{lines * 4 * 8 / 1e6:.0f} MB for {lines:,} lines"
+
+# %% [markdown]
+# And a batch of the large model: 256 picture tokens and three 224 x 224 planes for each row.
+
+# %%
+rows, pixels, tokens = 8, 3 * 224 * 224 * 4, (256 + 30) * 4 * 8
+assert rows * pixels == 4_816_896
+f"{rows * (pixels + tokens) / 1e6:.1f} MB for 8 rows: next to nothing beside the weights"
+
+# %% [markdown]
+# ## Your turn
+#
+# **1.** ★ The labels of a row, from the length of the prefix, the ids of the suffix, and the number of padding tokens.
+
+
+# %%
+def labels_of(prefix_length: int, suffix: list, padding: int) -> list: ...
+
+
+check(labels_of, ((2, [7, 1], 1), [-100, -100, 7, 1, -100]), ((1, [1], 0), [-100, 1]))
+
+# %% [markdown]
+# **2.** ★ How many steps has an epoch of `n` examples, in batches of `size` on each of `ranks`?
+
+
+# %%
+def steps_of(n: int, size: int, ranks: int) -> int: ...
+
+
+check(steps_of, ((40, 16, 1), 3), ((32, 16, 1), 2), ((11, 2, 3), 2), ((1, 16, 4), 1))
+
+# %% [markdown]
+# **3.** ★★ Where does each line begin? From the bytes of a file, without splitting it. A last line end begins no new line.
+
+
+# %%
+def begins_of(content: bytes) -> list: ...
+
+
+check(begins_of, ((b"ab\nc\n",), [0, 3]), ((b"ab\n\nc",), [0, 3, 4]), ((b"",), []))
+
+# %% [markdown]
+# **4.** ★★ The runs of a mask, given as a list of rows of 0 and 1. The first run counts pixels outside, and may be 0.
+
+
+# %%
+def runs_of(mask: list) -> list: ...
+
+
+check(runs_of, (([[0, 1], [0, 1]],), [2, 2]), (([[1, 0], [1, 1]],), [0, 2, 1, 1]))
+
+# %% [markdown]
+# **5.** ★★★ Put the lengths of rows into batches of `size` so that as few padding tokens as possible are needed; return how
+# many. Sorting is half of the answer: what is lost by it?
+
+
+# %%
+def least_padding(lengths: list, size: int) -> int: ...
+
+
+check(least_padding, (([3, 9, 3, 9], 2), 0), (([1, 2, 3], 2), 1), (([5, 1, 4, 2], 4), 8))
 
 # %% [markdown]
 # Next: the loop that learns from such batches.

@@ -1,6 +1,6 @@
 """What to learn from: data.
 
-What does a model see of an example, and which part of it should it learn to say?
+How does a folder of pictures and a file of answers become what a model learns from?
 
 Tangled from chapters/15_data.py: edit there, then run python -m sigma_book.tangle.
 """
@@ -240,6 +240,8 @@ def _read_object(raw: bytes) -> dict:
 
 
 _BYTES_AT_ONCE = 1 << 24
+
+
 _MARK = b"\xef\xbb\xbf"  # some editors begin a UTF-8 file with it
 
 
@@ -270,6 +272,118 @@ def index_lines(path: Path) -> _Table:
     ends = np.append(first[1:], before)[: len(first)]
     columns = {"line": np.concatenate(lines)} if lines else {"line": first}
     return _Table(path, state.st_size, state.st_mtime_ns, first, ends, columns)
+
+
+ROW_FORMS = {  # what a row says, by its keys; the first that fits counts
+    "prefix": ("prefix", "suffix"),
+    "vqa": ("question", "answer"),
+    "text": ("text",),
+}
+
+
+FORMS = (*ROW_FORMS, "vqav2", "coco-captions", "coco-detect", "coco-segment")
+
+
+@dataclass(frozen=True)
+class _RowSource:
+    """Rows that say everything themselves."""
+
+    table: _Table
+    form: str
+    folders: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def where(self, index: int) -> str:
+        lines = self.table.columns.get("line")
+        place = f"entry {index + 1}" if lines is None else f"line {lines[index]}"
+        return f"{self.table.path.name}, {place}"
+
+    def parts(self, index: int) -> dict:
+        (row,) = self.table.rows([index])
+        wanted = ("image", *ROW_FORMS[self.form])
+        if missing := [key for key in wanted if key not in row]:
+            raise ValueError(
+                f"no {_quoted(missing)} in this row, its keys are {_quoted(row)}: expected {_quoted(wanted)}"
+            )
+        facts = {key: value for key, value in row.items() if key not in wanted}
+        image = find_picture(row["image"], self.folders)
+        if self.form == "prefix":
+            suffix = _text(row["suffix"], "suffix")
+            return {
+                "image": image,
+                "prefix": _text(row["prefix"], "prefix"),
+                "suffix": suffix,
+                "answers": (suffix,),
+                "facts": facts,
+            }
+        if self.form == "text":
+            text = _text(row["text"], "text").strip()
+            return {"image": image, "prefix": "caption en", "suffix": text, "answers": (text,), "facts": facts}
+        question = _text(row["question"], "question").strip()
+        answers = _answers(row["answer"])
+        return {
+            "image": image,
+            "prefix": f"answer en {question}",
+            "suffix": _most_common(answers),
+            "answers": answers,
+            "facts": facts | {"question": question},
+        }
+
+
+def _quoted(names) -> str:
+    names = [repr(name) for name in names]
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "none"
+
+
+def _text(value: object, key: str) -> str:
+    """A text, or a number as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key} is {value}: expected a text")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        shown = json.dumps(value)
+        raise ValueError(f"{key} is {shown if len(shown) <= 60 else shown[:57] + '...'}: expected a text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{key} holds half of a letter (a lone surrogate at place {error.start}): repair it"
+        ) from error
+    return value
+
+
+def _answers(value: object) -> tuple[str, ...]:
+    """One answer or a list of them; an entry may be an object with the key `answer`, as in VQAv2."""
+    listed = value if isinstance(value, list) else [value]
+    if not listed:
+        raise ValueError("answer is an empty list: expected at least one")
+    return tuple(_text(item.get("answer") if isinstance(item, dict) else item, "answer").strip() for item in listed)
+
+
+def _most_common(answers: Sequence[str]) -> str:
+    return Counter(answers).most_common(1)[0][0]  # of equally common ones, the first
+
+
+def find_picture(name: object, folders: Sequence[Path]) -> Path:
+    """The path of a picture: in the first folder that has it; where none has, in the first.
+
+    Raises
+    ------
+    ValueError
+        If the name is no path, or is a URL.
+    """
+    name = _text(name, "image") if isinstance(name, str) else name
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        raise ValueError(f"image is {name!r}: expected the path of a picture")
+    if "://" in name or name.startswith("data:"):
+        shown = name if len(name) <= 80 else f"{name[:77]}..."
+        raise ValueError(f"image is {shown!r}, a URL: download the pictures first and write their paths")
+    names = [name] if os.sep == "\\" or "\\" not in name else [name, PureWindowsPath(name).as_posix()]
+    paths = [folder / spelled for folder in folders for spelled in names]
+    return next((path for path in paths if path.exists()), paths[len(names) - 1])
 
 
 class _Window:
@@ -438,116 +552,6 @@ class _Find:
         """An id that stands twice, or None."""
         twice = np.flatnonzero(self._sorted[1:] == self._sorted[:-1])
         return self._sorted[twice[0]].item() if len(twice) else None
-
-
-ROW_FORMS = {  # what a row says, by its keys; the first that fits counts
-    "prefix": ("prefix", "suffix"),
-    "vqa": ("question", "answer"),
-    "text": ("text",),
-}
-FORMS = (*ROW_FORMS, "vqav2", "coco-captions", "coco-detect", "coco-segment")
-
-
-@dataclass(frozen=True)
-class _RowSource:
-    """Rows that say everything themselves."""
-
-    table: _Table
-    form: str
-    folders: tuple[Path, ...]
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def where(self, index: int) -> str:
-        lines = self.table.columns.get("line")
-        place = f"entry {index + 1}" if lines is None else f"line {lines[index]}"
-        return f"{self.table.path.name}, {place}"
-
-    def parts(self, index: int) -> dict:
-        (row,) = self.table.rows([index])
-        wanted = ("image", *ROW_FORMS[self.form])
-        if missing := [key for key in wanted if key not in row]:
-            raise ValueError(
-                f"no {_quoted(missing)} in this row, its keys are {_quoted(row)}: expected {_quoted(wanted)}"
-            )
-        facts = {key: value for key, value in row.items() if key not in wanted}
-        image = find_picture(row["image"], self.folders)
-        if self.form == "prefix":
-            suffix = _text(row["suffix"], "suffix")
-            return {
-                "image": image,
-                "prefix": _text(row["prefix"], "prefix"),
-                "suffix": suffix,
-                "answers": (suffix,),
-                "facts": facts,
-            }
-        if self.form == "text":
-            text = _text(row["text"], "text").strip()
-            return {"image": image, "prefix": "caption en", "suffix": text, "answers": (text,), "facts": facts}
-        question = _text(row["question"], "question").strip()
-        answers = _answers(row["answer"])
-        return {
-            "image": image,
-            "prefix": f"answer en {question}",
-            "suffix": _most_common(answers),
-            "answers": answers,
-            "facts": facts | {"question": question},
-        }
-
-
-def _quoted(names) -> str:
-    names = [repr(name) for name in names]
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "none"
-
-
-def _text(value: object, key: str) -> str:
-    """A text, or a number as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{key} is {value}: expected a text")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        shown = json.dumps(value)
-        raise ValueError(f"{key} is {shown if len(shown) <= 60 else shown[:57] + '...'}: expected a text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{key} holds half of a letter (a lone surrogate at place {error.start}): repair it"
-        ) from error
-    return value
-
-
-def _answers(value: object) -> tuple[str, ...]:
-    """One answer or a list of them; an entry may be an object with the key `answer`, as in VQAv2."""
-    listed = value if isinstance(value, list) else [value]
-    if not listed:
-        raise ValueError("answer is an empty list: expected at least one")
-    return tuple(_text(item.get("answer") if isinstance(item, dict) else item, "answer").strip() for item in listed)
-
-
-def _most_common(answers: Sequence[str]) -> str:
-    return Counter(answers).most_common(1)[0][0]  # of equally common ones, the first
-
-
-def find_picture(name: object, folders: Sequence[Path]) -> Path:
-    """The path of a picture: in the first folder that has it; where none has, in the first.
-
-    Raises
-    ------
-    ValueError
-        If the name is no path, or is a URL.
-    """
-    name = _text(name, "image") if isinstance(name, str) else name
-    if not isinstance(name, str) or not name.strip() or "\0" in name:
-        raise ValueError(f"image is {name!r}: expected the path of a picture")
-    if "://" in name or name.startswith("data:"):
-        shown = name if len(name) <= 80 else f"{name[:77]}..."
-        raise ValueError(f"image is {shown!r}, a URL: download the pictures first and write their paths")
-    names = [name] if os.sep == "\\" or "\\" not in name else [name, PureWindowsPath(name).as_posix()]
-    paths = [folder / spelled for folder in folders for spelled in names]
-    return next((path for path in paths if path.exists()), paths[len(names) - 1])
 
 
 @dataclass(frozen=True)
@@ -1058,6 +1062,16 @@ def _open_instances(path, tables, folders, form, encode_mask) -> Examples:
     return Examples(source, form, remarks)
 
 
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: each number below `count` once.
+
+    Examples stand in the order of random numbers drawn for them. NumPy promises that the bits of PCG64 never change, so the
+    order is the same on any machine, with any version.
+    """
+    draws = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    return np.argsort(draws, kind="stable")
+
+
 @dataclass(frozen=True)
 class TrainingBatch:
     """A batch to learn from.
@@ -1242,16 +1256,6 @@ class _Made:
     error: Exception | None = None
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: each number below `count` once.
-
-    Examples stand in the order of random numbers drawn for them. NumPy promises that the bits of PCG64 never change, so the
-    order is the same on any machine, with any version.
-    """
-    draws = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
-    return np.argsort(draws, kind="stable")
-
-
 class _Maker:
     """Makes the batch of any step; it holds no place, so any process can make any batch."""
 
@@ -1353,6 +1357,8 @@ class Survey:
         Of the rows that can be read.
     max_length : int or None
         The context that rows must fit into.
+    too_long : tuple
+        (where, tokens too many) of rows that do not fit; cutting them is a choice that training has to be told.
     broken : tuple
         (where, reason) of rows that cannot be read or have nothing to learn.
     duplicates : tuple of str
@@ -1367,16 +1373,11 @@ class Survey:
     prompt_tokens: np.ndarray
     answer_tokens: np.ndarray
     max_length: int | None
+    too_long: tuple[tuple[str, int], ...]
     broken: tuple[tuple[str, str], ...]
     duplicates: tuple[str, ...]
     answers: tuple[tuple[str, int], ...]
     num_answers: int
-
-    @property
-    def too_long(self) -> np.ndarray:
-        """Tokens that are too many, of each row that does not fit."""
-        rows = self.picture_tokens + self.prompt_tokens + self.answer_tokens
-        return rows[:0] if self.max_length is None else rows[rows > self.max_length] - self.max_length
 
     def lines(self) -> list[str]:
         """The report, a sentence or two in each line."""
@@ -1389,11 +1390,13 @@ class Survey:
                     f"tokens of the {name}: half have {middle} or fewer, 95 % {most}, the longest {tokens.max()}"
                 )
         if self.max_length is not None:
-            over = self.too_long
-            cut = f", by up to {over.max()} tokens: shorten them, or train with --truncate" if len(over) else ""
             said.append(
-                f"too long for {self.max_length} tokens with the picture's {self.picture_tokens}: {len(over):,} rows{cut}"
+                f"too long for {self.max_length} tokens, {self.picture_tokens} of them before the prompt: "
+                f"{len(self.too_long):,} rows"
             )
+            if self.too_long:
+                where, most = max(self.too_long, key=lambda pair: pair[1])
+                said.append(f"  by up to {most} tokens ({where}): shorten them, or train with --truncate")
         said.append(f"broken: {len(self.broken):,} rows")
         said += [
             f"  {where}: {reason}" if not reason.startswith(where) else f"  {reason}"
@@ -1428,6 +1431,7 @@ def survey(examples: Sequence[Example], processor: Processor, max_length: int | 
     seen: dict[bytes, str | None] = {}  # a picture's digest, and why it cannot be opened
     broken: list[tuple[str, str]] = []
     kept: list[int] = []
+    too_long: list[tuple[str, int]] = []
     texts: Counter = Counter()
     with ThreadPoolExecutor() as pool, tqdm(total=len(examples), desc="reading", disable=None) as bar:
         for start in range(0, len(examples), 256):
@@ -1438,7 +1442,7 @@ def survey(examples: Sequence[Example], processor: Processor, max_length: int | 
                     example = examples[index]
                     if not example.suffix:
                         raise ValueError("the answer is empty: there is nothing to learn")
-                    picture, prompts[index], answers[index] = token_counts(processor, example)
+                    _, prompts[index], answers[index] = token_counts(processor, example)
                     rows.append((index, where, example, _digest(_picture_name(example.image))))
                 except (ValueError, OSError) as error:
                     broken.append((where, str(error)))
@@ -1449,6 +1453,11 @@ def survey(examples: Sequence[Example], processor: Processor, max_length: int | 
                     broken.append((where, seen[name]))
                     continue
                 kept.append(index)
+                excess = int(processor.num_image_tokens + 1 + prompts[index] + answers[index]) - (
+                    max_length or math.inf
+                )
+                if excess > 0:
+                    too_long.append((where, excess))
                 digests[index] = [
                     int.from_bytes(_digest(part)[:8], "big")
                     for part in (f"{name.hex()} {example.prefix!r} {example.suffix!r}", example.suffix)
@@ -1466,6 +1475,7 @@ def survey(examples: Sequence[Example], processor: Processor, max_length: int | 
         prompts[good],
         answers[good],
         max_length,
+        tuple(too_long),
         tuple(broken),
         tuple(_where_in(examples, int(index)) for index in again),
         tuple(texts.most_common(5)),
@@ -1554,9 +1564,9 @@ def contact_sheet(examples: Sequence[Example], columns: int = 4) -> Image.Image:
         left = gap + number % columns * (side + gap)
         top = gap + number // columns * (side + text_height + gap)
         picture = load_image(example.image)
+        picture = ImageOps.contain(picture, (side, side), Image.Resampling.BICUBIC)
         if "<loc" in example.suffix:
             picture = draw_boxes(picture, parse(example.suffix, picture.height, picture.width)[0])
-        picture = ImageOps.contain(picture, (side, side), Image.Resampling.BICUBIC)
         sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
         canvas.rectangle((left, top, left + side - 1, top + side - 1), outline=_GROUND)
         used = _write(canvas, (left, top + side + 4), example.prefix, "#9c6b00", font, side, 2)
@@ -1585,7 +1595,8 @@ def _write(canvas, place, text: str, colour: str, font, width: int, most: int) -
 
 
 def write_survey(found: Survey, examples: Sequence[Example], folder: str | Path) -> list[Path]:
-    """Write `lengths.png`, `examples.png` with twelve examples, `survey.json`, and `broken.jsonl` with all broken rows.
+    """Write `lengths.png`, `examples.png` with twelve examples, `survey.json`, and lists of rows: `broken.jsonl`,
+    `too_long.jsonl` and `repeated.jsonl`.
 
     The twelve are the first of the order with seed 0 that can be read.
 
@@ -1608,13 +1619,19 @@ def write_survey(found: Survey, examples: Sequence[Example], folder: str | Path)
         "max_length": found.max_length,
         "too_long": len(found.too_long),
         "picture_tokens": found.picture_tokens,
-        "prompt_tokens": np.bincount(found.prompt_tokens).tolist(),
-        "answer_tokens": np.bincount(found.answer_tokens).tolist(),
+        "prompt_tokens": dict(sorted(Counter(found.prompt_tokens.tolist()).items())),  # rows of each length
+        "answer_tokens": dict(sorted(Counter(found.answer_tokens.tolist()).items())),
         "different_answers": found.num_answers,
         "common_answers": [list(pair) for pair in found.answers],
     }
-    lines = [json.dumps({"where": where, "reason": reason}, ensure_ascii=False) for where, reason in found.broken]
-    texts = {"survey.json": json.dumps(numbers, indent=2, ensure_ascii=False), "broken.jsonl": "\n".join(lines)}
+    lists = {
+        "broken": [{"where": where, "reason": reason} for where, reason in found.broken],
+        "too_long": [{"where": where, "tokens_too_many": excess} for where, excess in found.too_long],
+        "repeated": [{"where": where} for where in found.duplicates],
+    }
+    texts = {"survey.json": json.dumps(numbers, indent=2, ensure_ascii=False)}
+    for name, rows in lists.items():
+        texts[f"{name}.jsonl"] = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     pictures = {"lengths.png": draw_lengths(found), "examples.png": contact_sheet(chosen) if chosen else None}
     paths = []
     for name, content in (texts | pictures).items():
