@@ -422,7 +422,7 @@ plt.show()
 places
 
 # %% [markdown]
-# *Figure: the first three lines of the file as bars, as long as their bytes. An arrow marks where each begins: these
+# *Figure: the first three lines of the file as bars, as long as their bytes. A line below marks where each begins: these
 # numbers are all that is kept.*
 
 
@@ -471,11 +471,14 @@ def _read_object(raw: bytes) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"broken JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError(f"a {type(value).__name__} stands here, expected a JSON object: {{...}}")
+        raise ValueError(f"found {json.dumps(value)[:40]}, expected a JSON object: {{...}}")
     return value
 
 
 _BYTES_AT_ONCE = 1 << 24
+
+
+_LONGEST_ENTRY = 1 << 26
 
 
 _MARK = b"\xef\xbb\xbf"  # some editors begin a UTF-8 file with it
@@ -670,7 +673,7 @@ class _Window:
 
     def __init__(self, file):
         self._file, self._ended = file, False
-        self.text, self.base, self.at = "", 0, 0
+        self.text, self.base, self.at, self._taken = "", 0, 0, 0
         self._decode = json.JSONDecoder().raw_decode
         self._more()
         if self.text.startswith(_MARK.decode("latin-1")):
@@ -706,13 +709,17 @@ class _Window:
             try:
                 value, end = self._decode(self.text, self.at)
                 if end < len(self.text) or self._ended:
-                    self.at = end
+                    self._taken, self.at = self.at, end
                     return value
             except (ValueError, RecursionError) as error:
-                if self._ended or len(self.text) - self.at > 4 * _BYTES_AT_ONCE:
+                if self._ended or len(self.text) - self.at > _LONGEST_ENTRY:
                     place = self.base + getattr(error, "pos", self.at)
                     raise ValueError(f"broken JSON at byte {place:,} ({getattr(error, 'msg', error)})") from error
             self._more()
+
+    def exact(self) -> object:
+        """The value that was taken last, with its letters as UTF-8 has them; the text must not have moved since."""
+        return json.loads(self.text[self._taken : self.at].encode("latin-1").decode("utf-8"))
 
 
 _COLUMNS = {
@@ -724,21 +731,38 @@ _COLUMNS = {
 }
 
 
+def _column(values: Sequence[object]) -> np.ndarray:
+    """Whole numbers as numbers, texts as texts, both together as texts; anything else as it is."""
+    kinds = {type(value) for value in values}
+    if kinds == {int} and max(map(abs, values)) < 2**63:
+        return np.array(values, np.int64)
+    if kinds and kinds <= {int, str}:
+        return np.array([str(value) for value in values])
+    column = np.empty(len(values), object)
+    for place, value in enumerate(values):
+        column[place] = value
+    return column
+
+
 class _Rows:
     """Places and columns of one array while a file is read through; kept as numbers, not as Python objects."""
 
     def __init__(self, names: Sequence[str]):
         self.names, self._waiting, self._done, self._count = names, [], [], 0
 
-    def add(self, start: int, end: int, value: object) -> None:
-        get = value.get if isinstance(value, dict) else lambda name: None
-        self._waiting.append((start, end, *map(get, self.names)))
+    def add(self, start: int, window: _Window, value: object) -> None:
+        ids = [value.get(name) if isinstance(value, dict) else None for name in self.names]
+        if any(isinstance(one, str) and not one.isascii() for one in ids):
+            value = window.exact()
+            ids = [value.get(name) for name in self.names]
+        ids = [int(one) if isinstance(one, float) and one.is_integer() else one for one in ids]  # some write 7.0
+        self._waiting.append((start, window.base + window.at, *ids))
         if len(self._waiting) >= 20_000:
             self._pack()
 
     def _pack(self) -> None:
         if self._waiting:
-            self._done.append([np.asarray(column) for column in zip(*self._waiting)])
+            self._done.append([_column(values) for values in zip(*self._waiting)])
             self._waiting = []
 
     def columns(self) -> dict[str, np.ndarray]:
@@ -771,16 +795,16 @@ def index_document(path: Path) -> tuple[dict[str, _Table], dict[str, object]]:
             _read_array(window, arrays.setdefault("", _Rows(())))
         else:
             window.take("{")
-            while window.next() != "}":
-                name = window.value()
+            more = window.next() != "}" or window.take("}") == ","  # an empty object ends here
+            while more:
+                window.value()
+                name = window.exact()
                 window.take(":")
-                if window.next() == "[" and name in _COLUMNS:
+                if window.next() == "[" and name in _COLUMNS and name:
                     _read_array(window, arrays.setdefault(name, _Rows(_COLUMNS[name])))
-                elif isinstance(value := window.value(), str | int | float):
-                    plain[name] = value
-                if window.next() != "}":
-                    window.take(",")
-            window.take("}")
+                elif isinstance(window.value(), str | int | float):
+                    plain[name] = window.exact()
+                more = window.take(",}") == ","
         if window.next():
             raise ValueError(f"broken JSON: something follows the end at byte {window.base + window.at:,}")
     tables = {}
@@ -793,22 +817,20 @@ def index_document(path: Path) -> tuple[dict[str, _Table], dict[str, object]]:
 
 def _read_array(window: _Window, rows: _Rows) -> None:
     window.take("[")
-    while window.next() != "]":
+    more = window.next() != "]" or window.take("]") == ","  # an empty array ends here
+    while more:
+        window.next()
         start = window.base + window.at
         value = window.value()
-        rows.add(start, window.base + window.at, value)
-        if window.next() != "]":
-            window.take(",")
-    window.take("]")
+        rows.add(start, window, value)
+        more = window.take(",]") == ","
 
 
 def _ids(table: _Table, name: str, what: str) -> np.ndarray:
     """A column of ids, whole numbers or texts, with none missing."""
     ids = table.columns[name]
-    if ids.dtype.kind == "f" and np.isfinite(ids).all() and (ids == np.round(ids)).all():
-        ids = ids.astype(np.int64)  # a table program wrote 7.0
-    if ids.dtype.kind not in "iuU" and len(ids):
-        bad = next((i for i, value in enumerate(ids) if isinstance(value, bool) or not isinstance(value, int | str)), 0)
+    if ids.dtype.kind == "O" and len(ids):
+        bad = next((i for i, value in enumerate(ids) if type(value) not in (int, str)), 0)
         raise ValueError(f"{table.path.name}, {what} {bad + 1}: {name} is {ids[bad]!r}, expected a whole number")
     return ids
 
@@ -1300,10 +1322,10 @@ def _data_file(path: str | Path) -> Path:
         raise FileNotFoundError(f"no such file: {path}")
     with path.open("rb") as file:
         head = file.read(4)
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
-        raise ValueError(f"{path} is not UTF-8 (it may be UTF-16): save it as UTF-8")
     if head[:2] in (b"\x1f\x8b", b"PK", b"BZ") or head == b"\xfd7zX":
         raise ValueError(f"{path} is compressed: unpack it first")
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
+        raise ValueError(f"{path} is not UTF-8 (it may be UTF-16): save it as UTF-8")
     return path
 
 
@@ -1336,7 +1358,7 @@ def _is_document(window: _Window) -> bool:
             window.take(":")
             if name == "image":
                 return False
-            if window.next() == "[" and name in _COLUMNS:
+            if window.next() == "[" and name in _COLUMNS and name:
                 return True
             window.value()
             if window.next() != "}":
@@ -1368,16 +1390,14 @@ def _detect(path: Path, tables: Mapping[str, _Table]) -> str:
         try:
             row = tables[""].rows([index])[0]
         except ValueError as error:
-            seen.append(str(error))
+            seen.append(f"of the first: {error}")
             continue
         for form, keys in ROW_FORMS.items():
             if all(key in row for key in keys):
                 return form
-        seen.append(f"the keys {_quoted(row)}")
+        seen.append(f"the first has the keys {_quoted(row)}")
     wanted = "; ".join(_quoted(("image", *keys)) for keys in ROW_FORMS.values())
-    raise ValueError(
-        f"{path} is of no known form: expected rows with {wanted}; the first has {seen[0] if seen else 'nothing'}"
-    )
+    raise ValueError(f"{path} is of no known form: expected rows with {wanted}; {seen[0] if seen else 'there is none'}")
 
 
 def _coco_folders(subset: str, folders: tuple[Path, ...], look_around: bool) -> tuple[Path, ...]:
@@ -2243,8 +2263,10 @@ for place, parts in enumerate(shares.values()):
     left = 0.0
     for name in colours:
         axis.barh(place, parts[name], left=left, color=colours[name])
-        if parts[name] > 0.06:
-            axis.text(left + parts[name] / 2, place, f"{name}\n{parts[name]:.0%}", ha="center", va="center", fontsize=7)
+        if parts[name] > 0.04:
+            ink = "black" if name in ("prompt", "padding") else "white"
+            label = f"{name}\n{parts[name]:.0%}"
+            axis.text(left + parts[name] / 2, place, label, ha="center", va="center", fontsize=7, color=ink)
         left += parts[name]
 axis.set_yticks(range(2), list(shares))
 axis.xaxis.set_visible(False)
