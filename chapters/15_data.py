@@ -1016,7 +1016,7 @@ class _InstanceSource:
     order: np.ndarray  # of annotations: those of one picture and category stand together
     begins: np.ndarray  # of each such group in `order`, and the end
     categories: Mapping[object, str]
-    encode_mask: Callable[[np.ndarray, Box], str] | None
+    encode_mask: Callable[[torch.Tensor, Box], Sequence[int]] | None
     folders: tuple[Path, ...]
 
     def __len__(self) -> int:
@@ -1028,8 +1028,8 @@ class _InstanceSource:
 
     def where(self, index: int) -> str:
         image_id, category_id = self._ids(index)
-        name = self.categories.get(category_id, category_id)
-        return f"{self.annotations.path.name}, image {image_id}, category {name}"
+        name = self.categories.get(category_id, "no name")
+        return f"{self.annotations.path.name}, image {image_id}, category {category_id} ({name})"
 
     def parts(self, index: int) -> dict:
         image_id, category_id = self._ids(index)
@@ -1048,10 +1048,9 @@ class _InstanceSource:
         answer = [encode_box(box, *size) for box, _ in things]
         if self.encode_mask is not None:
             facts["segmentations"] = [row.get("segmentation") for _, row in things]
-            answer = [
-                loc + self.encode_mask(read_mask(row.get("segmentation"), *size), box)
-                for loc, (box, row) in zip(answer, things, strict=True)
-            ]
+            masks = [torch.from_numpy(read_mask(row.get("segmentation"), *size).copy()) for _, row in things]
+            codes = [self.encode_mask(mask, box) for mask, (box, _) in zip(masks, things)]
+            answer = [loc + "".join(f"<seg{code:03d}>" for code in row) for loc, row in zip(answer, codes)]
         suffix = " ; ".join(f"{tokens} {label}" for tokens in answer)
         return {
             "image": find_picture(image.get("file_name"), self.folders),
@@ -1239,7 +1238,7 @@ def read_examples(
     form: str = "auto",
     root: str | Path | None = None,
     annotations: str | Path | None = None,
-    encode_mask: Callable[[np.ndarray, Box], str] | None = None,
+    encode_mask: Callable[[torch.Tensor, Box], Sequence[int]] | None = None,
     per_image: bool = False,
 ) -> Examples:
     """Open a file of examples; nothing but places in the file is held in memory.
@@ -1268,7 +1267,8 @@ def read_examples(
     annotations : path, optional
         The answers of VQAv2. Without them each suffix is empty.
     encode_mask : callable, optional
-        For `coco-segment`: takes a mask, boolean (height, width), and its box in pixels, and gives 16 seg tokens as text.
+        For `coco-segment`: takes a mask, a boolean tensor (height, width), and its box in pixels, and gives the numbers of
+        16 seg tokens.
     per_image : bool
         For COCO captions: an example for each picture, with all its captions as `answers`, to measure with.
 
@@ -1444,20 +1444,21 @@ def _find_images(path: Path, images: _Table) -> _Find:
 def _open_captions(path, tables, folders, per_image) -> Examples:
     images, annotations = _tables_for(path, tables, ["images", "annotations"], "coco-captions")
     image_ids = _ids(annotations, "image_id", "annotation")
-    pictures, remarks = None, []
+    find_image, pictures, remarks = _find_images(path, images), None, []
     if per_image:
         _, first = np.unique(image_ids, return_index=True)
         pictures = image_ids[np.sort(first)]
         bare = len(images) - np.isin(images.columns["id"], pictures).sum()
         remarks = [f"{bare} pictures have no caption and are left aside"] if bare else []
-    source = _CaptionSource(images, annotations, _find_images(path, images), _Find(image_ids), pictures, folders)
+    source = _CaptionSource(images, annotations, find_image, _Find(image_ids), pictures, folders)
     return Examples(source, "coco-captions", remarks)
 
 
 def _open_instances(path, tables, folders, form, encode_mask) -> Examples:
     if form == "coco-segment" and encode_mask is None:
         raise ValueError(
-            "coco-segment turns masks into seg tokens with the encoder of big_vision's vae-oid.npz: give it as encode_mask"
+            "coco-segment turns masks into seg tokens by the encoder in big_vision's vae-oid.npz, which is not given "
+            "(encode_mask); without it the file can be read as coco-detect"
         )
     names = ["images", "annotations", "categories"]
     images, annotations, categories = _tables_for(path, tables, names, form)
@@ -1470,10 +1471,11 @@ def _open_instances(path, tables, folders, form, encode_mask) -> Examples:
     for column in columns:
         new[1:] |= column[order][1:] != column[order][:-1]
     begins = np.append(np.flatnonzero(new), len(order))
-    named = {row.get("id"): row.get("name") for row in categories.rows(range(len(categories)))}
+    numbers = _ids(categories, "id", "category").tolist()
+    named = {number: row.get("name") for number, row in zip(numbers, categories.rows(range(len(numbers))))}
     for number, name in named.items():
-        if not isinstance(name, str) or not name.strip() or ";" in name:
-            raise ValueError(f"{path}: category {number} is named {name!r}, expected a text without ';'")
+        if not isinstance(name, str) or not name.strip() or any(sign in name for sign in (";", "<loc", "<seg")):
+            raise ValueError(f"{path}: category {number} is named {name!r}, expected a text without ';', <loc and <seg")
     remarks = [f"{crowd.sum()} crowds (iscrowd) are left aside"] if crowd.any() else []
     encode = encode_mask if form == "coco-segment" else None
     source = _InstanceSource(images, annotations, _find_images(path, images), order, begins, named, encode, folders)
@@ -1679,6 +1681,8 @@ class Batches:
             whole_number("epochs", epochs, least=1)
         if max_length is not None:
             whole_number("max_length", max_length, least=1)
+        if truncate and max_length is None:
+            raise ValueError("truncate=True needs max_length, the most tokens in a row")
         if on_error not in ("stop", "skip"):
             raise ValueError(f"on_error is {on_error!r}: expected 'stop' or 'skip'")
         if on_error == "skip" and skipped is None:
@@ -1813,7 +1817,8 @@ class _Maker:
         except (ValueError, OSError) as error:
             if self.on_error == "stop":
                 raise
-            skipped.append((where or f"example {index + 1}", str(error)))
+            where = where or f"example {index + 1}"
+            skipped.append((where, str(error).removeprefix(f"{where}: ")))
 
     def _in_step(self, skipped: list) -> _Made:
         """A batch that teaches nothing, for a rank that has no row where others have one: a row without labels."""
@@ -1966,10 +1971,7 @@ class Survey:
                 where, most = max(self.too_long, key=lambda pair: pair[1])
                 said.append(f"  by up to {most} tokens ({where}): shorten them, or train with --truncate")
         said.append(f"broken: {len(self.broken):,} rows")
-        said += [
-            f"  {where}: {reason}" if not reason.startswith(where) else f"  {reason}"
-            for where, reason in self.broken[:5]
-        ]
+        said += [f"  {where}: {reason}" for where, reason in self.broken[:5]]
         said += ["  ..."] * (len(self.broken) > 5)
         again = f", the first is {self.duplicates[0]}" if self.duplicates else ""
         said.append(f"repeated: {len(self.duplicates):,} rows{again}")
@@ -2013,7 +2015,7 @@ def survey(examples: Sequence[Example], processor: Processor, max_length: int | 
                     _, prompts[index], answers[index] = token_counts(processor, example)
                     rows.append((index, where, example, _digest(_picture_name(example.image))))
                 except (ValueError, OSError) as error:
-                    broken.append((where, str(error)))
+                    broken.append((where, str(error).removeprefix(f"{where}: ")))
             new = {name: example.image for _, _, example, name in rows if name not in seen}
             seen.update(zip(new, pool.map(_why_broken, new.values())))
             for index, where, example, name in rows:
@@ -2084,7 +2086,7 @@ sample = found[:400]
 print("\n".join(survey(sample, processor, max_length=90).lines()))
 
 # %% [markdown]
-# Numbers do not show that all boxes stand upside down. Twelve pictures with their answers do.
+# Numbers do not show that all boxes stand upside down. A few pictures with their answers do.
 
 
 # %%
@@ -2129,6 +2131,8 @@ def _draw_bars(canvas: ImageDraw.ImageDraw, top: int, title: str, tokens: np.nda
 
 def contact_sheet(examples: Sequence[Example], columns: int = 4) -> Image.Image:
     """Pictures in a grid, with prompt and answer under each; boxes of an answer are drawn.
+
+    Letters that Pillow's own font lacks appear as empty frames.
 
     Raises
     ------
@@ -2228,6 +2232,23 @@ def write_survey(found: Survey, examples: Sequence[Example], folder: str | Path)
 
 # %%
 found = read_examples(folder / "instances.json")
+looked = survey(found, processor)
+assert looked.broken == looked.duplicates == ()
+figure, axis = plt.subplots(figsize=(7.2, 4.6))
+axis.imshow(draw_lengths(looked), interpolation="bilinear")
+axis.axis("off")
+save(figure, "15_lengths")
+plt.show()
+
+# %% [markdown]
+# *Figure: two histograms for the file of instances. All prompts have 3 tokens; answers have 6 for one box, and 8 more for each box
+# besides.*
+
+# %%
+one, two = np.unique(looked.answer_tokens)[:2]
+assert set(looked.prompt_tokens.tolist()) == {3} and (one, two - one) == (6, 8)
+
+# %%
 sheet = contact_sheet([found[int(index)] for index in epoch_order(len(found), 0, 0)[:8]])
 figure, axis = plt.subplots(figsize=(8.2, 6))
 axis.imshow(sheet, interpolation="bilinear")
@@ -2239,7 +2260,7 @@ plt.show()
 # *Figure: eight pictures of drawn shapes in a grid. Under each stand the prompt, such as "detect heart", and the answer
 # with its loc tokens; on each picture the boxes of that answer are drawn, and they fit.*
 #
-# The command `sigma-book data FILE` does all this and writes the pictures and lists into a folder.
+# The command `sigma-book data FILE` does all this, with twelve pictures, and writes the pictures and lists into a folder.
 #
 # ## A look inside
 #

@@ -134,6 +134,8 @@ def test_pictures_may_be_paths_and_come_out_the_same(processor, gallery):
 def test_no_example_and_no_answer_are_refused(processor):
     with pytest.raises(ValueError, match="at least one"):
         collate(processor, [])
+    with pytest.raises(ValueError, match="t.jsonl, line 2: prompt 'a <image> b' contains <image>"):
+        collate(processor, [Example(draw_scene(make_scene(1)), "a <image> b", "x", "t.jsonl, line 2")])
     with pytest.raises(ValueError, match=r"train\.jsonl, line 17: the answer is empty"):
         collate(processor, [Example(draw_scene(make_scene(1)), "x", "", "train.jsonl, line 17")])
 
@@ -570,7 +572,7 @@ def test_coco_masks_against_the_official_reader(official, official_api):
 
     def encode_mask(mask, box):
         seen.append((mask, box))
-        return "".join(f"<seg{number:03d}>" for number in range(len(seen), len(seen) + 16))
+        return range(len(seen), len(seen) + 16)
 
     found = read_examples(official["instances"], form="coco-segment", encode_mask=encode_mask)
     ways = set()
@@ -583,7 +585,7 @@ def test_coco_masks_against_the_official_reader(official, official_api):
         for number, (row, part, (mask, box)) in enumerate(zip(rows, example.suffix.split(" ; "), seen, strict=True)):
             codes = "".join(f"<seg{code:03d}>" for code in range(number + 1, number + 17))
             assert part[: 4 * len("<loc0000>")].count("<loc") == 4 and part[36:] == f"{codes} {label}"
-            assert mask.dtype == bool and np.array_equal(mask, theirs.annToMask(row).astype(bool))
+            assert mask.dtype == torch.bool and np.array_equal(mask, theirs.annToMask(row).astype(bool))
             assert list(box) == example.facts["boxes"][number]
             shape = row["segmentation"]
             ways.add("polygons" if isinstance(shape, list) else type(shape["counts"]).__name__)
@@ -1016,6 +1018,7 @@ def _make(maker, step):
         ({"world_size": 0}, "world_size is 0"),
         ({"workers": -1}, "workers is -1"),
         ({"max_length": 0}, "max_length is 0"),
+        ({"truncate": True}, "truncate=True needs max_length"),
         ({"on_error": "ignore"}, "on_error is 'ignore': expected 'stop' or 'skip'"),
         ({"on_error": "skip"}, "needs the path of a file"),
     ],
@@ -1064,6 +1067,7 @@ def test_broken_rows_are_skipped_counted_and_listed_once(small, broken_file, tmp
     listed = read_list(path)
     assert sorted(row["where"] for row in listed) == sorted(f"t.jsonl, line {line}" for line in lines)
     reasons = {row["where"].split()[-1]: row["reason"] for row in listed}
+    assert not any("t.jsonl" in reason for reason in reasons.values())  # the place is said once
     for line, words in {
         "3": "broken JSON",
         "6": "no such file",
