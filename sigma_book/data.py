@@ -5,6 +5,7 @@ How does a folder of pictures and a file of answers become what a model learns f
 Tangled from chapters/15_data.py: edit there, then run python -m sigma_book.tangle.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -12,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path, PureWindowsPath
@@ -1142,7 +1144,7 @@ class Batches:
         `stop` raises at a row that cannot be read. `skip` leaves it out, so that its batch is shorter, counts it, and lists
         it once in the file `skipped`.
     skipped : path, optional
-        A JSONL file, {"where", "reason"} in each line. It is added to.
+        A JSONL file, {"where", "reason"} in each line. It is added to, and what stands there from before is counted.
     max_length : int, optional
         Most tokens in a row: the model's context.
     truncate : bool
@@ -1356,15 +1358,24 @@ class _SkippedRows:
             file.seek(self._read)
             lines = file.read().split(b"\n")
         self._read += sum(len(line) + 1 for line in lines[:-1])  # what has no end yet is read the next time
-        self._known.update(json.loads(line)["where"] for line in lines[:-1] if line.strip())
+        for line in lines[:-1]:
+            with suppress(ValueError, KeyError, TypeError):  # a full disk may have cut a line
+                self._known.add(json.loads(line)["where"])
 
     def add(self, where: str, reason: str) -> None:
         self._catch_up()
         if where in self._known:
             return
         line = json.dumps({"where": where, "reason": reason}, ensure_ascii=False) + "\n"
-        with self.path.open("ab", buffering=0) as file:
-            file.write(line.encode("utf-8"))  # in one piece, so that lines of two processes do not mix
+        if self._read < self.path.stat().st_size:  # behind a line that was cut
+            line = f"\n{line}"
+        try:
+            with self.path.open("ab", buffering=0) as file:  # in one piece, so that lines of two processes do not mix
+                written = file.write(line.encode("utf-8"))
+            if written < len(line.encode("utf-8")):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise RuntimeError(f"{self.path} cannot be written ({error.strerror}): make room and go on") from error
         self._catch_up()
 
 
@@ -1564,7 +1575,7 @@ def _draw_bars(canvas: ImageDraw.ImageDraw, top: int, title: str, tokens: np.nda
             canvas.rectangle(
                 (left + place * step, base - max(2, height), left + (place + 0.85) * step, base), fill=colour
             )
-    for place in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 9)).astype(int)):
+    for place in range(0, len(rows), -(-len(rows) // 10)):
         middle = left + (place + 0.43) * step
         canvas.text((middle, base + 6), str(place * width), fill="black", font=font, anchor="ma")
     canvas.text((left - 8, high), f"{rows.max():,}", fill="black", font=font, anchor="rm")
@@ -1662,10 +1673,14 @@ def write_survey(found: Survey, examples: Sequence[Example], folder: str | Path)
         path, draft = folder / name, folder / f".{name}.part"
         if content is None:
             continue
-        if isinstance(content, str):
-            draft.write_text(f"{content}\n" if content else "", encoding="utf-8")
-        else:
-            content.save(draft, format="PNG")
-        os.replace(draft, path)
+        try:
+            if isinstance(content, str):
+                draft.write_text(f"{content}\n" if content else "", encoding="utf-8")
+            else:
+                content.save(draft, format="PNG")
+            os.replace(draft, path)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise RuntimeError(f"{path} cannot be written ({error.strerror or error}): make room and go on") from error
         paths.append(path)
     return paths

@@ -1117,6 +1117,37 @@ def test_where_nothing_can_be_read_it_stops(small, tmp_path, world_size):
     assert read_list(tmp_path / "skipped.jsonl")
 
 
+@pytest.fixture
+def little_room():
+    """Files may grow to so many bytes, as on a disk that is full; undone afterwards."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_told_and_the_list_goes_on_where_there_is_room(small, broken_file, tmp_path, little_room):
+    found, _ = broken_file
+    path = tmp_path / "skipped.jsonl"
+    arguments = {"epochs": 1, "on_error": "skip", "skipped": path}
+    little_room(200)
+    with pytest.raises(RuntimeError, match=r"skipped\.jsonl cannot be written \(.*\): make room and go on"):
+        list(Batches(found, small, 4, 0, **arguments))
+    little_room(1 << 30)
+    made = Batches(found, small, 4, 0, **arguments)
+    assert sum(len(batch.where) for batch in made) == 15 and made.num_skipped == 5
+    assert sum(b'"where"' in line and line.endswith(b"}") for line in path.read_bytes().split(b"\n")) == 5
+
+
+def test_a_survey_on_a_full_disk_leaves_no_half_files(small, surveyed, tmp_path, little_room):
+    found, seen = surveyed
+    little_room(2000)
+    with pytest.raises(RuntimeError, match=r"out/.* cannot be written"):
+        write_survey(seen, found, tmp_path / "out")
+    little_room(1 << 30)
+    assert not list((tmp_path / "out").glob(".*"))
+
+
 def test_examples_without_a_place_are_numbered(small, tmp_path):
     listed = [Example("nowhere.png", "a", "b"), Example(draw_scene(make_scene(1)), "a", "b")]
     made = list(Batches(listed, small, 2, 0, epochs=1, on_error="skip", skipped=tmp_path / "s.jsonl"))
