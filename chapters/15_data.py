@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path, PureWindowsPath
 
@@ -240,11 +240,7 @@ def token_counts(processor: Processor, example: Example) -> tuple[int, int, int]
             f"prompt {example.prefix!r} contains <image>: leave it out, the picture's place is set for you"
         )
     encode = processor.tokenizer.encode
-    return (
-        processor.num_image_tokens + 1,
-        len(encode(f"{example.prefix}\n")),
-        len(encode(example.suffix)) + 1,
-    )
+    return processor.num_image_tokens + 1, len(encode(f"{example.prefix}\n")), len(encode(example.suffix)) + 1
 
 
 def _fit_text(
@@ -276,13 +272,8 @@ def _lay_out(processor: Processor, rows: Sequence[_Ready], max_length: int | Non
     batch = processor.prepare([row.image for row in rows], [row.prefix for row in rows], [row.suffix for row in rows])
     if max_length is None or batch.input_ids.shape[1] <= max_length:
         return batch
-    return Batch(
-        batch.input_ids[:, :max_length],
-        batch.attention_mask[:, :max_length],
-        batch.token_type_ids[:, :max_length],
-        batch.pixel_values,
-        batch.labels[:, :max_length],
-    )
+    wide = ("input_ids", "attention_mask", "token_type_ids", "labels")
+    return replace(batch, **{name: getattr(batch, name)[:, :max_length] for name in wide})
 
 
 # %%
@@ -570,7 +561,7 @@ class _RowSource:
         place = f"entry {index + 1}" if lines is None else f"line {lines[index]}"
         return f"{self.table.path.name}, {place}"
 
-    def parts(self, index: int) -> dict:
+    def example(self, index: int) -> Example:
         (row,) = self.table.rows([index])
         wanted = ("image", *ROW_FORMS[self.form])
         if missing := [key for key in wanted if key not in row]:
@@ -580,26 +571,14 @@ class _RowSource:
         facts = {key: value for key, value in row.items() if key not in wanted}
         image = find_picture(row["image"], self.folders)
         if self.form == "prefix":
-            suffix = _text(row["suffix"], "suffix")
-            return {
-                "image": image,
-                "prefix": _text(row["prefix"], "prefix"),
-                "suffix": suffix,
-                "answers": (suffix,),
-                "facts": facts,
-            }
+            prefix, suffix = _text(row["prefix"], "prefix"), _text(row["suffix"], "suffix")
+            return Example(image, prefix, suffix, answers=(suffix,), facts=facts)
         if self.form == "text":
             text = _text(row["text"], "text").strip()
-            return {"image": image, "prefix": "caption en", "suffix": text, "answers": (text,), "facts": facts}
-        question = _text(row["question"], "question").strip()
-        answers = _answers(row["answer"])
-        return {
-            "image": image,
-            "prefix": f"answer en {question}",
-            "suffix": _most_common(answers),
-            "answers": answers,
-            "facts": facts | {"question": question},
-        }
+            return Example(image, "caption en", text, answers=(text,), facts=facts)
+        question, answers = _text(row["question"], "question").strip(), _answers(row["answer"])
+        facts["question"] = question
+        return Example(image, f"answer en {question}", _most_common(answers), answers=answers, facts=facts)
 
 
 def _quoted(names) -> str:
@@ -750,7 +729,7 @@ class _Rows:
     """Places and columns of one array while a file is read through; kept as numbers, not as Python objects."""
 
     def __init__(self, names: Sequence[str]):
-        self.names, self._waiting, self._done, self._count = names, [], [], 0
+        self.names, self._waiting, self._done = names, [], []
 
     def add(self, start: int, window: _Window, value: object) -> None:
         ids = [value.get(name) if isinstance(value, dict) else None for name in self.names]
@@ -926,7 +905,7 @@ class _QuestionSource:
     def where(self, index: int) -> str:
         return f"{self.questions.path.name}, question {index + 1}"
 
-    def parts(self, index: int) -> dict:
+    def example(self, index: int) -> Example:
         (row,) = self.questions.rows([index])
         question = _text(row.get("question"), "question").strip()
         image_id, question_id = row.get("image_id"), row.get("question_id")
@@ -946,13 +925,8 @@ class _QuestionSource:
                 suffix = _text(entry["multiple_choice_answer"], "multiple_choice_answer").strip()
         number = f"{image_id:012d}" if isinstance(image_id, int) else f"{image_id}"
         name = f"COCO_{self.subset}_{number}.jpg" if self.subset else f"{number}.jpg"
-        return {
-            "image": find_picture(name, self.folders),
-            "prefix": f"answer en {question}",
-            "suffix": suffix,
-            "answers": answers,
-            "facts": facts,
-        }
+        image = find_picture(name, self.folders)
+        return Example(image, f"answer en {question}", suffix, answers=answers, facts=facts)
 
 
 @dataclass(frozen=True)
@@ -974,23 +948,18 @@ class _CaptionSource:
             return f"{self.annotations.path.name}, annotation {index + 1}"
         return f"{self.annotations.path.name}, image {self.pictures[index]}"
 
-    def parts(self, index: int) -> dict:
+    def example(self, index: int) -> Example:
         image_id = self.annotations.columns["image_id"][index] if self.pictures is None else self.pictures[index]
         numbers = self.find_captions.all(image_id)
         rows = self.annotations.rows(numbers)
         captions = tuple(_text(row.get("caption"), "caption").strip() for row in rows)
         own = 0 if self.pictures is not None else int(np.flatnonzero(numbers == index)[0])
-        facts = {"image_id": image_id.item()}
+        image = _image_row(self.images, self.find_image, image_id)
+        facts = {"image_id": image_id.item(), "file_name": image.get("file_name")}
         if self.pictures is None:
             facts["annotation_id"] = rows[own].get("id")
-        image = _image_row(self.images, self.find_image, image_id)
-        return {
-            "image": find_picture(image.get("file_name"), self.folders),
-            "prefix": "caption en",
-            "suffix": captions[own],
-            "answers": captions,
-            "facts": facts | {"file_name": image.get("file_name")},
-        }
+        path = find_picture(image.get("file_name"), self.folders)
+        return Example(path, "caption en", captions[own], answers=captions, facts=facts)
 
 
 def _image_row(images: _Table, find: _Find, image_id) -> dict:
@@ -1024,17 +993,17 @@ class _InstanceSource:
     def __len__(self) -> int:
         return len(self.begins) - 1
 
-    def _ids(self, index: int) -> tuple:
+    def _group(self, index: int) -> tuple:
         first = self.order[self.begins[index]]
         return tuple(self.annotations.columns[name][first].item() for name in ("image_id", "category_id"))
 
     def where(self, index: int) -> str:
-        image_id, category_id = self._ids(index)
+        image_id, category_id = self._group(index)
         name = self.categories.get(category_id, "no name")
         return f"{self.annotations.path.name}, image {image_id}, category {category_id} ({name})"
 
-    def parts(self, index: int) -> dict:
-        image_id, category_id = self._ids(index)
+    def example(self, index: int) -> Example:
+        image_id, category_id = self._group(index)
         if category_id not in self.categories:
             raise ValueError(f"category_id {category_id} has no entry in 'categories'")
         label = self.categories[category_id]
@@ -1054,13 +1023,9 @@ class _InstanceSource:
             codes = [self.encode_mask(mask, box) for mask, (box, _) in zip(masks, things)]
             answer = [loc + "".join(f"<seg{code:03d}>" for code in row) for loc, row in zip(answer, codes)]
         suffix = " ; ".join(f"{tokens} {label}" for tokens in answer)
-        return {
-            "image": find_picture(image.get("file_name"), self.folders),
-            "prefix": f"{'detect' if self.encode_mask is None else 'segment'} {label}",
-            "suffix": suffix,
-            "answers": (suffix,),
-            "facts": facts,
-        }
+        prefix = f"{'detect' if self.encode_mask is None else 'segment'} {label}"
+        path = find_picture(image.get("file_name"), self.folders)
+        return Example(path, prefix, suffix, answers=(suffix,), facts=facts)
 
 
 def _corners(row: dict) -> Box:
@@ -1229,7 +1194,7 @@ class Examples(Sequence):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         try:
-            return Example(where=self.where(index), **self._source.parts(index))
+            return replace(self._source.example(index), where=self.where(index))
         except (ValueError, OSError) as error:
             raise _located(error, self.where(index)) from error
 
