@@ -905,13 +905,7 @@ def _open_tables(path: Path) -> tuple[dict[str, _Table], dict[str, object]]:
         first = window.next()
         if first == "":
             raise ValueError(f"{path} is empty")
-        if first not in "[{":
-            line = path.open("rb").readline(200).decode("utf-8", "replace").strip()
-            raise ValueError(
-                f"{path} is neither JSON lines nor JSON, it begins with {line[:60]!r}: write one object like "
-                '{"image": "a.png", "text": "a cat"} in each line'
-            )
-        is_document = first == "[" or _is_document(window)
+        is_document = first == "[" or (first == "{" and _is_document(window))
     try:
         return index_document(path) if is_document else ({"": index_lines(path)}, {})
     except ValueError as error:
@@ -941,8 +935,10 @@ def _detect(path: Path, tables: Mapping[str, _Table]) -> str:
     if "questions" in tables:
         return "vqav2"
     if "annotations" in tables:
-        rows = tables["annotations"].rows(range(min(1, len(tables["annotations"]))))
-        keys = set().union(*rows)
+        try:
+            keys = set().union(*tables["annotations"].rows(range(len(tables["annotations"]))[:1]))
+        except ValueError as error:
+            raise ValueError(f"{path}, annotation 1: {error}") from error
         if "caption" in keys:
             return "coco-captions"
         if "bbox" in keys:
@@ -965,6 +961,13 @@ def _detect(path: Path, tables: Mapping[str, _Table]) -> str:
             if all(key in row for key in keys):
                 return form
         seen.append(f"the first has the keys {_quoted(row)}")
+    with path.open("rb") as file:
+        line = file.readline(200).decode("utf-8", "replace").strip("\ufeff \r\n")
+    if line[:1] not in ("", "{", "["):
+        raise ValueError(
+            f"{path} is neither JSON lines nor JSON, it begins with {line[:60]!r}: write one object like "
+            '{"image": "a.png", "text": "a cat"} in each line'
+        )
     wanted = "; ".join(_quoted(("image", *keys)) for keys in ROW_FORMS.values())
     raise ValueError(f"{path} is of no known form: expected rows with {wanted}; {seen[0] if seen else 'there is none'}")
 

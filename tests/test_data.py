@@ -803,6 +803,15 @@ def test_the_form_is_found_behind_broken_lines(tmp_path, gallery):
     assert found.form == "vqa" and len(found) == 3 and found[2].suffix == "x"
 
 
+def test_a_first_line_that_is_no_json_is_a_broken_row(tmp_path, gallery, small):
+    path = tmp_path / "t.jsonl"
+    path.write_text('# my pictures\n{"image": "1.png", "text": "a"}\n')
+    found = read_examples(path, root=gallery)
+    assert found.form == "text" and len(found) == 2
+    made = Batches(found, small, 2, 0, epochs=1, on_error="skip", skipped=tmp_path / "s.jsonl")
+    assert [batch.where for batch in made] == [("t.jsonl, line 2",)] and made.num_skipped == 1
+
+
 def test_rows_with_a_list_named_like_cocos_are_rows(tmp_path, gallery):
     rows = [{"image": "1.png", "text": "a", "annotations": [{"bbox": [1, 2, 3, 4]}]}] * 2
     found = read_examples(write_rows(tmp_path / "t.jsonl", rows), root=gallery)
@@ -824,6 +833,8 @@ def test_rows_with_a_list_named_like_cocos_are_rows(tmp_path, gallery):
         (b"[1, 2, 3]", "found 1, expected a JSON object"),
         (b'[["a question", "an answer", 3]]', 'found ["a question", "an answer", 3], expected a JSON object'),
         (b"{}", "the first has the keys none"),
+        (b'{"annotations": [1, 2], "images": []}', "annotation 1: found 1, expected a JSON object"),
+        (b'{"annotations": {"1": 2}, "images": []}', "has no 'annotations' and no 'questions'"),
         (b'{"file": "a.png", "label": "cat"}\n', "the first has the keys 'file', 'label'"),
         (b'{"data": [{"image": "a.png", "text": "b"}]}', "the first has the keys 'data'"),
         (b'[{"image": "a.png", "text": "b"}', "broken JSON"),
