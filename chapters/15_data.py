@@ -2,8 +2,9 @@
 # jupyter:
 #   jupytext:
 #     formats: py:percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
-#     display_name: Python 3
+#     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
@@ -82,8 +83,8 @@ save(figure, "15_labels")
 plt.show()
 
 # %% [markdown]
-# *Figure: a row of tokens, four of the picture, five of the prompt, two of the answer; below each, what that place is asked
-# for. Only the newline (asked for "red") and "red" (asked for the end) have something to learn.*
+# *Figure: a row of tokens, four of the picture, five of the prompt, two of the answer; below each, what that place is
+# asked for. Only the newline (asked for "red") and "red" (asked for the end) have something to learn.*
 #
 # ## An example
 #
@@ -154,8 +155,8 @@ len(ids_by_hand), [tokenizer.decode([token], skip_special_tokens=False) for toke
 # %% [markdown]
 # ## Several rows, one tensor
 #
-# Rows differ in length, so short ones are filled up with padding. For *answering* the padding stands on the left, so that
-# all rows end at the same place and go on together. For *learning* it stands on the right, where no answer token
+# Rows differ in length, so short ones are filled up with padding. For *answering* the padding stands on the left, so
+# that all rows end at the same place and go on together. For *learning* it stands on the right, where no answer token
 # can see it.
 
 
@@ -192,9 +193,9 @@ def collate(
 
 
 # %% [markdown]
-# Before rows are laid side by side, each is looked at alone: is there an answer, does the text fit, can the picture be
-# opened? What is wrong is said with the example's place in front. The picture is made small at once, so that a batch never
-# holds all its photographs at full size.
+# Before rows are laid side by side, each is looked at alone: is there an answer, does the text fit, can the picture
+# be opened? What is wrong is said with the example's place in front. The picture is made small at once, so that a
+# batch never holds all its photographs at full size.
 
 
 # %%
@@ -253,7 +254,7 @@ def _fit_text(
     if not truncate:
         raise ValueError(
             f"{picture} tokens of picture, {prompt} of prompt and {answer} of answer do not fit into {max_length}: "
-            "shorten the text, or ask for a cut (truncate)"
+            "shorten the text, or ask for a cut (truncate, on the command line --truncate)"
         )
     room = max_length - picture - 1  # beside the newline
     if room < 2:
@@ -309,9 +310,9 @@ assert torch.equal(batch.attention_mask, expected["attention_mask"])
 # %% [markdown]
 # ## What an open mask does wrong
 #
-# If every token could see every other, the answer would stand there to be copied. The loss would fall beautifully, and the
-# model would learn nothing. One can see the leak with an untrained eye: change the last answer token and watch the scores
-# before it.
+# If every token could see every other, the answer would stand there to be copied. The loss would fall beautifully,
+# and the model would learn nothing. One can see the leak with an untrained eye: change the last answer token and
+# watch the scores before it.
 
 # %%
 model = load()
@@ -334,8 +335,8 @@ moved
 #
 # ## What does not fit
 #
-# A model has a context, the most tokens it can read at once. What to do with a row that is longer? A silent cut would teach
-# answers that stop in the middle of a word. So it is an error, with the counts in it.
+# A model has a context, the most tokens it can read at once. What to do with a row that is longer? A silent cut would
+# teach answers that stop in the middle of a word. So it is an error, with the counts in it.
 
 # %%
 long = Example(examples[0].image, "caption en", " and ".join(["a red star"] * 12), "scene 0")
@@ -346,8 +347,8 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# One may ask for a cut. Prompt and answer then may each have half of the room for text, and what the other does not need.
-# The answer loses its end, and the end token with it: the model should not learn that one stops there.
+# One may ask for a cut. Prompt and answer then may each have half of the room for text, and what the other does not
+# need. The answer loses its end, and the end token with it: the model should not learn that one stops there.
 
 # %%
 cut = collate(processor, [long], max_length=room, truncate=True)
@@ -369,8 +370,8 @@ rows = [{"image": f"{seed}.png", "text": caption(make_scene(seed))} for seed in 
 print((folder / "train.jsonl").read_text()[:190])
 
 # %% [markdown]
-# The naive way to read it is one line of Python: a list of all rows. Here is what that costs for 50,000 lines, and it grows
-# with each line.
+# The naive way to read it is one line of Python: a list of all rows. Here is what that costs for 50,000 lines, and it
+# grows with each line.
 
 # %%
 large = folder / "large.jsonl"
@@ -391,8 +392,9 @@ naive_bytes = bytes_kept(lambda: [json.loads(line) for line in large.open()])
 f"{naive_bytes / 1e6:.1f} MB for a file of {large.stat().st_size / 1e6:.1f} MB"
 
 # %% [markdown]
-# But to read line 17 one does not need the others. One needs to know *where it begins*. So we go through the file once, look
-# only for line ends, and keep the places: one number for each line. The rows stay on the disk until they are asked for.
+# But to read line 17 one does not need the others. One needs to know *where it begins*. So we go through the file
+# once, look only for line ends, and keep the places: one number for each line. The rows stay on the disk until they
+# are asked for.
 
 # %%
 shown = (folder / "train.jsonl").read_bytes().split(b"\n")[:3]
@@ -415,8 +417,8 @@ plt.show()
 places
 
 # %% [markdown]
-# *Figure: the first three lines of the file as bars, as long as their bytes. A line below marks where each begins: these
-# numbers are all that is kept.*
+# *Figure: the first three lines of the file as bars, as long as their bytes. A line below marks where each begins:
+# these numbers are all that is kept.*
 
 
 # %%
@@ -507,8 +509,8 @@ def index_lines(path: Path) -> _Table:
 
 
 # %% [markdown]
-# The proof: on a file with everything that editors do to files (a mark in front, Windows line ends, blank lines), the index
-# finds the rows that the naive way finds, and it remembers the line numbers that an editor shows.
+# The proof: on a file with everything that editors do to files (a mark in front, Windows line ends, blank lines), the
+# index finds the rows that the naive way finds, and it remembers the line numbers that an editor shows.
 
 # %%
 rough = folder / "rough.jsonl"
@@ -528,9 +530,9 @@ f"{index_bytes / 1e6:.1f} MB in place of {naive_bytes / 1e6:.1f} MB: {index_byte
 # People write rows in three ways, told apart by their keys. We turn all into prefix and suffix, with the words that
 # PaliGemma was trained on: `caption en` asks for a caption, `answer en` goes before a question.
 #
-# Strangers' files hold surprises, and each gets a rule. An answer may be a number: it becomes text. It may be a list, as
-# ten people answered: the most common is learned, all are kept. A path may have been written on Windows: its `\` are read
-# as `/` if that helps. A URL is refused in a sentence, since nothing here downloads behind your back.
+# Strangers' files hold surprises, and each gets a rule. An answer may be a number: it becomes text. It may be a list,
+# as ten people answered: the most common is learned, all are kept. A path may have been written on Windows: its `\`
+# are read as `/` if that helps. A URL is refused in a sentence, since nothing here downloads behind your back.
 
 
 # %%
@@ -638,13 +640,16 @@ def find_picture(name: object, folders: Sequence[Path]) -> Path:
 # %% [markdown]
 # ## One JSON for everything
 #
-# The large public sets are not JSON lines. COCO is one JSON object of hundreds of megabytes: an array `images`, an array
-# `annotations`, and each annotation names its picture by an id. Read whole, it becomes a tree of millions of Python objects.
+# Two public sets are used everywhere. COCO has photographs with five captions each, and outlines of the things on
+# them. VQAv2 has questions about the same photographs, each answered by ten people. Neither comes as JSON lines: COCO
+# is one JSON object of hundreds of megabytes, with an array `images` and an array `annotations`, and each annotation
+# names its picture by an id. Read whole, it becomes a tree of millions of Python objects.
 #
-# The same idea helps: note where the entries of the arrays begin and end, and keep the ids as columns of numbers, so that
-# one can look up. To find where an entry ends, one has to understand it, so each is read once, by Python's own fast reader,
-# and thrown away. A trick keeps the places right: we let one byte be one letter (the encoding Latin-1), whatever the text
-# says. JSON's own signs are plain ASCII, so its structure is not disturbed.
+# The same idea helps: note where the entries of the arrays begin and end, and keep the ids as columns of numbers, so
+# that one can look up. To find where an entry ends, one has to understand it, so each is read once, by Python's own
+# fast reader, and thrown away. A trick keeps the places right: we let one byte be one letter (the encoding Latin-1),
+# whatever the text says. JSON's own signs are plain ASCII, so its structure is not disturbed. Only a part of the file
+# is in memory, a window that moves on.
 
 
 # %%
@@ -703,6 +708,13 @@ class _Window:
         return json.loads(self.text[self._taken : self.at].encode("latin-1").decode("utf-8"))
 
 
+# %% [markdown]
+# What is kept of each entry: two places, and the ids that we may have to look for. They are packed into arrays as the
+# window moves on.
+
+
+# %%
+# | export
 _COLUMNS = {
     "": (),
     "questions": ("question_id", "image_id"),
@@ -753,6 +765,12 @@ class _Rows:
         return {name: np.concatenate(part) for name, part in zip(names, parts)}
 
 
+# %% [markdown]
+# Then the outer structure: an object with arrays in it, or one array.
+
+
+# %%
+# | export
 def index_document(path: Path) -> tuple[dict[str, _Table], dict[str, object]]:
     """Read through a JSON file once and note where the rows of its outer arrays lie.
 
@@ -807,6 +825,12 @@ def _read_array(window: _Window, rows: _Rows) -> None:
         more = window.take(",]") == ","
 
 
+# %% [markdown]
+# To look an id up, we sort a copy of the column once, and then halve and halve again.
+
+
+# %%
+# | export
 def _ids(table: _Table, name: str, what: str) -> np.ndarray:
     """A column of ids, whole numbers or texts, with none missing."""
     ids = table.columns[name]
@@ -837,8 +861,8 @@ class _Find:
 
 
 # %% [markdown]
-# We write the drawn world in COCO's layout: captions, and *instances*, which are things with a category and a box. COCO's
-# box is x, y, width, height.
+# We write the drawn world in COCO's layout: captions, and *instances*, which are things with a category and a box.
+# COCO's box is x, y, width, height.
 
 # %%
 names = list(SHAPES)
@@ -882,9 +906,8 @@ assert tree_bytes > 12 * index_bytes
 f"a tree of {tree_bytes / 1e6:.1f} MB, an index of {index_bytes / 1e6:.1f} MB"
 
 # %% [markdown]
-# Now what the entries say. VQAv2 comes as two files, questions and answers, joined by `question_id`; a picture's name is
-# made of the year's part and the picture's number. COCO captions have about five captions for a picture: each is an example
-# to learn, and all five are its reference answers.
+# Now what the entries say. VQAv2 comes as two files, questions and answers, joined by `question_id`. A picture's name
+# is made of the set's part, such as val2014, and the picture's number.
 
 
 # %%
@@ -929,6 +952,13 @@ class _QuestionSource:
         return Example(image, f"answer en {question}", suffix, answers=answers, facts=facts)
 
 
+# %% [markdown]
+# Of COCO's captions each is an example to learn. All that belong to one picture are its *reference answers*: what
+# people said, to compare a model's answer with.
+
+
+# %%
+# | export
 @dataclass(frozen=True)
 class _CaptionSource:
     """COCO captions: an example for each caption, or for each picture with all its captions."""
@@ -970,9 +1000,9 @@ def _image_row(images: _Table, find: _Find, image_id) -> dict:
 
 
 # %% [markdown]
-# Instances become questions of where. One example asks for one category on one picture: `detect star`. The answer names all
-# stars from left to right, as the drawn world does, for a model learns an order more easily than none. A *crowd* is an entry that covers
-# many things at once; it has no single box, so it is left aside, and counted.
+# Instances become questions of where. One example asks for one category on one picture: `detect star`. The answer
+# names all stars from left to right, as the drawn world does, for a model learns an order more easily than none. A
+# *crowd* is an entry that covers many things at once; it has no single box, so it is left aside, and counted.
 
 
 # %%
@@ -1042,8 +1072,8 @@ def _corners(row: dict) -> Box:
 # ## Three ways to write a mask
 #
 # `segment` asks for a mask besides the box. COCO writes masks as polygons, or as runs: go down the first column of
-# pixels, then the next; count how many lie outside, then how many inside, then outside again. Runs are written as numbers,
-# or packed into text.
+# pixels, then the next; count how many lie outside, then how many inside, then outside again. Runs are written as
+# numbers, or packed into text.
 
 # %%
 mask = np.zeros((6, 8), bool)
@@ -1062,8 +1092,8 @@ plt.show()
 runs
 
 # %% [markdown]
-# *Figure: a mask of 6 x 8 pixels, dark inside. The numbers count pixels in COCO's order, down each column. The first run
-# lies outside and is 13 pixels long, the next four lie inside.*
+# *Figure: a mask of 6 x 8 pixels, dark inside. The numbers count pixels in COCO's order, down each column. The first
+# run lies outside and is 13 pixels long, the next four lie inside.*
 
 
 # %%
@@ -1148,13 +1178,13 @@ if importlib.util.find_spec("pycocotools"):  # the official code packs the same 
     print(packed)
 
 # %% [markdown]
-# To become `<seg>` tokens a mask must go through an encoder (chapter 14), whose weights are published with PaliGemma. The
-# reader takes it as a function; without it, a file can still be read as `detect`.
+# To become `<seg>` tokens a mask must go through an encoder (chapter 14), whose weights are published with PaliGemma.
+# The reader takes it as a function; without it, a file can still be read as `detect`.
 #
 # ## Any of these files
 #
-# The last step is to look into a file and tell which it is. The first sign of the file tells an array from an object; the
-# keys tell the rest. What was found is said, and can be overruled with `form`.
+# The last step is to look into a file and tell which it is. The first sign of the file tells an array from an object;
+# the keys tell the rest. What was found is said, and can be overruled with `form`.
 
 
 # %%
@@ -1199,6 +1229,8 @@ class Examples(Sequence):
             raise _located(error, self.where(index)) from error
 
 
+# %%
+# | export
 def read_examples(
     path: str | Path,
     *,
@@ -1276,7 +1308,7 @@ def read_examples(
 
 
 # %% [markdown]
-# The parts: is it a file that can be read, what does it look like, and one function to open each form.
+# The parts. First: is it a file that can be read, and what is in it?
 
 
 # %%
@@ -1329,6 +1361,12 @@ def _is_document(window: _Window) -> bool:
     return False
 
 
+# %% [markdown]
+# Which form is it? For rows, the first hundred are looked at, so that a broken first line does no harm.
+
+
+# %%
+# | export
 def _detect(path: Path, tables: Mapping[str, _Table]) -> str:
     if "questions" in tables:
         return "vqav2"
@@ -1370,6 +1408,12 @@ def _detect(path: Path, tables: Mapping[str, _Table]) -> str:
     raise ValueError(f"{path} is of no known form: expected rows with {wanted}; {seen[0] if seen else 'there is none'}")
 
 
+# %% [markdown]
+# The official archives put pictures into folders of their own. We look there too, so that nothing has to be moved.
+
+
+# %%
+# | export
 def _coco_folders(subset: str, folders: tuple[Path, ...], look_around: bool) -> tuple[Path, ...]:
     """Where the official archives put pictures: beside the file, in a folder named as the subset, or one level up."""
     around = (*folders, folders[0].parent) if look_around else folders
@@ -1382,6 +1426,13 @@ def _tables_for(path: Path, tables: Mapping[str, _Table], names: Sequence[str], 
     return [tables[name] for name in names]
 
 
+# %% [markdown]
+# And a function to open each form. What does not fit together is said here: two files of different parts, an id that
+# stands twice.
+
+
+# %%
+# | export
 def _open_questions(path, tables, plain, annotations, folders, look_around) -> Examples:
     (questions,) = _tables_for(path, tables, ["questions"], "vqav2")
     subset = str(plain.get("data_subtype", ""))
@@ -1444,8 +1495,15 @@ def _open_instances(path, tables, folders, form, encode_mask) -> Examples:
     numbers = _ids(categories, "id", "category").tolist()
     named = {number: row.get("name") for number, row in zip(numbers, categories.rows(range(len(numbers))))}
     for number, name in named.items():
-        if not isinstance(name, str) or not name.strip() or any(sign in name for sign in (";", "<loc", "<seg")):
-            raise ValueError(f"{path}: category {number} is named {name!r}, expected a text without ';', <loc and <seg")
+        if (
+            not isinstance(name, str)
+            or not name.strip()
+            or not name.isprintable()
+            or any(sign in name for sign in (";", "<loc", "<seg"))
+        ):
+            raise ValueError(
+                f"{path}: category {number} is named {name!r}, expected a name in one line without ';', <loc and <seg"
+            )
     remarks = [f"{crowd.sum()} crowds (iscrowd) are left aside"] if crowd.any() else []
     encode = encode_mask if form == "coco-segment" else None
     source = _InstanceSource(images, annotations, _find_images(path, images), order, begins, named, encode, folders)
@@ -1519,12 +1577,13 @@ for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0)):
 assert sorted(epoch_order(1000, 0, 0)) == list(range(1000))
 
 # %% [markdown]
-# When several processes train together, each has a number, its *rank*, and takes its share: rank 0 of 3 takes the first of
-# the order, the fourth, the seventh; rank 1 the second, the fifth, the eighth. No example goes to two, none to nobody.
+# When several processes train together, each has a number, its *rank*, and takes its share: rank 0 of 3 takes the
+# first of the order, the fourth, the seventh; rank 1 the second, the fifth, the eighth. No example goes to two, none
+# to nobody.
 #
-# Eleven examples on three ranks, in batches of two, do not come out even. All ranks must take the same number of steps, or one
-# would wait for ever. So the last batch of an epoch may be short. If nothing at all is left for a rank, it gets a batch
-# without labels, which teaches nothing and keeps it in step.
+# Eleven examples on three ranks, in batches of two, do not come out even. All ranks must take the same number of
+# steps, or one would wait for ever. So the last batch of an epoch may be short. If nothing at all is left for a rank,
+# it gets a batch without labels, which teaches nothing and keeps it in step.
 
 # %%
 figure, axes = plt.subplots(2, 1, figsize=(7, 2.7))
@@ -1543,12 +1602,13 @@ save(figure, "15_ranks")
 plt.show()
 
 # %% [markdown]
-# *Figure: two epochs of eleven examples, each in its own order. Below each example stands the rank that takes it: 0, 1, 2,
-# 0, 1, 2. A gap parts the two steps of an epoch; in the second, rank 2 has one example where the others have two.*
+# *Figure: two epochs of eleven examples, each in its own order. Below each example stands the rank that takes it: 0,
+# 1, 2, 0, 1, 2. A gap parts the two steps of an epoch; in the second, rank 2 has one example where the others have
+# two.*
 #
-# The place in all this is one number: how many steps are done. The batch of step *s* depends on the seed and on *s* alone,
-# on nothing that happened before. So any process can make any batch, workers can prepare ahead in any number, and a run that was stopped
-# goes on exactly where it was.
+# The place in all this is one number: how many steps are done. The batch of step *s* depends on the seed and on *s*
+# alone, on nothing that happened before. So any process can make any batch. *Workers*, processes that prepare batches
+# while the model learns, may be as many as one likes, and a run that was stopped goes on exactly where it was.
 
 
 # %%
@@ -1575,6 +1635,8 @@ class TrainingBatch:
     truncated: tuple[str, ...] = ()
 
 
+# %%
+# | export
 class Batches:
     """Batches of all examples in an order that the seed decides, a new one in each epoch.
 
@@ -1725,8 +1787,8 @@ class Batches:
 
 
 # %% [markdown]
-# Who makes the batches: one object that can be sent to workers. What goes wrong in a worker comes back as a value, so that
-# its sentence arrives here as it was.
+# Who makes the batches: one object that can be sent to workers. What goes wrong in a worker comes back as a value, so
+# that its sentence arrives here as it was.
 
 
 # %%
@@ -1820,8 +1882,9 @@ assert taken == sorted(example.where for example in found)  # all of them, none 
 # %% [markdown]
 # ## What is broken
 #
-# In a million rows some are broken. The default is to stop at the first, with its place. One may ask to go on without them:
-# then each is counted and listed, once, in a file. Never silently, because a set that lost a tenth of its rows is another set.
+# In a million rows some are broken. The default is to stop at the first, with its place. One may ask to go on without
+# them: then each is counted and listed, once, in a file. Never silently, because a set that lost a tenth of its rows
+# is another set.
 
 
 # %%
@@ -1857,10 +1920,11 @@ class _SkippedRows:
         line = json.dumps({"where": where, "reason": reason}, ensure_ascii=False) + "\n"
         if self._read < self.path.stat().st_size:  # behind a line that was cut
             line = f"\n{line}"
+        raw = line.encode("utf-8", "replace")
         try:
             with self.path.open("ab", buffering=0) as file:  # in one piece, so that lines of two processes do not mix
-                written = file.write(line.encode("utf-8"))
-            if written < len(line.encode("utf-8")):
+                written = file.write(raw)
+            if written < len(raw):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise RuntimeError(f"{self.path} cannot be written ({error.strerror}): make room and go on") from error
@@ -1888,9 +1952,9 @@ print((folder / "skipped.jsonl").read_text().replace(f"{folder}/", ""))
 # %% [markdown]
 # ## Look before you train
 #
-# An hour of training on a file that one has not looked at is an hour lost. A survey reads all of it: what is broken, what
-# is too long, what stands there twice, how long the texts are, which answers are common. If half of all answers are "yes", a model
-# that always says yes is half right, and one should know that before being proud of it.
+# An hour of training on a file that one has not looked at is an hour lost. A survey reads all of it: what is broken,
+# what is too long, what stands there twice, how long the texts are, which answers are common. If half of all answers
+# are "yes", a model that always says yes is half right, and one should know that before being proud of it.
 
 
 # %%
@@ -1959,6 +2023,8 @@ class Survey:
         return said
 
 
+# %%
+# | export
 def survey(examples: Sequence[Example], processor: Processor, max_length: int | None = None) -> Survey:
     """Read all examples, count their tokens and open each picture once; a bar shows how far it is.
 
@@ -2108,6 +2174,12 @@ def _draw_bars(canvas: ImageDraw.ImageDraw, top: int, title: str, tokens: np.nda
     canvas.text((left - 8, high), f"{rows.max():,}", fill="black", font=font, anchor="rm")
 
 
+# %% [markdown]
+# The sheet writes prompt and answer under each picture. If the answer holds boxes, they are drawn.
+
+
+# %%
+# | export
 def contact_sheet(examples: Sequence[Example], columns: int = 4) -> Image.Image:
     """Pictures in a grid, with prompt and answer under each; boxes of an answer are drawn.
 
@@ -2156,6 +2228,8 @@ def _write(canvas, place, text: str, colour: str, font, width: int, most: int) -
     return 19 * len(lines)
 
 
+# %%
+# | export
 def write_survey(found: Survey, examples: Sequence[Example], folder: str | Path) -> list[Path]:
     """Write `lengths.png`, `examples.png` with twelve examples, `survey.json`, and lists of rows: `broken.jsonl`,
     `too_long.jsonl` and `repeated.jsonl`.
@@ -2224,8 +2298,8 @@ save(figure, "15_lengths")
 plt.show()
 
 # %% [markdown]
-# *Figure: two histograms for the file of instances. All prompts have 3 tokens; answers have 6 for one box, and 8 more for each box
-# besides.*
+# *Figure: two histograms for the file of instances. All prompts have 3 tokens; answers have 6 for one box, and 8 more
+# for each box besides.*
 
 # %%
 one, two = np.unique(looked.answer_tokens)[:2]
@@ -2243,7 +2317,8 @@ plt.show()
 # *Figure: eight pictures of drawn shapes in a grid. Under each stand the prompt, such as "detect heart", and the answer
 # with its loc tokens; on each picture the boxes of that answer are drawn, and they fit.*
 #
-# The command `sigma-book data FILE` does all this, with twelve pictures, and writes the pictures and lists into a folder.
+# The command `sigma-book data FILE` does all this, with twelve pictures, and writes the pictures and lists into a
+# folder.
 #
 # ## A look inside
 #
@@ -2280,14 +2355,15 @@ plt.show()
 assert shares["colour"]["answer"] < 0.05 < shares["caption"]["answer"]
 
 # %% [markdown]
-# *Figure: two bars, cut by kind of token. Most of a row is picture; the answer is a small part, and smallest for colours.*
+# *Figure: two bars, cut by kind of token. Most of a row is picture; the answer is a small part, and smallest for
+# colours.*
 #
 # This is why chapter 17 lays many questions behind one picture.
 #
 # ## The bill
 #
-# In memory stands the index, three numbers of 8 bytes for a line, and the order of an epoch, one more. They grow with the file, but
-# slowly; what is read from it does not stay.
+# In memory stands the index, three numbers of 8 bytes for a line, and the order of an epoch, one more. They grow with
+# the file, but slowly; what is read from it does not stay.
 
 # %%
 lines = 500_000
@@ -2325,7 +2401,8 @@ def steps_of(n: int, size: int, ranks: int) -> int: ...
 check(steps_of, ((40, 16, 1), 3), ((32, 16, 1), 2), ((11, 2, 3), 2), ((1, 16, 4), 1))
 
 # %% [markdown]
-# **3.** ★★ Where does each line begin? From the bytes of a file, without splitting it. A last line end begins no new line.
+# **3.** ★★ Where does each line begin? From the bytes of a file, without splitting it. A last line end begins no new
+# line.
 
 
 # %%
@@ -2345,8 +2422,8 @@ def runs_of(mask: list) -> list: ...
 check(runs_of, (([[0, 1], [0, 1]],), [2, 2]), (([[1, 0], [1, 1]],), [0, 2, 1, 1]))
 
 # %% [markdown]
-# **5.** ★★★ Put the lengths of rows into batches of `size` so that as few padding tokens as possible are needed; return how
-# many. Sorting is half of the answer: what is lost by it?
+# **5.** ★★★ Put the lengths of rows into batches of `size` so that as few padding tokens as possible are needed;
+# return how many. Sorting is half of the answer: what is lost by it?
 
 
 # %%

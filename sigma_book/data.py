@@ -162,7 +162,7 @@ def _fit_text(
     if not truncate:
         raise ValueError(
             f"{picture} tokens of picture, {prompt} of prompt and {answer} of answer do not fit into {max_length}: "
-            "shorten the text, or ask for a cut (truncate)"
+            "shorten the text, or ask for a cut (truncate, on the command line --truncate)"
         )
     room = max_length - picture - 1  # beside the newline
     if room < 2:
@@ -1046,8 +1046,15 @@ def _open_instances(path, tables, folders, form, encode_mask) -> Examples:
     numbers = _ids(categories, "id", "category").tolist()
     named = {number: row.get("name") for number, row in zip(numbers, categories.rows(range(len(numbers))))}
     for number, name in named.items():
-        if not isinstance(name, str) or not name.strip() or any(sign in name for sign in (";", "<loc", "<seg")):
-            raise ValueError(f"{path}: category {number} is named {name!r}, expected a text without ';', <loc and <seg")
+        if (
+            not isinstance(name, str)
+            or not name.strip()
+            or not name.isprintable()
+            or any(sign in name for sign in (";", "<loc", "<seg"))
+        ):
+            raise ValueError(
+                f"{path}: category {number} is named {name!r}, expected a name in one line without ';', <loc and <seg"
+            )
     remarks = [f"{crowd.sum()} crowds (iscrowd) are left aside"] if crowd.any() else []
     encode = encode_mask if form == "coco-segment" else None
     source = _InstanceSource(images, annotations, _find_images(path, images), order, begins, named, encode, folders)
@@ -1337,10 +1344,11 @@ class _SkippedRows:
         line = json.dumps({"where": where, "reason": reason}, ensure_ascii=False) + "\n"
         if self._read < self.path.stat().st_size:  # behind a line that was cut
             line = f"\n{line}"
+        raw = line.encode("utf-8", "replace")
         try:
             with self.path.open("ab", buffering=0) as file:  # in one piece, so that lines of two processes do not mix
-                written = file.write(line.encode("utf-8"))
-            if written < len(line.encode("utf-8")):
+                written = file.write(raw)
+            if written < len(raw):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise RuntimeError(f"{self.path} cannot be written ({error.strerror}): make room and go on") from error
