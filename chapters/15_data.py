@@ -424,8 +424,19 @@ places
 # %%
 # | export
 @dataclass(frozen=True)
-class _Table:
-    """Where the rows of a file lie: first byte and end of each, and small columns of numbers; the rows stay on the disk."""
+class Table:
+    """Where the rows of a file lie; the rows themselves stay on the disk.
+
+    Parameters
+    ----------
+    path : Path
+    size, changed : int
+        Of the file when it was indexed: bytes, and nanoseconds of its last change.
+    starts, ends : numpy.ndarray
+        First byte of each row, and the byte behind its last.
+    columns : mapping
+        A few values of each row: line numbers or ids.
+    """
 
     path: Path
     size: int
@@ -479,8 +490,14 @@ _LONGEST_ENTRY = 1 << 26
 _MARK = b"\xef\xbb\xbf"  # some editors begin a UTF-8 file with it
 
 
-def index_lines(path: Path) -> _Table:
-    """Find the lines of a JSONL file that are not blank; `columns["line"]` holds their numbers, from 1."""
+def index_lines(path: Path) -> Table:
+    """Find the lines of a JSONL file that are not blank.
+
+    Returns
+    -------
+    Table
+        With the column `line`: numbers of lines, counted from 1.
+    """
     starts, lines = [], []
     before, number = 0, 1  # bytes and lines that lie behind us
     with path.open("rb") as file:
@@ -505,7 +522,7 @@ def index_lines(path: Path) -> _Table:
     first = np.concatenate(starts).astype(np.int64) if starts else np.zeros(0, np.int64)
     ends = np.append(first[1:], before)[: len(first)]
     columns = {"line": np.concatenate(lines)} if lines else {"line": first}
-    return _Table(path, state.st_size, state.st_mtime_ns, first, ends, columns)
+    return Table(path, state.st_size, state.st_mtime_ns, first, ends, columns)
 
 
 # %% [markdown]
@@ -551,7 +568,7 @@ FORMS = (*ROW_FORMS, "vqav2", "coco-captions", "coco-detect", "coco-segment")
 class _RowSource:
     """Rows that say everything themselves."""
 
-    table: _Table
+    table: Table
     form: str
     folders: tuple[Path, ...]
 
@@ -771,7 +788,7 @@ class _Rows:
 
 # %%
 # | export
-def index_document(path: Path) -> tuple[dict[str, _Table], dict[str, object]]:
+def index_document(path: Path) -> tuple[dict[str, Table], dict[str, object]]:
     """Read through a JSON file once and note where the rows of its outer arrays lie.
 
     Returns
@@ -810,7 +827,7 @@ def index_document(path: Path) -> tuple[dict[str, _Table], dict[str, object]]:
     for name, rows in arrays.items():
         columns = rows.columns()
         starts, ends = columns.pop("start"), columns.pop("end")
-        tables[name] = _Table(path, state.st_size, state.st_mtime_ns, starts, ends, columns)
+        tables[name] = Table(path, state.st_size, state.st_mtime_ns, starts, ends, columns)
     return tables, plain
 
 
@@ -831,7 +848,7 @@ def _read_array(window: _Window, rows: _Rows) -> None:
 
 # %%
 # | export
-def _ids(table: _Table, name: str, what: str) -> np.ndarray:
+def _ids(table: Table, name: str, what: str) -> np.ndarray:
     """A column of ids, whole numbers or texts, with none missing."""
     ids = table.columns[name]
     if ids.dtype.kind == "O" and len(ids):
@@ -916,8 +933,8 @@ f"a tree of {tree_bytes / 1e6:.1f} MB, an index of {index_bytes / 1e6:.1f} MB"
 class _QuestionSource:
     """The official VQAv2 pair: questions, and answers in a second file."""
 
-    questions: _Table
-    annotations: _Table | None
+    questions: Table
+    annotations: Table | None
     find_answer: _Find | None
     subset: str
     folders: tuple[Path, ...]
@@ -963,8 +980,8 @@ class _QuestionSource:
 class _CaptionSource:
     """COCO captions: an example for each caption, or for each picture with all its captions."""
 
-    images: _Table
-    annotations: _Table
+    images: Table
+    annotations: Table
     find_image: _Find
     find_captions: _Find
     pictures: np.ndarray | None  # ids, where there is an example for each
@@ -992,7 +1009,7 @@ class _CaptionSource:
         return Example(path, "caption en", captions[own], answers=captions, facts=facts)
 
 
-def _image_row(images: _Table, find: _Find, image_id) -> dict:
+def _image_row(images: Table, find: _Find, image_id) -> dict:
     found = find.all(image_id)
     if len(found) == 0:
         raise ValueError(f"image_id {image_id} has no entry in 'images' of {images.path.name}")
@@ -1011,8 +1028,8 @@ def _image_row(images: _Table, find: _Find, image_id) -> dict:
 class _InstanceSource:
     """COCO instances: an example for each picture and each category on it."""
 
-    images: _Table
-    annotations: _Table
+    images: Table
+    annotations: Table
     find_image: _Find
     order: np.ndarray  # of annotations: those of one picture and category stand together
     begins: np.ndarray  # of each such group in `order`, and the end
@@ -1328,7 +1345,7 @@ def _data_file(path: str | Path) -> Path:
     return path
 
 
-def _open_tables(path: Path) -> tuple[dict[str, _Table], dict[str, object]]:
+def _open_tables(path: Path) -> tuple[dict[str, Table], dict[str, object]]:
     """The arrays of a JSON file, or one table of lines."""
     with path.open("rb") as file:
         window = _Window(file)
@@ -1367,7 +1384,7 @@ def _is_document(window: _Window) -> bool:
 
 # %%
 # | export
-def _detect(path: Path, tables: Mapping[str, _Table]) -> str:
+def _detect(path: Path, tables: Mapping[str, Table]) -> str:
     if "questions" in tables:
         return "vqav2"
     if "annotations" in tables:
@@ -1420,7 +1437,7 @@ def _coco_folders(subset: str, folders: tuple[Path, ...], look_around: bool) -> 
     return tuple(place for folder in around for place in ((folder, folder / subset) if subset else (folder,)))
 
 
-def _tables_for(path: Path, tables: Mapping[str, _Table], names: Sequence[str], form: str) -> list[_Table]:
+def _tables_for(path: Path, tables: Mapping[str, Table], names: Sequence[str], form: str) -> list[Table]:
     if missing := [name for name in names if name not in tables]:
         raise ValueError(f"{path} has no array {_quoted(missing)}, which the form {form} needs")
     return [tables[name] for name in names]
@@ -1455,7 +1472,7 @@ def _open_questions(path, tables, plain, annotations, folders, look_around) -> E
     return Examples(_QuestionSource(questions, answers, _Find(answered), subset, folders), "vqav2", remarks)
 
 
-def _find_images(path: Path, images: _Table) -> _Find:
+def _find_images(path: Path, images: Table) -> _Find:
     find = _Find(_ids(images, "id", "image"))
     if (twice := find.repeated()) is not None:
         raise ValueError(f"{path}: image id {twice} stands twice in 'images'")
@@ -1562,8 +1579,22 @@ found[0].prefix, found[0].suffix
 # %%
 # | export
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: each number below `count` once.
+    """The order of an epoch.
 
+    Parameters
+    ----------
+    count : int
+        Of examples.
+    seed, epoch : int
+        0 or more.
+
+    Returns
+    -------
+    numpy.ndarray
+        Each number below `count` once.
+
+    Notes
+    -----
     Examples stand in the order of random numbers drawn for them. NumPy promises that the bits of PCG64 never change, so the
     order is the same on any machine, with any version.
     """
