@@ -11,6 +11,7 @@ from sigma_book.generation import (
     Answer,
     Sampling,
     answer_limits,
+    check_beams,
     generate_answers,
     read_stop_ids,
     stream_answer,
@@ -23,7 +24,7 @@ from sigma_book.weights import find_folder, load_model, read_config
 __all__ = ["generate", "load", "read_settings"]
 
 POCKET = Path(__file__).parent / "pocket_model"
-ROWS_AT_ONCE = 32  # longer lists are answered in several batches
+ROWS_AT_ONCE = 32  # longer lists are answered in several batches; a beam counts as a row
 WATCHED = ("*.json", "*.safetensors", "tokenizer.model")  # the files that make a model
 
 _kept: dict[str, tuple[object, PaliGemma]] = {}  # the pocket model and the last other one, for `generate`
@@ -88,6 +89,8 @@ def generate(
     top_p: float = 1.0,
     top_k: int | None = None,
     repetition_penalty: float = 1.0,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
     stop: str | Sequence[str] | None = None,
     seed: int | None = None,
     stream: bool = False,
@@ -116,6 +119,10 @@ def generate(
         Draw from this many tokens, at least 1.
     repetition_penalty : float
         Above 1 makes tokens of prompt and answer less likely to come again.
+    num_beams : int
+        Above 1 looks for the most likely answer along so many beginnings at once; temperature must be 0.
+    length_penalty : float
+        Beams are compared by log-probability divided by length to this power; one beam does not use it.
     stop : str or list of str, optional
         Strings that end the answer and are left out of it.
     seed : int, optional
@@ -145,13 +152,17 @@ def generate(
     A list gives what one call for each row gives: in float32 token for token. In 16 bits sums round differently in
     batches of other sizes, so where two tokens are about equally good, either may come.
     """
-    sampling, stop = read_settings(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
+    sampling, stop = read_settings(
+        max_new_tokens, temperature, top_p, top_k, repetition_penalty, num_beams, length_penalty, stop, seed
+    )
     pictures, prompts = _rows(image, prompt)
-    if stream and (len(prompts) > 1 or return_logprobs):
+    if stream and (len(prompts) > 1 or return_logprobs or num_beams > 1):
         asked = "log-probabilities" if return_logprobs else f"{len(prompts)} prompts"
+        asked = f"the best of {num_beams} beams, which is known at the end" if num_beams > 1 else asked
         raise ValueError(f"stream=True gives the text of one picture and one prompt, not {asked}: leave it out")
     model = _model(model)
-    batches = _batches(model, pictures, prompts, max_new_tokens)  # all are read before the first is answered
+    rows_at_once = max(1, ROWS_AT_ONCE // num_beams)
+    batches = _batches(model, pictures, prompts, max_new_tokens, rows_at_once)  # all are read before the first is answered
     options = {"max_new_tokens": max_new_tokens, "stop_ids": getattr(model, "stop_ids", None), "stop": stop}
     decode = model.processor.tokenizer.decode
     if stream:
@@ -159,7 +170,8 @@ def generate(
     answers: list[Answer] = []
     for batch in batches:
         shifted = replace(sampling, seed=sampling.seed + len(answers))
-        answers += generate_answers(model, batch, decode, sampling=shifted, **options)
+        beams = {"num_beams": num_beams, "length_penalty": length_penalty}
+        answers += generate_answers(model, batch, decode, sampling=shifted, **beams, **options)
     results = answers if return_logprobs else [answer.text for answer in answers]
     one = not isinstance(image, list | tuple) and isinstance(prompt, str)
     return results[0] if one else results
@@ -171,6 +183,8 @@ def read_settings(
     top_p: float,
     top_k: int | None,
     repetition_penalty: float,
+    num_beams: int,
+    length_penalty: float,
     stop: str | Sequence[str] | None,
     seed: int | None,
 ) -> tuple[Sampling, list[str]]:
@@ -188,6 +202,7 @@ def read_settings(
     """
     whole_number("max_new_tokens", max_new_tokens, least=1)
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
+    check_beams(num_beams, length_penalty, sampling)
     if seed is None:
         sampling = replace(sampling, seed=int(torch.randint(2**62, ())))
     listed = [] if stop is None else [stop] if isinstance(stop, str) else stop
@@ -240,15 +255,17 @@ def _model(model: PaliGemma | str | Path | None) -> PaliGemma:
     return _kept["last"][1]
 
 
-def _batches(model: PaliGemma, pictures: list, prompts: list[str], max_new_tokens: int) -> list[Batch]:
-    """Pictures and prompts as batches, each no longer than ROWS_AT_ONCE; the context is checked for all of them."""
+def _batches(
+    model: PaliGemma, pictures: list, prompts: list[str], max_new_tokens: int, rows_at_once: int
+) -> list[Batch]:
+    """Pictures and prompts as batches, each no longer than `rows_at_once`; the context is checked for all of them."""
     opened: dict[int, Image.Image] = {}
     batches = []
-    for start in range(0, len(prompts), ROWS_AT_ONCE):
-        chunk = pictures[start : start + ROWS_AT_ONCE]
+    for start in range(0, len(prompts), rows_at_once):
+        chunk = pictures[start : start + rows_at_once]
         shown = [list(row) if isinstance(row, list | tuple) else [row] for row in chunk]
         images = [[_open(source, opened) for source in row] for row in shown]
-        batch = model.processor.prepare(images, prompts[start : start + ROWS_AT_ONCE])
+        batch = model.processor.prepare(images, prompts[start : start + rows_at_once])
         answer_limits(batch.attention_mask, max_new_tokens, model.config.text.max_position_embeddings)
         batches.append(batch)
         last = shown[-1][-1]

@@ -51,6 +51,8 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--top-p", metavar="P", type=float, default=1.0, help="in (0, 1] (default: 1)")
     command.add_argument("--top-k", metavar="K", type=int, help="draw from the K best tokens (default: all)")
     command.add_argument("--repetition-penalty", metavar="R", type=float, default=1.0, help="above 0 (default: 1)")
+    command.add_argument("--num-beams", metavar="N", type=int, default=1, help="beam search with N beams (default: 1)")
+    command.add_argument("--length-penalty", metavar="A", type=float, default=1.0, help="of beams (default: 1)")
     command.add_argument("--seed", metavar="S", type=int, help="makes drawn answers repeatable")
     command.add_argument("--stop", metavar="TEXT", action="append", help="end the answer before TEXT; may be repeated")
     command.add_argument("--stream", action="store_true", help="print the answer while it grows")
@@ -70,6 +72,8 @@ def _generate(options: argparse.Namespace) -> None:
         "top_p": options.top_p,
         "top_k": options.top_k,
         "repetition_penalty": options.repetition_penalty,
+        "num_beams": options.num_beams,
+        "length_penalty": options.length_penalty,
         "stop": options.stop,
         "seed": options.seed,
     }
