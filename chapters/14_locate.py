@@ -110,15 +110,26 @@ assert max(abs(index / 1023 - index / 1024) for index in range(1024)) < 0.001
 # %%
 # | export
 BINS = 1024
+MASK_TOKENS, MASK_CODES = 16, 128  # seg tokens of a mask, and how many different ones there are
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class Detection:
-    """A named box: (y_min, x_min, y_max, x_max) in pixels of the picture that was asked about."""
+    """A named box, and perhaps a mask.
+
+    Parameters
+    ----------
+    label : str
+    box : (y_min, x_min, y_max, x_max)
+        In pixels of the picture that was asked about.
+    codes : tuple of int
+        The 16 numbers, 0 to 127, of the seg tokens of a `segment` answer; empty where there is no mask.
+    """
 
     label: str
     box: Box
+    codes: tuple[int, ...] = ()
 
 
 # %%
@@ -159,31 +170,45 @@ def _check_size(height: int, width: int) -> None:
 
 # %%
 # | export
-def encode_boxes(boxes: Sequence[Box], labels: Sequence[str], height: int, width: int) -> str:
+def encode_boxes(
+    boxes: Sequence[Box],
+    labels: Sequence[str],
+    height: int,
+    width: int,
+    codes: Sequence[Sequence[int]] | None = None,
+) -> str:
     """Named boxes as PaliGemma writes them: four loc tokens and a label each, ` ; ` between them.
+
+    With masks, 16 seg tokens stand between the loc tokens and the label.
 
     Parameters
     ----------
     boxes : sequence of (y_min, x_min, y_max, x_max)
         In pixels.
     labels : sequence of str
-        One for each box. Runs of white space become one space.
+        One for each box, not empty. Runs of white space become one space.
     height, width : int
         Of the picture, in pixels.
+    codes : sequence, optional
+        The 16 codes of each mask, as `MaskVAE.encode` gives them.
 
     Raises
     ------
     ValueError
-        If boxes and labels differ in number, a box is wrong (see `encode_box`), or a label holds `;` or something
-        that reads like a loc or seg token.
+        If boxes, labels and codes differ in number, a box is wrong (see `encode_box`), a mask has not 16 codes from 0
+        to 127, or a label is empty, or holds `;` or something that reads like a loc or seg token.
     """
-    if len(boxes) != len(labels):
-        raise ValueError(f"{len(boxes)} boxes and {len(labels)} labels: there must be as many of each")
+    if len(boxes) != len(labels) or (codes is not None and len(codes) != len(boxes)):
+        masks = "" if codes is None else f" and {len(codes)} masks"
+        raise ValueError(f"{len(boxes)} boxes and {len(labels)} labels{masks}: there must be as many of each")
     parts = []
-    for box, label in zip(boxes, labels, strict=True):
-        if ";" in label or _LIKE_TOKEN.search(label):
-            raise ValueError(f"label {label!r} could not be read back: leave out ';', '<loc' and '<seg'")
-        parts.append(" ".join([encode_box(box, height, width), *label.split()]))
+    for box, label, mask in zip(boxes, labels, codes or [()] * len(boxes), strict=True):
+        if not label.split() or ";" in label or _LIKE_TOKEN.search(label):
+            raise ValueError(f"label {label!r} could not be read back: give a word, without ';', '<loc' and '<seg'")
+        if codes is not None and (len(mask) != MASK_TOKENS or not all(0 <= code < MASK_CODES for code in mask)):
+            raise ValueError(f"a mask is {MASK_TOKENS} codes from 0 to {MASK_CODES - 1}, got {list(mask)!r:.100}")
+        segs = "".join(f"<seg{code:03d}>" for code in mask)
+        parts.append(" ".join([encode_box(box, height, width) + segs, *label.split()]))
     return " ; ".join(parts)
 
 
@@ -215,8 +240,8 @@ def parse(answer: str, height: int, width: int) -> tuple[list[Detection], list[s
     """Read an answer to `detect` or `segment`: what can be read, and sentences about what could not.
 
     A bin becomes bin / 1023 of the edge. Of more than four loc tokens in a row the first four are the box. A box without
-    a label is kept, with an empty label; one that ends before it begins, or has a bin above 1023, is dropped. The seg
-    tokens of a `segment` answer are left aside.
+    a label is kept, with an empty label; one that ends before it begins, or has a bin above 1023, is dropped. Sixteen seg
+    tokens behind the loc tokens are a mask; of more the first sixteen, and fewer leave the box without one.
 
     Parameters
     ----------
@@ -259,12 +284,22 @@ def parse(answer: str, height: int, width: int) -> tuple[list[Detection], list[s
 
 def _read_row(row: str, after: str, height: int, width: int) -> tuple[Detection | None, list[str]]:
     bins = [int(index) for index in re.findall(r"<loc([0-9]{4})>", row)]
-    codes = re.findall(r"<seg[0-9]{3}>", row + after)
+    segs = re.findall(r"<seg([0-9]{3})>", row[row.rindex("<loc") :])  # a mask stands behind the last loc token
+    stray = len(re.findall(r"<seg[0-9]{3}>", row + after)) - len(segs)
+    codes = tuple(map(int, segs[:MASK_TOKENS]))
     label = " ".join(_LIKE_TOKEN.sub(" ", after).split())
-    broken = [token for token in _LIKE_TOKEN.findall(after) if token not in codes]
+    broken = [token for token in _LIKE_TOKEN.findall(after) if not re.fullmatch(r"<seg[0-9]{3}>", token)]
     said = []
-    if codes:
-        said.append(f"holds {_count(len(codes), 'seg token')}: left aside, boxes are read here")
+    if len(segs) > MASK_TOKENS:
+        said.append(
+            f"has {len(segs)} seg tokens, a mask takes {MASK_TOKENS}: the first {MASK_TOKENS} were read, the rest was dropped"
+        )
+    if 0 < len(codes) < MASK_TOKENS or max(codes, default=0) >= MASK_CODES:
+        what = _count(len(codes), "seg token") if len(codes) < MASK_TOKENS else f"a seg token above {MASK_CODES - 1}"
+        said.append(f"has {what}, a mask takes {MASK_TOKENS} from 0 to {MASK_CODES - 1}: dropped")
+        codes = ()
+    if stray:
+        said.append(f"holds {_count(stray, 'seg token')} where no mask stands: dropped")
     if broken:
         said.append(f"holds {', '.join(map(repr, broken))}, which is no loc or seg token: dropped")
     if len(bins) < 4:
@@ -278,7 +313,7 @@ def _read_row(row: str, after: str, height: int, width: int) -> tuple[Detection 
     )
     if bottom < top or right < left:
         return None, [*said, "ends before it begins: dropped"]
-    return Detection(label, (top, left, bottom, right)), said if label else [*said, "has no label"]
+    return Detection(label, (top, left, bottom, right), codes), said if label else [*said, "has no label"]
 
 
 def _short(text: str) -> str:
@@ -291,7 +326,7 @@ def _count(number: int, noun: str) -> str:
 
 
 # %% [markdown]
-# Eight answers, from good to hopeless. Under each stands what was read, and what was said about the rest.
+# Nine answers, from good to hopeless. Under each stands what was read, and what was said about the rest.
 
 # %%
 cat = "<loc0100><loc0200><loc0300><loc0400>"
@@ -303,12 +338,18 @@ for answer in (
     "<loc0300><loc0200><loc0100><loc0400> cat",
     cat.replace("0400", "1024") + " cat",
     cat + "".join(f"<seg{index:03d}>" for index in range(16)) + " cat",
+    cat + "<seg007> cat",
     "I see a cat",
 ):
     found, remarks = parse(answer, 1023, 1023)
     print(answer if len(answer) < 90 else f"{answer[:87]}...")
     for detection in found:
-        print("   ", detection.label, [round(edge) for edge in detection.box])
+        print(
+            "   ",
+            detection.label,
+            [round(edge) for edge in detection.box],
+            *(["and a mask"] if detection.codes else []),
+        )
     for remark in remarks:
         print("   ", remark)
 
@@ -422,11 +463,15 @@ best_pairing_naive(overlaps)
 # Taking the largest overlap first would pair with 0.9 and be left with 0.1: a sum of 1.0, where 1.4 can be had. So we do not
 # take the greedy way.
 #
-# But trying all is slow: 5 boxes have 120 pairings, 12 boxes 479,001,600. The *Hungarian method* finds the same best sum in
-# about n³ steps. It adds one row at a time, and lets rows that are already paired move over if that helps.
+# But trying all is slow: 5 boxes have 120 pairings, 12 boxes 479,001,600.
 
 # %%
 assert math.factorial(5) == 120 and math.factorial(12) == 479_001_600
+
+# %% [markdown]
+# A better way adds one row at a time. The new row may push a paired row out of its column, which then takes another, and
+# pushes out a third. Each move gains or loses something. Of all such chains to a free column we take the one that gains
+# most. A chain in the best pairing cannot run in a circle, or the pairing would not have been the best.
 
 
 # %%
@@ -434,38 +479,26 @@ assert math.factorial(5) == 120 and math.factorial(12) == 479_001_600
 def _best_pairing(scores: Sequence[Sequence[float]]) -> list[int]:
     """For each row its column, no column twice, with the largest sum of scores; rows must not outnumber columns.
 
-    The Hungarian method with potentials (Kuhn 1955, Munkres 1957). A row's and a column's potential never add up to less
-    than their score, and add up to just that where the two are paired; each new row takes the cheapest way to a free
-    column, and the rows along that way each move over by one.
+    The Hungarian method (Kuhn 1955): rows come one by one, each along the chain of moves that gains most.
     """
-    num_rows, num_columns = len(scores), len(scores[0]) if scores else 0
-    row_potential, column_potential = [max(row) for row in scores], [0.0] * num_columns
-    row_of: list[int | None] = [None] * num_columns
-    for new_row in range(num_rows):
-        cost, came_from = [math.inf] * num_columns, [-1] * num_columns  # of the best way to each column
-        done: list[int] = []
-        row, column, reached = new_row, -1, 0.0
-        while True:
-            for other in set(range(num_columns)).difference(done):
-                slack = reached + row_potential[row] + column_potential[other] - scores[row][other]
-                if slack < cost[other]:
-                    cost[other], came_from[other] = slack, column
-            column = min(set(range(num_columns)).difference(done), key=cost.__getitem__)
-            reached = cost[column]
-            if row_of[column] is None:
-                break
-            done.append(column)
-            row = row_of[column]
-        row_potential[new_row] -= reached
-        for other in done:
-            row_potential[row_of[other]] -= reached - cost[other]
-            column_potential[other] += reached - cost[other]
-        while column >= 0:  # walk back: each column takes the row of the one before it
-            before = came_from[column]
-            row_of[column] = row_of[before] if before >= 0 else new_row
-            column = before
-    column_of = {row: column for column, row in enumerate(row_of) if row is not None}
-    return [column_of[row] for row in range(num_rows)]
+    row_of: dict[int, int] = {}  # the row that each paired column has
+    for new_row, values in enumerate(scores):
+        gain, pushed_from = list(values), {}  # of the best chain that ends in each column, and the column before
+        better = True
+        while better:
+            better = False
+            for column, row in row_of.items():
+                for other, value in enumerate(scores[row]):
+                    moved = gain[column] - scores[row][column] + value
+                    if moved > gain[other] + 1e-12:  # more than the rounding of sums
+                        gain[other], pushed_from[other], better = moved, column, True
+        column = max(set(range(len(values))) - row_of.keys(), key=gain.__getitem__)
+        while column in pushed_from:
+            row_of[column] = row_of[pushed_from[column]]
+            column = pushed_from[column]
+        row_of[column] = new_row
+    column_of = {row: column for column, row in row_of.items()}
+    return [column_of[row] for row in range(len(scores))]
 
 
 # %%

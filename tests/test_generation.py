@@ -254,7 +254,7 @@ def every_sentence(model, batch, words, length):
     with torch.no_grad():
         scores = model(ids, pixels, torch.ones_like(ids), types)[:, -length - 1 : -1].log_softmax(-1)
     totals = scores.gather(-1, ids[:, -length:, None]).sum((1, 2))
-    return {sentence: total for sentence, total in zip(sentences, totals.tolist())}
+    return dict(zip(sentences, totals.tolist()))
 
 
 def test_wide_beams_find_the_most_likely_of_all(tiny_model, pictures):

@@ -82,7 +82,9 @@ def test_answers(both, pictures, width):
     answers = generate_answers(model, batch, str, max_new_tokens=10, num_beams=width, length_penalty=0.6)
     if width == 1:
         output = reference.generate(
-            **{name: getattr(batch, name) for name in ("input_ids", "attention_mask", "token_type_ids", "pixel_values")},
+            **{
+                name: getattr(batch, name) for name in ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+            },
             do_sample=False,
             max_new_tokens=10,
         )
