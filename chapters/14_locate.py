@@ -20,12 +20,13 @@
 # | export
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from sigma_book.processor import load_image
+from sigma_book.processor import Tokenizer, load_image
 
 # %%
 import random
@@ -377,6 +378,189 @@ for _ in range(1000):
     (back,), _ = parse(encode_boxes([box], ["thing"], height, width), height, width)
     for edge, other, size in zip(box, back.box, (height, width) * 2, strict=True):
         assert abs(edge - other) <= size / 1023 / 2 + 1e-9
+
+# %% [markdown]
+# ## Answers that always parse
+#
+# So far the model writes what it likes, and we read what we can. There is another way round: forbid what cannot be read.
+# Before each token, look at what was said, and allow only the tokens that can still lead to a well-formed answer. The
+# loop of chapter 13 has the door for it: `allow`.
+#
+# What may come next depends on where we are. Four loc tokens, for `segment` sixteen seg tokens, then a label, then the
+# end or a separator:
+
+# %%
+figure, axis = plt.subplots(figsize=(8.6, 1.9))
+places = {"4 x <loc>": 0.8, "16 x <seg>": 3.1, "label": 5.2, "end": 7.4}
+for name, x in places.items():
+    colour = GREY if name == "end" else ANSWER
+    axis.text(
+        x, 1, name, ha="center", va="center", color="white", bbox={"boxstyle": "round,pad=0.5", "fc": colour, "lw": 0}
+    )
+arrow = {"arrowstyle": "-|>", "color": "0.3", "lw": 1.2}
+for start, stop in ((1.5, 2.35), (3.85, 4.7), (5.75, 6.95)):
+    axis.annotate("", (stop, 1), (start, 1), arrowprops=arrow)
+bent = {**arrow, "connectionstyle": "arc3,rad=-0.35"}
+axis.annotate("", (4.8, 1.28), (0.9, 1.28), arrowprops=bent)
+axis.text(2.85, 2.15, "detect: no mask", ha="center", size=9, color="0.3")
+axis.annotate("", (0.8, 0.72), (5.1, 0.72), arrowprops=bent)
+axis.text(2.95, -0.2, "the separator ;", ha="center", size=9, color="0.3")
+loop = {**arrow, "connectionstyle": "arc3,rad=-1.4"}
+axis.annotate("", (5.5, 1.3), (5.0, 1.3), arrowprops=loop)
+axis.text(5.25, 2.0, "one more word", ha="center", size=9, color="0.3")
+axis.set(xlim=(0, 8.1), ylim=(-0.4, 2.4))
+axis.axis("off")
+save(figure, "14_grammar")
+plt.show()
+
+# %% [markdown]
+# *Figure: the way through an answer. From four loc tokens to sixteen seg tokens or, for detect, past them to the label;
+# the label may grow word by word, then comes the end, or a separator that leads back to the loc tokens.*
+#
+# By hand, with names for the kinds of tokens:
+
+
+# %%
+def may_come_naive(said: list[str], task: str) -> set[str]:
+    item = said[len(said) - said[::-1].index(";") :] if ";" in said else said  # behind the last separator
+    head = ["loc"] * 4 + (["seg"] * 16 if task == "segment" else [])
+    if len(item) < len(head):
+        return {head[len(item)]}
+    return {"word"} if len(item) == len(head) else {"word", ";", "end"}
+
+
+said = []
+for kind in ("loc", "loc", "loc", "loc", "word", ";", "loc"):
+    print(f"{' '.join(said) or 'nothing yet':32} -> {', '.join(sorted(may_come_naive(said, 'detect')))}")
+    assert kind in may_come_naive(said, "detect")
+    said.append(kind)
+
+# %% [markdown]
+# Real tokens ask for a little more care.
+#
+# - A box must not end before it begins: the third loc token is at least the first, the fourth at least the second.
+# - A label is made of ordinary pieces. None of them may hold `;` or `<`, which would be read as something else. A piece
+#   that is only a space makes no label. Pieces that stand for half a character are left out too, so a character that the
+#   tokenizer knows only as bytes cannot appear.
+# - The tokens of ` ; ` differ from tokenizer to tokenizer: we ask it.
+# - The answer may be cut after `max_new_tokens`. It must be whole even then. So before a box is begun we look whether
+#   there is room to finish it.
+#
+# The last point is arithmetic. A box still needs the rest of its loc and seg tokens and one word. If fewer tokens are
+# left than a new box needs, the separator is forbidden.
+
+
+# %%
+# | export
+class AnswerGrammar:
+    """Says which tokens may come next in an answer to `detect` or `segment`: an `allow` for chapter 13's loops.
+
+    An answer is one or more items with ` ; ` between them. An item is four loc tokens, of which the box does not end
+    before it begins, for `segment` 16 seg tokens, and a label of ordinary pieces that is not empty. However few tokens
+    may come, the answer is whole when they are used up. `parse` has nothing to remark on such an answer.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+    vocab_size : int
+        V, how many scores the model gives.
+    stop_ids : sequence of int
+        Tokens that end an answer.
+    task : str
+        `detect` or `segment`.
+
+    Raises
+    ------
+    ValueError
+        If the task is another one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: Sequence[int], task: str):
+        if task not in ("detect", "segment"):
+            raise ValueError(f"grammar is {task!r}: expected 'detect' or 'segment'")
+        self.task = task
+        self.head = 4 + (MASK_TOKENS if task == "segment" else 0)  # tokens of an item before its label
+        self.shortest = self.head + 1
+        self._locs = [tokenizer.token_id(f"<loc{index:04d}>") for index in range(BINS)]
+        self._bin_of = {token: index for index, token in enumerate(self._locs)}
+        segs = [tokenizer.token_id(f"<seg{code:03d}>") for code in range(MASK_CODES)]
+        marks = {*self._locs, *segs, *stop_ids, tokenizer.image_id}
+        pieces = {token: tokenizer.decode([token]) for token in range(vocab_size) if token not in marks}
+        words = [token for token, piece in pieces.items() if piece.isprintable() and not set(piece) & set("<;\ufffd")]
+        words = [token for token in words if pieces[token]]
+        self._spoken = {token for token in words if pieces[token].strip()}  # pieces that make a label alone
+        between = tokenizer.encode("<loc0000> ; <loc0000>")[1:-1]
+        start = next(place for place, token in enumerate(between) if ";" in pieces[token])
+        self._lead, self._separator = between[:start], between[start:]  # a space may come as a piece of its own
+        self._vocab_size = vocab_size
+        self._segs, self._words = self._tokens(segs), self._tokens(words)
+        self._must_speak, self._end = self._tokens(self._spoken), self._tokens(stop_ids)
+
+    def _tokens(self, tokens: Iterable[int]) -> torch.Tensor:
+        allowed = torch.zeros(self._vocab_size, dtype=torch.bool)
+        allowed[[token for token in tokens if token < self._vocab_size]] = True
+        return allowed
+
+    def __call__(self, answer: list[int], left: int) -> torch.Tensor:
+        """The tokens that may come behind an answer, if `left` more may come: boolean (V,).
+
+        Raises
+        ------
+        ValueError
+            If not even one item fits.
+        """
+        begun = [place for place, token in enumerate(answer) if token == self._separator[0]]
+        start = begun[-1] + len(self._separator) if begun else 0
+        if start > len(answer):
+            return self._tokens([self._separator[len(answer) - start]])
+        item = answer[start:]
+        if left < self.shortest - len(item) and not answer:
+            raise ValueError(
+                f"an answer to {self.task} takes {self.shortest} tokens or more, and there is room for {left}: "
+                "raise max_new_tokens, or shorten the prompt"
+            )
+        if len(item) < 4:
+            least = self._bin_of[item[-2]] if len(item) >= 2 else 0
+            return self._tokens(self._locs[least:])
+        if len(item) < self.head:
+            return self._segs
+        if self._spoken.isdisjoint(item[self.head :]):
+            return self._must_speak if left == 1 else self._words
+        allowed = self._words | self._end
+        led = answer[len(answer) - len(self._lead) :] == self._lead
+        if led and left >= len(self._separator) + self.shortest:
+            allowed[self._separator[0]] = True
+        return allowed
+
+
+# %% [markdown]
+# Proof: a walk that takes any allowed token, at random, thousands of times. Whatever the length it is given, the answer
+# parses, and there is nothing to remark.
+
+# %%
+tokenizer = load().processor.tokenizer
+walks, boxes_read = 0, 0
+for task in ("detect", "segment"):
+    grammar = AnswerGrammar(tokenizer, tokenizer.vocab_size, [tokenizer.eos_id], task)
+    for room in range(grammar.shortest, grammar.shortest + 40):
+        for _ in range(10):
+            answer = []
+            while len(answer) < room and tokenizer.eos_id not in answer:
+                may = grammar(answer, room - len(answer)).nonzero()[:, 0].tolist()
+                ends = [token for token in may if token == tokenizer.eos_id]
+                marks = [token for token in may if token in grammar._separator]
+                answer.append(rng.choice(rng.choice([kinds for kinds in (may, may, marks, ends) if kinds])))
+            found, remarks = parse(tokenizer.decode(answer), 100, 100)
+            assert found and not remarks and all(detection.label for detection in found), tokenizer.decode(answer)
+            assert all(bool(detection.codes) == (task == "segment") for detection in found)
+            walks, boxes_read = walks + 1, boxes_read + len(found)
+print(f"{walks} walks, {boxes_read} boxes, nothing to remark")
+
+# %% [markdown]
+# `tests/test_grammar.py` does the same with a thousand random models, greedy, drawn and with beams.
+#
+# A word of warning. A grammar makes answers readable, not true. A model that has nothing to say must now say something:
+# forced to draw a box, it draws one.
 
 # %% [markdown]
 # ## How good is a box?

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -17,8 +18,9 @@ from sigma_book.generation import (
     stream_answer,
     whole_number,
 )
+from sigma_book.locate import AnswerGrammar
 from sigma_book.paligemma import PaliGemma
-from sigma_book.processor import Batch, Processor, load_image
+from sigma_book.processor import Batch, Processor, Tokenizer, load_image
 from sigma_book.weights import find_folder, load_model, read_config
 
 __all__ = ["generate", "load", "read_settings"]
@@ -93,6 +95,7 @@ def generate(
     length_penalty: float = 1.0,
     stop: str | Sequence[str] | None = None,
     seed: int | None = None,
+    grammar: str | None = None,
     stream: bool = False,
     return_logprobs: bool = False,
 ) -> str | list[str] | Answer | list[Answer] | Iterator[str]:
@@ -128,6 +131,8 @@ def generate(
     seed : int, optional
         Row i of a list draws as a call of its own would with `seed + i`. None draws anew each time, or as
         `torch.manual_seed` says.
+    grammar : str, optional
+        `detect` or `segment` allows only tokens that make a well-formed answer of that kind, one box or more.
     stream : bool
         Give an iterator over pieces of the answer; for one picture and one prompt.
     return_logprobs : bool
@@ -153,7 +158,7 @@ def generate(
     batches of other sizes, so where two tokens are about equally good, either may come.
     """
     sampling, stop = read_settings(
-        max_new_tokens, temperature, top_p, top_k, repetition_penalty, num_beams, length_penalty, stop, seed
+        max_new_tokens, temperature, top_p, top_k, repetition_penalty, num_beams, length_penalty, stop, seed, grammar
     )
     pictures, prompts = _rows(image, prompt)
     if stream and (len(prompts) > 1 or return_logprobs or num_beams > 1):
@@ -162,8 +167,13 @@ def generate(
         raise ValueError(f"stream=True gives the text of one picture and one prompt, not {asked}: leave it out")
     model = _model(model)
     rows_at_once = max(1, ROWS_AT_ONCE // num_beams)
-    batches = _batches(model, pictures, prompts, max_new_tokens, rows_at_once)  # all are read before the first is answered
-    options = {"max_new_tokens": max_new_tokens, "stop_ids": getattr(model, "stop_ids", None), "stop": stop}
+    batches = _batches(
+        model, pictures, prompts, max_new_tokens, rows_at_once
+    )  # all are read before the first is answered
+    stop_ids = tuple(getattr(model, "stop_ids", None) or [model.config.eos_token_id])
+    options = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "stop": stop}
+    if grammar is not None:
+        options["allow"] = _grammar(model.processor.tokenizer, model.config.text.vocab_size, stop_ids, grammar)
     decode = model.processor.tokenizer.decode
     if stream:
         return stream_answer(model, batches[0], decode, sampling=sampling, **options)
@@ -177,6 +187,11 @@ def generate(
     return results[0] if one else results
 
 
+@lru_cache(maxsize=4)  # it looks at every piece of a vocabulary
+def _grammar(tokenizer: Tokenizer, vocab_size: int, stop_ids: tuple[int, ...], task: str) -> AnswerGrammar:
+    return AnswerGrammar(tokenizer, vocab_size, stop_ids, task)
+
+
 def read_settings(
     max_new_tokens: int,
     temperature: float,
@@ -187,6 +202,7 @@ def read_settings(
     length_penalty: float,
     stop: str | Sequence[str] | None,
     seed: int | None,
+    grammar: str | None = None,
 ) -> tuple[Sampling, list[str]]:
     """Check the arguments of `generate` that need no model.
 
@@ -203,6 +219,8 @@ def read_settings(
     whole_number("max_new_tokens", max_new_tokens, least=1)
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
     check_beams(num_beams, length_penalty, sampling)
+    if grammar not in (None, "detect", "segment"):
+        raise ValueError(f"grammar is {grammar!r}: expected 'detect' or 'segment', or none")
     if seed is None:
         sampling = replace(sampling, seed=int(torch.randint(2**62, ())))
     listed = [] if stop is None else [stop] if isinstance(stop, str) else stop

@@ -54,6 +54,9 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--num-beams", metavar="N", type=int, default=1, help="beam search with N beams (default: 1)")
     command.add_argument("--length-penalty", metavar="A", type=float, default=1.0, help="of beams (default: 1)")
     command.add_argument("--seed", metavar="S", type=int, help="makes drawn answers repeatable")
+    command.add_argument(
+        "--grammar", metavar="TASK", help="detect or segment: allow only well-formed answers of this kind"
+    )
     command.add_argument("--stop", metavar="TEXT", action="append", help="end the answer before TEXT; may be repeated")
     command.add_argument("--stream", action="store_true", help="print the answer while it grows")
     command.add_argument("--device", metavar="D", default="auto", help="auto, cuda, cuda:0, mps or cpu (default: auto)")
@@ -76,6 +79,7 @@ def _generate(options: argparse.Namespace) -> None:
         "length_penalty": options.length_penalty,
         "stop": options.stop,
         "seed": options.seed,
+        "grammar": options.grammar,
     }
     read_settings(**settings)  # what is wrong is said before a model is loaded
     image = load_image(options.image)

@@ -7,17 +7,19 @@ Tangled from chapters/14_locate.py: edit there, then run python -m sigma_book.ta
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from sigma_book.processor import load_image
+from sigma_book.processor import Tokenizer, load_image
 
 __all__ = [
     "BINS",
     "MASK_CODES",
     "MASK_TOKENS",
+    "AnswerGrammar",
     "Box",
     "Detection",
     "compare_boxes",
@@ -223,6 +225,87 @@ def _short(text: str) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+class AnswerGrammar:
+    """Says which tokens may come next in an answer to `detect` or `segment`: an `allow` for chapter 13's loops.
+
+    An answer is one or more items with ` ; ` between them. An item is four loc tokens, of which the box does not end
+    before it begins, for `segment` 16 seg tokens, and a label of ordinary pieces that is not empty. However few tokens
+    may come, the answer is whole when they are used up. `parse` has nothing to remark on such an answer.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+    vocab_size : int
+        V, how many scores the model gives.
+    stop_ids : sequence of int
+        Tokens that end an answer.
+    task : str
+        `detect` or `segment`.
+
+    Raises
+    ------
+    ValueError
+        If the task is another one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: Sequence[int], task: str):
+        if task not in ("detect", "segment"):
+            raise ValueError(f"grammar is {task!r}: expected 'detect' or 'segment'")
+        self.task = task
+        self.head = 4 + (MASK_TOKENS if task == "segment" else 0)  # tokens of an item before its label
+        self.shortest = self.head + 1
+        self._locs = [tokenizer.token_id(f"<loc{index:04d}>") for index in range(BINS)]
+        self._bin_of = {token: index for index, token in enumerate(self._locs)}
+        segs = [tokenizer.token_id(f"<seg{code:03d}>") for code in range(MASK_CODES)]
+        marks = {*self._locs, *segs, *stop_ids, tokenizer.image_id}
+        pieces = {token: tokenizer.decode([token]) for token in range(vocab_size) if token not in marks}
+        words = [token for token, piece in pieces.items() if piece.isprintable() and not set(piece) & set("<;\ufffd")]
+        words = [token for token in words if pieces[token]]
+        self._spoken = {token for token in words if pieces[token].strip()}  # pieces that make a label alone
+        between = tokenizer.encode("<loc0000> ; <loc0000>")[1:-1]
+        start = next(place for place, token in enumerate(between) if ";" in pieces[token])
+        self._lead, self._separator = between[:start], between[start:]  # a space may come as a piece of its own
+        self._vocab_size = vocab_size
+        self._segs, self._words = self._tokens(segs), self._tokens(words)
+        self._must_speak, self._end = self._tokens(self._spoken), self._tokens(stop_ids)
+
+    def _tokens(self, tokens: Iterable[int]) -> torch.Tensor:
+        allowed = torch.zeros(self._vocab_size, dtype=torch.bool)
+        allowed[[token for token in tokens if token < self._vocab_size]] = True
+        return allowed
+
+    def __call__(self, answer: list[int], left: int) -> torch.Tensor:
+        """The tokens that may come behind an answer, if `left` more may come: boolean (V,).
+
+        Raises
+        ------
+        ValueError
+            If not even one item fits.
+        """
+        begun = [place for place, token in enumerate(answer) if token == self._separator[0]]
+        start = begun[-1] + len(self._separator) if begun else 0
+        if start > len(answer):
+            return self._tokens([self._separator[len(answer) - start]])
+        item = answer[start:]
+        if left < self.shortest - len(item) and not answer:
+            raise ValueError(
+                f"an answer to {self.task} takes {self.shortest} tokens or more, and there is room for {left}: "
+                "raise max_new_tokens, or shorten the prompt"
+            )
+        if len(item) < 4:
+            least = self._bin_of[item[-2]] if len(item) >= 2 else 0
+            return self._tokens(self._locs[least:])
+        if len(item) < self.head:
+            return self._segs
+        if self._spoken.isdisjoint(item[self.head :]):
+            return self._must_speak if left == 1 else self._words
+        allowed = self._words | self._end
+        led = answer[len(answer) - len(self._lead) :] == self._lead
+        if led and left >= len(self._separator) + self.shortest:
+            allowed[self._separator[0]] = True
+        return allowed
 
 
 def iou(first: Box, second: Box) -> float:
