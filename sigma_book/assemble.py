@@ -21,7 +21,7 @@ from sigma_book.generation import (
 from sigma_book.locate import AnswerGrammar
 from sigma_book.paligemma import PaliGemma
 from sigma_book.processor import Batch, Processor, Tokenizer, load_image
-from sigma_book.weights import find_folder, load_model, read_config
+from sigma_book.weights import find_folder, load_model, load_npz, read_config
 
 __all__ = ["generate", "load", "read_settings"]
 
@@ -40,8 +40,8 @@ def load(
     Parameters
     ----------
     path_or_hub_id : path, optional
-        A PaliGemma folder in the Hugging Face layout, or the id of one on the hub; None is the pocket model that
-        comes with this package.
+        A PaliGemma folder in the Hugging Face layout, or the id of one on the hub, or big_vision's `.npz` file with
+        a tokenizer in the same folder; None is the pocket model that comes with this package.
     device : str or torch.device
         `auto` is cuda, mps or cpu, in this order.
     dtype : str or torch.dtype
@@ -68,9 +68,14 @@ def load(
         if not isinstance(path_or_hub_id, str | Path):
             raise ValueError(f"a model is a path or a hub id, got {type(path_or_hub_id).__name__}")
         folder = find_folder(path_or_hub_id)
-    read_config(folder)  # a folder of another model is told first
-    processor = Processor.from_folder(folder)
-    model = load_model(folder, device, dtype)
+    if folder.suffix == ".npz" and folder.is_file():
+        model = load_npz(folder, device, dtype)
+        folder, vision = folder.parent, model.config.vision
+        processor = Processor(Tokenizer.from_folder(folder), vision.image_size, vision.num_patches)
+    else:
+        read_config(folder)  # a folder of another model is told first
+        processor = Processor.from_folder(folder)
+        model = load_model(folder, device, dtype)
     if processor.tokenizer.image_id != model.config.image_token_id:
         raise ValueError(
             f"{folder}: <image> is token {processor.tokenizer.image_id} for the tokenizer and "
@@ -265,7 +270,7 @@ def _model(model: PaliGemma | str | Path | None) -> PaliGemma:
     if not isinstance(model, str | Path):
         raise ValueError(f"model is a path, a hub id or a loaded PaliGemma, got {type(model).__name__}")
     folder = find_folder(model)
-    files = sorted(path for pattern in WATCHED for path in folder.glob(pattern))
+    files = [folder] if folder.is_file() else sorted(path for pattern in WATCHED for path in folder.glob(pattern))
     state = (folder.resolve(), [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
     if "last" not in _kept or _kept["last"][0] != state:
         _kept.pop("last", None)  # two models may not fit into memory
