@@ -398,7 +398,7 @@ def row_generators(seed: int | None, rows: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(int(seed) + row) for row in range(rows)]
 
 
-def draw(logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+def draw_one(logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
     """Draw one token for each row of scores (B, V), with one number of each row's generator: (B,).
 
     The probabilities lie end to end on a line from 0 to 1, in the order of the ids; the token in whose stretch the
@@ -416,7 +416,7 @@ def draw(logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.T
 
 # %%
 generators = row_generators(0, 1)
-drawn = torch.cat([draw(logits, generators) for _ in range(3000)])
+drawn = torch.cat([draw_one(logits, generators) for _ in range(3000)])
 counted = torch.bincount(drawn, minlength=8) / 3000
 assert (counted - probabilities).abs().max() < 5 * 0.5 / 3000**0.5  # five standard deviations, at the widest
 [(word, round(float(c), 3), round(float(p), 3)) for word, c, p in zip(words, counted, probabilities)]
@@ -445,7 +445,7 @@ def choose(
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:
         logits = keep_top_p(logits, sampling.top_p)
-    return draw(logits, generators)
+    return draw_one(logits, generators)
 
 
 # %%

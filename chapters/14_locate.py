@@ -13,23 +13,31 @@
 #
 # *How can a model that only speaks point at a thing?*
 #
-# **You build** boxes from tokens and tokens from boxes, a measure for boxes, and a way to draw them.
-# **You need** chapters 01 (scenes), 11 (pictures) and 13 (generation). **Exports** the module `sigma_book.locate`.
+# **You build** boxes and masks from tokens and back, a grammar for answers, a measure for boxes, and a way to draw them.
+# **You need** chapters 01 (scenes), 11 (pictures), 12 (files) and 13 (generation). **Exports** the module `sigma_book.locate`.
 
 # %%
 # | export
 import math
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torch.nn import functional as F
 
 from sigma_book.processor import Tokenizer, load_image
+from sigma_book.weights import read_npz_array, read_npz_header
 
 # %%
 import random
+import tempfile
+from dataclasses import replace
 from itertools import permutations
 
 import matplotlib.pyplot as plt
@@ -37,7 +45,7 @@ import matplotlib.pyplot as plt
 from sigma_book import generate, load
 from sigma_book.paligemma import count_parameters
 from sigma_book.style import ANSWER, GREY, PICTURE, PROMPT, check, save, use_style
-from sigma_book.world import draw_scene, make_scene
+from sigma_book.world import Scene, draw_scene, make_scene
 
 use_style()
 
@@ -66,7 +74,7 @@ save(figure, "14_edges")
 plt.show()
 
 # %% [markdown]
-# *A scene with a box around the red star. Dashed lines carry its four edges to the rim, where the marks are written.*
+# *Figure: a scene with a box around the red star. Dashed lines carry its four edges to the rim, where the marks are written.*
 #
 # The prompt is `detect red star`. The answer is four loc tokens and the label. The order is y before x: top, left, bottom,
 # right. Several things are separated by ` ; `.
@@ -481,10 +489,9 @@ class AnswerGrammar:
         self.task = task
         self.head = 4 + (MASK_TOKENS if task == "segment" else 0)  # tokens of an item before its label
         self.shortest = self.head + 1
-        self._locs = [tokenizer.token_id(f"<loc{index:04d}>") for index in range(BINS)]
-        self._bin_of = {token: index for index, token in enumerate(self._locs)}
+        locs = [tokenizer.token_id(f"<loc{index:04d}>") for index in range(BINS)]
         segs = [tokenizer.token_id(f"<seg{code:03d}>") for code in range(MASK_CODES)]
-        marks = {*self._locs, *segs, *stop_ids, tokenizer.image_id}
+        marks = {*locs, *segs, *stop_ids, tokenizer.image_id}
         pieces = {token: tokenizer.decode([token]) for token in range(vocab_size) if token not in marks}
         words = [token for token, piece in pieces.items() if piece.isprintable() and not set(piece) & set("<;\ufffd")]
         words = [token for token in words if pieces[token]]
@@ -493,12 +500,13 @@ class AnswerGrammar:
         start = next(place for place, token in enumerate(between) if ";" in pieces[token])
         self._lead, self._separator = between[:start], between[start:]  # a space may come as a piece of its own
         self._vocab_size = vocab_size
-        self._segs, self._words = self._tokens(segs), self._tokens(words)
-        self._must_speak, self._end = self._tokens(self._spoken), self._tokens(stop_ids)
+        self._locs, self._bin_of = torch.tensor(locs), {token: index for index, token in enumerate(locs)}
+        self._segs, self._words = self._only(segs), self._only(words)
+        self._must_speak, self._end = self._only(list(self._spoken)), self._only(list(stop_ids))
 
-    def _tokens(self, tokens: Iterable[int]) -> torch.Tensor:
+    def _only(self, tokens: list[int] | torch.Tensor) -> torch.Tensor:
         allowed = torch.zeros(self._vocab_size, dtype=torch.bool)
-        allowed[[token for token in tokens if token < self._vocab_size]] = True
+        allowed[tokens] = True
         return allowed
 
     def __call__(self, answer: list[int], left: int) -> torch.Tensor:
@@ -512,16 +520,16 @@ class AnswerGrammar:
         begun = [place for place, token in enumerate(answer) if token == self._separator[0]]
         start = begun[-1] + len(self._separator) if begun else 0
         if start > len(answer):
-            return self._tokens([self._separator[len(answer) - start]])
+            return self._only([self._separator[len(answer) - start]])
         item = answer[start:]
-        if left < self.shortest - len(item) and not answer:
+        if not answer and left < self.shortest:
             raise ValueError(
                 f"an answer to {self.task} takes {self.shortest} tokens or more, and there is room for {left}: "
                 "raise max_new_tokens, or shorten the prompt"
             )
         if len(item) < 4:
             least = self._bin_of[item[-2]] if len(item) >= 2 else 0
-            return self._tokens(self._locs[least:])
+            return self._only(self._locs[least:])
         if len(item) < self.head:
             return self._segs
         if self._spoken.isdisjoint(item[self.head :]):
@@ -583,7 +591,7 @@ save(figure, "14_iou")
 plt.show()
 
 # %% [markdown]
-# *Four pairs of equal squares, the second (dashed) moved ever farther to the right; the shared part is filled. At a tenth of the
+# *Figure: four pairs of equal squares, the second (dashed) moved ever farther to the right; the shared part is filled. At a tenth of the
 # width IoU is 0.82, at a third 0.50.*
 #
 # On drawn boxes we could simply count pixels: those in both, and those in either.
@@ -741,16 +749,363 @@ assert compare_boxes([*truth, (50, 50, 60, 60)], truth) == (False, 1.0)  # one t
 compare_boxes([(21, 20, 30, 30), (0, 0, 10, 9)], truth)
 
 # %% [markdown]
-# ## Drawing
+# ## A shape in sixteen words
 #
-# A line of one colour is lost on a ground of the same colour. So each line has black on both sides, and each label stands on a
-# plate. Lines and letters grow with the picture; nothing leaves it.
+# A box says where a thing is, not which pixels it covers. The prompt `segment red star` asks for that too. The answer
+# puts 16 *seg* tokens between the box and the label. There are 128 of them, so each carries 7 bits. Together that is 112
+# bits, for a **mask**: a picture with a yes or a no for each pixel of the box.
+
+# %%
+assert 16 * math.log2(128) == 112 and 64 * 64 == 4096
+
+# %% [markdown]
+# A mask of 64 x 64 pixels has 4,096 bits. How can 112 tell it? The sender and the receiver agree on a list of patterns
+# beforehand, a **codebook**. Then a pattern is sent by its number. That is *vector quantization*: a vector is replaced by
+# the nearest one in a list.
+#
+# By hand, with tiles of 2 x 2 pixels and a codebook of six:
+
+# %%
+codebook = [[0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0], [0, 0, 1, 1]]
+
+
+def nearest_naive(tile: list[float], codebook: list[list[float]]) -> int:
+    best, smallest = 0, math.inf
+    for number, pattern in enumerate(codebook):
+        distance = sum((one - other) ** 2 for one, other in zip(tile, pattern, strict=True))
+        if distance < smallest:
+            best, smallest = number, distance
+    return best
+
+
+triangle = [[0, 1, 1, 0], [0, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+tiles = [[triangle[y + i][x + j] for i in (0, 1) for j in (0, 1)] for y in (0, 2) for x in (0, 2)]
+[nearest_naive(tile, codebook) for tile in tiles]
+
+# %% [markdown]
+# Right half, left half, full, full: four numbers for sixteen pixels. In a formula, for a vector $z$ and the codes $e_k$:
+#
+# $$ k^* = \arg\min_k \lVert z - e_k \rVert^2 $$
+#
+# Where do good patterns come from? From examples. We draw shapes, cut each mask to its box, bring it to 64 x 64 pixels,
+# and cut that into 4 x 4 tiles of 16 x 16. Then the codebook is learned in the simplest way, *k-means*: begin with some
+# tiles as codes; give each tile to its nearest code; move each code to the mean of its tiles; repeat.
+
+
+# %%
+def mask_of(thing, size: int = 112) -> torch.Tensor:
+    """Which pixels a drawn thing covers, (H, W): painted alone, black on white."""
+    alone = Scene((replace(thing, rgb=(0, 0, 0)),), (255, 255, 255), size)
+    return torch.from_numpy(np.array(draw_scene(alone).convert("L")) < 128)
+
+
+def tiles_of(masks: torch.Tensor) -> torch.Tensor:
+    """(N, 64, 64) to (N, 16, 256), row by row."""
+    return masks.unflatten(2, (4, 16)).unflatten(1, (4, 16)).transpose(2, 3).reshape(len(masks), 16, 256)
+
+
+def whole_of(tiles: torch.Tensor) -> torch.Tensor:
+    return tiles.reshape(-1, 4, 4, 16, 16).transpose(2, 3).reshape(-1, 64, 64)
+
+
+# %% [markdown]
+# Cutting a mask to its box and putting one back are two functions that we need for the real thing too. The edges of a box
+# are rounded to whole pixels, one pixel at least. Sizes change by bilinear interpolation, which weighs the four nearest
+# values; when a picture shrinks, all values that fall together are averaged, so that thin lines do not vanish.
 
 
 # %%
 # | export
-def draw_boxes(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
-    """A copy of a picture with named boxes on it, readable on light and on dark ground.
+MASK_SIDE = 64  # a mask is coded as a square of so many pixels
+
+
+def cut_mask(mask: torch.Tensor, box: Box) -> torch.Tensor:
+    """What a mask holds inside a box, as the encoder wants it.
+
+    Parameters
+    ----------
+    mask : torch.Tensor
+        Boolean (H, W), of the whole picture.
+    box : (y_min, x_min, y_max, x_max)
+        In pixels; its edges are rounded.
+
+    Returns
+    -------
+    torch.Tensor
+        Float32 (64, 64), -1 outside the shape and 1 inside.
+
+    Raises
+    ------
+    ValueError
+        If the mask is no boolean (H, W), or the box is not four finite numbers.
+    """
+    if mask.dtype != torch.bool or mask.dim() != 2:
+        raise ValueError(f"a mask is boolean, (H, W), got {mask.dtype} of shape {list(mask.shape)}")
+    left, top, right, bottom = _pixels_of(box, mask.shape[1], mask.shape[0])
+    inside = mask[top : bottom + 1, left : right + 1].float()
+    return 2 * _resize(inside, MASK_SIDE, MASK_SIDE) - 1
+
+
+def paste_mask(square: torch.Tensor, box: Box, height: int, width: int) -> torch.Tensor:
+    """A decoded mask (64, 64) stretched over its box: boolean (H, W), True where the stretched value is above 0."""
+    left, top, right, bottom = _pixels_of(box, width, height)
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    stretched = _resize(square.float(), bottom + 1 - top, right + 1 - left)
+    mask[top : bottom + 1, left : right + 1] = stretched > 0
+    return mask
+
+
+def _pixels_of(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
+    """First and last column and row of a box, all inside the picture."""
+    if len(box) != 4 or not all(math.isfinite(edge) for edge in box):
+        raise ValueError(f"a box is four finite numbers (y_min, x_min, y_max, x_max), got {tuple(box)}")
+    top, bottom = sorted((box[0], box[2]))
+    left, right = sorted((box[1], box[3]))
+    first = (round(min(max(left, 0), width - 1)), round(min(max(top, 0), height - 1)))
+    last = (round(min(max(right, 0), width)) - 1, round(min(max(bottom, 0), height)) - 1)
+    return *first, max(first[0], last[0]), max(first[1], last[1])
+
+
+def _resize(values: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Float32 (H, W) to another size by Pillow: bilinear, averaging where it shrinks."""
+    resized = Image.fromarray(values.numpy()).resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(resized))
+
+
+# %%
+things = [thing for seed in range(400) for thing in make_scene(seed).things]
+squares = torch.stack([cut_mask(mask_of(thing), thing.box) for thing in things])  # (N, 64, 64)
+known, unseen = tiles_of(squares[:900]).flatten(0, 1), squares[900:1100]
+generator = torch.Generator().manual_seed(0)
+codes = known[torch.randperm(len(known), generator=generator)[:128]]  # (128, 256)
+for _ in range(6):
+    owner = torch.cdist(known, codes).argmin(-1)
+    codes = torch.stack([known[owner == k].mean(0) if (owner == k).any() else codes[k] for k in range(128)])
+sent = torch.cdist(tiles_of(unseen), codes).argmin(-1)  # (N, 16): all that is sent
+received = whole_of(codes[sent])
+both = (received > 0) & (unseen > 0)
+mean_iou = (both.sum((1, 2)) / ((received > 0) | (unseen > 0)).sum((1, 2))).mean().item()
+assert mean_iou > 0.85
+print(f"mean overlap of {len(unseen)} masks that the codebook was not made from: {mean_iou:.3f}")
+
+# %%
+shown = [
+    next(n for n, thing in enumerate(things[900:1100]) if thing.shape == shape) for shape in ("star", "heart", "ring")
+]
+figure, axes = plt.subplots(1, 6, figsize=(9, 1.9), width_ratios=(1, 1, 1, 1, 1, 1))
+for pair, number in zip(axes.reshape(3, 2), shown):
+    for axis, square, title in zip(pair, (unseen[number], received[number]), ("mask", "from 16 numbers")):
+        axis.imshow(square, cmap="Greys", vmin=-1, vmax=1)
+        axis.set_title(title, size=8)
+        axis.axis("off")
+        for edge in (15.5, 31.5, 47.5):
+            axis.axhline(edge, color=GREY, lw=0.4)
+            axis.axvline(edge, color=GREY, lw=0.4)
+    for place, code in enumerate(sent[number].tolist()):
+        pair[1].text(place % 4 * 16 + 7.5, place // 4 * 16 + 7.5, code, ha="center", va="center", size=6, color=PROMPT)
+save(figure, "14_codes")
+plt.show()
+
+# %% [markdown]
+# *Figure: a star, a heart and a ring, each as a mask and as what comes back from 16 numbers, one for each tile of a 4 x 4
+# grid. The outlines are a little frayed where tiles meet.*
+#
+# Sixteen numbers tell a shape well enough. But each tile was chosen alone, so edges do not quite meet. PaliGemma goes one
+# step further. A small network of convolutions looks at the whole mask and makes 16 vectors of it; the nearest codes are
+# sent; a second network paints the mask from the 16 codes at once. All three were learned together, on the outlines of a
+# large collection of photographs.
+#
+# ## The real networks
+#
+# Their weights come in a file of their own, `vae-oid.npz`, that big_vision publishes. It is not part of this package, and
+# we did not have it here. So what follows is built from the published program and tested with random numbers: it computes
+# the right thing, and shows noise until somebody puts the file in.
+#
+# A *convolution* with stride 2 halves height and width; a *transposed* one doubles them. Between them stand residual
+# blocks, as in chapter 04: compute something, add it to what was there. The names inside are those of the arrays in the
+# file, such as `decoder.2.net.0.weight`, so that the numbers find their places by themselves.
+
+
+# %%
+# | export
+class MaskResidual(nn.Module):
+    """Three convolutions (3 x 3, 3 x 3, 1 x 1) whose result is added to what went in."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 1),
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features + self.net(features)
+
+
+class MaskVAE(nn.Module):
+    """Masks of 64 x 64 pixels to 16 codes, and back.
+
+    Parameters
+    ----------
+    down, up : sequence of int
+        Widths of the four convolutions that shrink a mask; and of the five that a mask is painted through.
+    code_width : int
+        Numbers in one of the 128 codes.
+
+    References
+    ----------
+    van den Oord et al. 2017, "Neural Discrete Representation Learning"; big_vision, evaluators/proj/paligemma/transfers/
+    segmentation.py (decoder) and pp/proj/paligemma/segmentation.py (encoder).
+    """
+
+    def __init__(self, down: Sequence[int], up: Sequence[int], code_width: int):
+        super().__init__()
+        encoder: list[nn.Module] = []
+        for before, after in zip((1, *down), down):
+            encoder += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
+        encoder += [MaskResidual(down[-1]), MaskResidual(down[-1]), nn.Conv2d(down[-1], code_width, 1)]
+        decoder: list[nn.Module] = [
+            nn.Conv2d(code_width, up[0], 1),
+            nn.ReLU(),
+            MaskResidual(up[0]),
+            MaskResidual(up[0]),
+        ]
+        for before, after in zip(up, up[1:]):
+            decoder += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
+        self.encoder = nn.Sequential(*encoder)
+        self.decoder = nn.Sequential(*decoder, nn.Conv2d(up[-1], 1, 1))
+        self._vq_vae = nn.Module()  # named as in the file
+        self._vq_vae._embedding = nn.Parameter(torch.zeros(MASK_CODES, code_width))
+
+    @torch.no_grad()
+    def encode(self, masks: torch.Tensor) -> torch.Tensor:
+        """Masks (N, 64, 64), -1 to 1, to codes (N, 16), row by row of a 4 x 4 grid."""
+        features = self.encoder(masks[:, None]).flatten(2).transpose(1, 2)  # (N, 16, code_width)
+        return torch.cdist(features, self._vq_vae._embedding.expand(len(masks), -1, -1)).argmin(-1)
+
+    @torch.no_grad()
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (N, 16) to masks (N, 64, 64), about -1 outside and 1 inside."""
+        features = self._vq_vae._embedding[codes]  # (N, 16, code_width)
+        return self.decoder(features.transpose(1, 2).unflatten(2, (4, 4)))[:, 0]
+
+    def codes_of(self, mask: torch.Tensor, box: Box) -> tuple[int, ...]:
+        """The 16 codes of what a boolean mask (H, W) holds inside a box; see `cut_mask`."""
+        return tuple(self.encode(cut_mask(mask, box)[None])[0].tolist())
+
+    def mask_of(self, detection: Detection, height: int, width: int) -> torch.Tensor:
+        """The mask of a detection with codes, boolean (H, W), in a picture of that size; see `paste_mask`."""
+        return paste_mask(self.decode(torch.tensor([detection.codes]))[0], detection.box, height, width)
+
+
+# %% [markdown]
+# The loader reads the sizes from the arrays, and says what to do where there is no file.
+
+
+# %%
+# | export
+MASKS_VARIABLE = "SIGMA_BOOK_MASKS"  # environment variable: where vae-oid.npz lies
+_MASKS_MISSING = (
+    "seg tokens become masks, and masks seg tokens, by vae-oid.npz, which is not part of this package: big_vision "
+    f"publishes it at gs://big_vision/paligemma/vae-oid.npz; give its path, or set {MASKS_VARIABLE} to it"
+)
+
+
+def load_mask_vae(path: str | Path | None = None) -> MaskVAE:
+    """The networks between masks and seg tokens, from big_vision's file `vae-oid.npz`.
+
+    Parameters
+    ----------
+    path : path, optional
+        The file; without it the environment variable SIGMA_BOOK_MASKS says where it is.
+
+    Raises
+    ------
+    FileNotFoundError
+        If no file is named, or there is none of that name.
+    ValueError
+        If the file is damaged, or its arrays are not those of the two networks.
+    """
+    path = path or os.environ.get(MASKS_VARIABLE)
+    if path is None:
+        raise FileNotFoundError(_MASKS_MISSING)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}; {_MASKS_MISSING}")
+    header = {name: shape for name, (shape, _) in read_npz_header(path).items()}
+    try:
+        down = [header[f"encoder.{layer}.weight"][0] for layer in (0, 2, 4, 6)]
+        up = [header["decoder.0.weight"][0], *(header[f"decoder.{layer}.weight"][1] for layer in (4, 6, 8, 10))]
+        _, code_width = header["_vq_vae._embedding"]
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{path} lacks {error}: expected the arrays of big_vision's vae-oid.npz") from error
+    with torch.device("meta"):
+        vae = MaskVAE(down, up, code_width)
+    for name, tensor in vae.state_dict().items():
+        if header.get(name) != tuple(tensor.shape):
+            found = f"has the shape {list(header[name])}" if name in header else "is missing"
+            raise ValueError(f"{path}: array {name} {found}, expected {list(tensor.shape)}")
+    arrays = {name: read_npz_array(path, name).float() for name in vae.state_dict()}
+    vae.load_state_dict(arrays, assign=True)
+    return vae.eval().requires_grad_(False)
+
+
+# %% [markdown]
+# Proof: a file of random numbers. Reading gives the same networks, and one value of the first convolution is what four
+# loops say. (`tests/test_masks.py` computes both networks to the end in plain numpy.)
+
+# %%
+here = Path(tempfile.mkdtemp())
+torch.manual_seed(0)
+random_vae = MaskVAE(down=(8, 12, 16, 24), up=(24, 20, 16, 12, 8), code_width=10)
+for parameter in random_vae.parameters():
+    parameter.data = torch.randn_like(parameter) / max(1, parameter[0].numel()) ** 0.5
+np.savez(here / "random.npz", **{name: tensor.numpy() for name, tensor in random_vae.state_dict().items()})
+vae = load_mask_vae(here / "random.npz")
+assert all(torch.equal(tensor, random_vae.state_dict()[name]) for name, tensor in vae.state_dict().items())
+
+square, kernel, bias = unseen[0], vae.encoder[0].weight[3, 0], vae.encoder[0].bias[3]
+total = float(bias)
+for i in range(4):
+    for j in range(4):
+        total += float(
+            kernel[i, j] * square[2 * 10 - 1 + i, 2 * 7 - 1 + j]
+        )  # output place (10, 7), one pixel of padding
+assert abs(float(vae.encoder[0](square[None, None])[0, 3, 10, 7]) - total) < 1e-5
+
+star = next(thing for thing in things if thing.shape == "star")
+star_codes = vae.codes_of(mask_of(star), star.box)
+text = encode_boxes([star.box], [star.kind], 112, 112, [star_codes])
+(found,), remarks = parse(text, 112, 112)
+assert found.codes == star_codes and not remarks
+print(text)
+print(f"{vae.mask_of(found, 112, 112).sum()} pixels of noise")
+
+# %% [markdown]
+# And without the file:
+
+# %%
+try:
+    load_mask_vae(here / "vae-oid.npz")
+except FileNotFoundError as error:
+    print(str(error).replace(str(here), "..."))
+
+# %% [markdown]
+# ## Drawing
+#
+# A line of one colour is lost on a ground of the same colour. So each line has black on both sides, and each label stands on a
+# plate. A mask is laid over the picture half transparent, with a rim. Lines and letters grow with the picture; nothing leaves
+# it.
+
+
+# %%
+# | export
+def draw_boxes(
+    image: Image.Image, detections: Sequence[Detection], masks: Sequence[torch.Tensor | None] | None = None
+) -> Image.Image:
+    """A copy of a picture with named boxes and masks on it, readable on light and on dark ground.
 
     Boxes are clipped to the picture. A label goes over its box, or into it, or under it, where it hides no other label; it
     is cut if it is too long, and left out where the picture is too small for a letter. Letters that Pillow's own font lacks
@@ -762,6 +1117,8 @@ def draw_boxes(image: Image.Image, detections: Sequence[Detection]) -> Image.Ima
         Of any mode. It becomes RGB as the processor makes it, turned as its EXIF says.
     detections : sequence of Detection
         In pixels of that upright picture.
+    masks : sequence, optional
+        For each detection a boolean (H, W), or None.
 
     Returns
     -------
@@ -771,11 +1128,14 @@ def draw_boxes(image: Image.Image, detections: Sequence[Detection]) -> Image.Ima
     Raises
     ------
     ValueError
-        If a box is not four finite numbers.
+        If a box is not four finite numbers, or masks and detections differ in number.
     """
     picture = load_image(image).copy()
-    canvas = ImageDraw.Draw(picture)
     line = max(1, round(min(picture.size) / 200))
+    for number, (_, mask) in enumerate(zip(detections, masks or [None] * len(detections), strict=True)):
+        if mask is not None:
+            _paint_mask(picture, mask, _COLOURS[number % len(_COLOURS)], line)
+    canvas = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=max(9, round(min(picture.size) / 24)))
     plates: list[tuple[int, int, int, int]] = []
     frames = []
@@ -795,15 +1155,13 @@ def draw_boxes(image: Image.Image, detections: Sequence[Detection]) -> Image.Ima
 _COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7")
 
 
-def _pixels_of(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
-    """First and last column and row of a box, all inside the picture."""
-    if len(box) != 4 or not all(math.isfinite(edge) for edge in box):
-        raise ValueError(f"a box is four finite numbers (y_min, x_min, y_max, x_max), got {tuple(box)}")
-    top, bottom = sorted((box[0], box[2]))
-    left, right = sorted((box[1], box[3]))
-    first = (round(min(max(left, 0), width - 1)), round(min(max(top, 0), height - 1)))
-    last = (round(min(max(right, 0), width)) - 1, round(min(max(bottom, 0), height)) - 1)
-    return *first, max(first[0], last[0]), max(first[1], last[1])
+def _paint_mask(picture: Image.Image, mask: torch.Tensor, colour: str, line: int) -> None:
+    """Lay a colour over a mask, half transparent, with a full rim inside its edge and a black one outside."""
+    reach = {"kernel_size": 2 * line + 1, "stride": 1, "padding": line}
+    around = (F.max_pool2d(mask.float()[None], **reach)[0] > 0) & ~mask
+    rim = (F.max_pool2d(1 - mask.float()[None], **reach)[0] > 0) & mask
+    for paint, cover in (("black", 255 * around), (colour, 115 * mask + 140 * rim)):
+        picture.paste(paint, mask=Image.fromarray(cover.to(torch.uint8).numpy()))
 
 
 def _draw_label(canvas, size, font, line, colour, frame, label, plates) -> None:
@@ -832,13 +1190,106 @@ def _touch(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> 
     return one[0] <= other[2] and other[0] <= one[2] and one[1] <= other[3] and other[1] <= one[3]
 
 
+# %% [markdown]
+# From an answer to a picture is one call more. Programs want numbers instead: the second function gives plain values that
+# JSON can hold, with boxes in pixels, and masks as *run lengths*, the way COCO writes them. One goes down the columns and
+# notes how many pixels are outside, then inside, then outside, and so on.
+
+
+# %%
+# | export
+def draw(image: str | Path | Image.Image, answer: str, vae: MaskVAE | None = None) -> Image.Image:
+    """A picture with the boxes, masks and labels of an answer to `detect` or `segment`.
+
+    Parameters
+    ----------
+    image : picture
+        Anything that `load_image` takes.
+    answer : str
+        As the model gave it; what cannot be read is left out.
+    vae : MaskVAE, optional
+        Makes masks of seg tokens; `load_mask_vae()` by default, and only where there are any.
+
+    Returns
+    -------
+    PIL.Image.Image
+        RGB, of the size of the upright picture.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such picture; or if the answer holds masks and there is no file to decode them.
+    ValueError
+        If the picture cannot be read.
+    """
+    picture = load_image(image)
+    found, _ = parse(answer, picture.height, picture.width)
+    if vae is None and any(detection.codes for detection in found):
+        vae = load_mask_vae()
+    masks = [vae.mask_of(thing, picture.height, picture.width) if thing.codes else None for thing in found]
+    return draw_boxes(picture, found, masks)
+
+
+def describe(answer: str, height: int, width: int, vae: MaskVAE | None = None) -> dict:
+    """An answer to `detect` or `segment` as plain values, ready for JSON.
+
+    Parameters
+    ----------
+    answer : str
+    height, width : int
+        Of the picture, in pixels.
+    vae : MaskVAE, optional
+        With it, masks are decoded.
+
+    Returns
+    -------
+    dict
+        `width` and `height`; `things`, a list with `label`, `x_min`, `y_min`, `x_max`, `y_max` (floats, in pixels from
+        the upper left corner), and where there is a mask `codes` (16 numbers) and, with `vae`, `mask` (COCO's run
+        lengths: `size` [H, W] and `counts`, column by column, beginning with pixels outside); `remarks`, sentences
+        about what could not be read.
+    """
+    found, remarks = parse(answer, height, width)
+    things = []
+    for detection in found:
+        edges = dict(zip(("y_min", "x_min", "y_max", "x_max"), detection.box))
+        thing = {"label": detection.label} | {name: edges[name] for name in ("x_min", "y_min", "x_max", "y_max")}
+        if detection.codes:
+            thing["codes"] = list(detection.codes)
+            if vae is not None:
+                counts = run_lengths(vae.mask_of(detection, height, width))
+                thing["mask"] = {"size": [height, width], "counts": counts}
+        things.append(thing)
+    if vae is None and any(detection.codes for detection in found):
+        remarks = [*remarks, f"Masks are given by their codes alone: {_MASKS_MISSING}."]
+    return {"width": width, "height": height, "things": things, "remarks": remarks}
+
+
+def run_lengths(mask: torch.Tensor) -> list[int]:
+    """A boolean (H, W) as COCO writes it: lengths of runs, column by column, the first one of pixels outside."""
+    flat = torch.cat([torch.tensor([False]), mask.t().flatten()])
+    edges = (flat[1:] != flat[:-1]).nonzero()[:, 0].tolist()
+    return [end - start for start, end in zip([0, *edges], [*edges, mask.numel()])]
+
+
+# %%
+assert run_lengths(torch.tensor([[False, True], [True, True]])) == [1, 3]
+assert run_lengths(torch.tensor([[True, True], [False, True]])) == [0, 1, 1, 2]
+describe(f"{cat} cat", 1023, 1023)
+
+# %% [markdown]
+# How it looks, with masks made by hand.
+
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.6))
 grounds = {"light": "#f4f4f4", "dark": "#101018", "orange": "#e69f00"}
 for axis, (name, ground) in zip(axes, grounds.items(), strict=True):
     boxes = [(60, 30, 230, 180), (90, 140, 290, 300), (0, 200, 80, 300)]
     labels = ["a box", "another, over it", "at the rim"]
-    drawn = draw_boxes(Image.new("RGB", (300, 300), ground), [Detection(*both) for both in zip(labels, boxes)])
+    y, x = torch.meshgrid(torch.arange(300), torch.arange(300), indexing="ij")
+    masks = [(y - 145) ** 2 / 85**2 + (x - 105) ** 2 / 75**2 < 1, None, None]  # an ellipse in the first box
+    detections = [Detection(*both) for both in zip(labels, boxes)]
+    drawn = draw_boxes(Image.new("RGB", (300, 300), ground), detections, masks)
     axis.imshow(drawn)
     axis.set_title(f"on {name} ground", fontsize=9)
     axis.axis("off")
@@ -846,7 +1297,8 @@ save(figure, "14_grounds")
 plt.show()
 
 # %% [markdown]
-# *The same three boxes on light, dark and orange ground. All lines and labels can be seen, also the orange box on orange.*
+# *Figure: three boxes, one of them with an ellipse as mask, on light, dark and orange ground. All lines, rims and labels can
+# be seen, also the orange ones on orange.*
 #
 # ## A look inside
 #
@@ -862,7 +1314,7 @@ for axis, (seed, kind) in zip(axes, ((155, "red star"), (155, "brown heart"), (5
     found, remarks = parse(answer, 448, 448)
     truth = [tuple(4 * edge for edge in thing.box) for thing in scene.things if thing.kind == kind]
     _, overlap = compare_boxes([detection.box for detection in found], truth)
-    axis.imshow(draw_boxes(large, found))
+    axis.imshow(draw(large, answer))
     axis.set_title(f"detect {kind}\nmean IoU {overlap:.2f}", fontsize=9)
     axis.axis("off")
     print(answer, *remarks, sep="\n  ")
@@ -870,7 +1322,9 @@ save(figure, "14_found")
 plt.show()
 
 # %% [markdown]
-# *Three scenes with the boxes that the model gave, each with its label on a plate.* Two boxes in one picture are one answer, with
+# *Figure: three scenes with the boxes that the model gave, each with its label on a plate.*
+#
+# Two boxes in one picture are one answer, with
 # ` ; ` between them. Chapter 17 counts how often the boxes are right.
 #
 # What happens if we ask for a thing that is not there? When the pocket model was taught, every `detect` had something to find.

@@ -31,7 +31,7 @@ __all__ = [
     "apply_temperature",
     "check_beams",
     "choose",
-    "draw",
+    "draw_one",
     "generate_answers",
     "generate_tokens",
     "keep_top_k",
@@ -165,7 +165,7 @@ def row_generators(seed: int | None, rows: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(int(seed) + row) for row in range(rows)]
 
 
-def draw(logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+def draw_one(logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
     """Draw one token for each row of scores (B, V), with one number of each row's generator: (B,).
 
     The probabilities lie end to end on a line from 0 to 1, in the order of the ids; the token in whose stretch the
@@ -194,7 +194,7 @@ def choose(
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:
         logits = keep_top_p(logits, sampling.top_p)
-    return draw(logits, generators)
+    return draw_one(logits, generators)
 
 
 def answer_limits(attention_mask: torch.Tensor, max_new_tokens: int, context: int) -> list[int]:

@@ -16,7 +16,7 @@ from sigma_book.generation import (
     AnswerText,
     Sampling,
     answer_limits,
-    draw,
+    draw_one,
     generate_answers,
     generate_tokens,
     keep_top_k,
@@ -43,7 +43,7 @@ def tokenizer(tokenizer_folder):
 def test_draw_follows_the_probabilities():
     logits = torch.tensor([[0.0, 1.0, -math.inf, 2.0], [5.0, -math.inf, -math.inf, -math.inf]])
     generators = row_generators(0, 2)
-    drawn = torch.stack([draw(logits, generators) for _ in range(4000)])  # (4000, 2)
+    drawn = torch.stack([draw_one(logits, generators) for _ in range(4000)])  # (4000, 2)
     shares = torch.bincount(drawn[:, 0], minlength=4) / 4000
     assert shares[2] == 0 and (drawn[:, 1] == 0).all()
     assert (shares - logits[0].softmax(-1)).abs().max() < 5 * 0.5 / 4000**0.5  # five standard deviations at most
@@ -54,8 +54,8 @@ def test_rows_draw_from_their_own_generators():
     together = row_generators(7, 3)
     alone = [row_generators(7 + row, 1) for row in range(3)]
     for _ in range(20):
-        expected = torch.cat([draw(logits[row : row + 1], alone[row]) for row in range(3)])
-        assert torch.equal(draw(logits, together), expected)
+        expected = torch.cat([draw_one(logits[row : row + 1], alone[row]) for row in range(3)])
+        assert torch.equal(draw_one(logits, together), expected)
 
 
 def test_no_seed_follows_torch():
