@@ -667,7 +667,8 @@ def draw(image: str | Path | Image.Image, answer: str, vae: MaskVAE | None = Non
     Returns
     -------
     PIL.Image.Image
-        RGB, of the size of the upright picture.
+        RGB, of the size of the upright picture. One whose shorter side is below 100 pixels is enlarged, each pixel to a
+        square of pixels, so that labels can be read and hide nothing.
 
     Raises
     ------
@@ -677,6 +678,10 @@ def draw(image: str | Path | Image.Image, answer: str, vae: MaskVAE | None = Non
         If the picture cannot be read.
     """
     picture = load_image(image)
+    shorter, longer = sorted(picture.size)
+    if shorter < 100:
+        times = max(1, min(math.ceil(200 / shorter), 2000 // longer))
+        picture = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
     found, _ = parse(answer, picture.height, picture.width)
     if vae is None and any(detection.codes for detection in found):
         vae = load_mask_vae()
