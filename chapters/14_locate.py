@@ -412,11 +412,11 @@ bent = {**arrow, "connectionstyle": "arc3,rad=-0.25"}
 axis.annotate("", (4.8, 1.28), (0.9, 1.28), arrowprops=bent)
 axis.text(2.85, 2.2, "detect: no mask", ha="center", size=9, color="0.3")
 axis.annotate("", (0.8, 0.72), (5.1, 0.72), arrowprops=bent)
-axis.text(2.95, -0.3, "the separator ;", ha="center", size=9, color="0.3")
+axis.text(2.95, -0.5, "the separator ;", ha="center", size=9, color="0.3")
 loop = {**arrow, "connectionstyle": "arc3,rad=-1.4"}
 axis.annotate("", (5.5, 1.3), (5.0, 1.3), arrowprops=loop)
 axis.text(5.35, 2.2, "one more word", ha="center", size=9, color="0.3")
-axis.set(xlim=(0, 8.1), ylim=(-0.5, 2.5))
+axis.set(xlim=(0, 8.1), ylim=(-0.7, 2.5))
 axis.axis("off")
 save(figure, "14_grammar")
 plt.show()
