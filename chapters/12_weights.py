@@ -2,8 +2,9 @@
 # jupyter:
 #   jupytext:
 #     formats: py:percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
-#     display_name: Python 3
+#     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
@@ -34,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from sigma_book.gemma import GemmaConfig
@@ -501,6 +503,20 @@ naive = load_naive(FOLDER)
 # So on the CPU, in the file's own dtype, each tensor is a window into the file, and nothing is read before it is used. When
 # numbers must be converted or sent to a GPU, one window is opened at a time, the largest tensor first: then the old and the
 # new form of it stand side by side while the rest of the memory is still free.
+#
+# A module fills itself with random numbers as soon as it is made. On the meta device there is nothing to fill, but to find
+# that out PyTorch wakes its compiler, which takes longer than loading the pocket model. So we tell modules not to try.
+
+
+# %%
+# | export
+class _Unfilled(TorchFunctionMode):
+    """While this is on, new modules draw no random numbers: for weights that come from a file."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return options["tensor"]
+        return function(*arguments, **(options or {}))
 
 
 # %%
@@ -533,7 +549,7 @@ def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: s
     folder = Path(folder)
     config = read_config(folder)
     device = pick_device(device)
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         model = PaliGemma(config)
     places = _locate_tensors(folder)
     head = places.pop("lm_head.weight", None) if config.text.tie_word_embeddings else None

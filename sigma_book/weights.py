@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from sigma_book.gemma import GemmaConfig
@@ -327,6 +328,15 @@ def has_bfloat16_units() -> bool:
     return any(torch.cpu.get_capabilities().get(unit) for unit in ("avx512_bf16", "amx_bf16", "avx10_2", "bf16"))
 
 
+class _Unfilled(TorchFunctionMode):
+    """While this is on, new modules draw no random numbers: for weights that come from a file."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return options["tensor"]
+        return function(*arguments, **(options or {}))
+
+
 def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> PaliGemma:
     """A checkpoint as a model that is ready to answer: in eval mode, and frozen until `model.requires_grad_(True)`.
 
@@ -355,7 +365,7 @@ def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: s
     folder = Path(folder)
     config = read_config(folder)
     device = pick_device(device)
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         model = PaliGemma(config)
     places = _locate_tensors(folder)
     head = places.pop("lm_head.weight", None) if config.text.tie_word_embeddings else None
