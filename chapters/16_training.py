@@ -2,8 +2,9 @@
 # jupyter:
 #   jupytext:
 #     formats: py:percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
-#     display_name: Python 3
+#     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
@@ -1692,7 +1693,7 @@ def draw_losses(progress: Progress, path: Path) -> None:
 
 
 # %% [markdown]
-# `sigma_book.assemble.finetune` puts these together in forty lines, and the command `sigma-book train` hands its arguments
+# `sigma_book.teach.finetune` puts these together in forty lines, and the command `sigma-book train` hands its arguments
 # over:
 #
 #     sigma-book train --data train.jsonl --evaluate test.jsonl --out runs/first --dry-run

@@ -4,8 +4,11 @@ The answer alone goes to standard output, remarks go to standard error. A wrong 
 """
 
 import argparse
+import io
+import json
 import os
 import sys
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,9 +54,22 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--top-p", metavar="P", type=float, default=1.0, help="in (0, 1] (default: 1)")
     command.add_argument("--top-k", metavar="K", type=int, help="draw from the K best tokens (default: all)")
     command.add_argument("--repetition-penalty", metavar="R", type=float, default=1.0, help="above 0 (default: 1)")
+    command.add_argument("--num-beams", metavar="N", type=int, default=1, help="beam search with N beams (default: 1)")
+    command.add_argument("--length-penalty", metavar="A", type=float, default=1.0, help="of beams (default: 1)")
     command.add_argument("--seed", metavar="S", type=int, help="makes drawn answers repeatable")
+    command.add_argument(
+        "--grammar", metavar="TASK", help="detect or segment: allow only well-formed answers of this kind"
+    )
     command.add_argument("--stop", metavar="TEXT", action="append", help="end the answer before TEXT; may be repeated")
-    command.add_argument("--stream", action="store_true", help="print the answer while it grows")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--stream", action="store_true", help="print the answer while it grows")
+    form.add_argument("--json", action="store_true", help="print boxes in pixels as one JSON object")
+    command.add_argument(
+        "--save", metavar="FILE", type=Path, help="write the picture with boxes, masks and labels drawn on it"
+    )
+    command.add_argument(
+        "--masks", metavar="FILE", type=Path, help="big_vision's vae-oid.npz (default: what SIGMA_BOOK_MASKS names)"
+    )
     command.add_argument("--device", metavar="D", default="auto", help="auto, cuda, cuda:0, mps or cpu (default: auto)")
     command.add_argument(
         "--dtype", metavar="T", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
@@ -62,6 +78,7 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     from sigma_book.assemble import generate, load, read_settings
+    from sigma_book.locate import MASKS_VARIABLE, describe, draw, load_mask_vae, parse
     from sigma_book.processor import load_image
 
     settings = {
@@ -70,19 +87,63 @@ def _generate(options: argparse.Namespace) -> None:
         "top_p": options.top_p,
         "top_k": options.top_k,
         "repetition_penalty": options.repetition_penalty,
+        "num_beams": options.num_beams,
+        "length_penalty": options.length_penalty,
         "stop": options.stop,
         "seed": options.seed,
+        "grammar": options.grammar,
     }
     read_settings(**settings)  # what is wrong is said before a model is loaded
     image = load_image(options.image)
+    if options.save is not None:
+        _check_picture_name(options.save)
+    vae = load_mask_vae(options.masks) if options.masks or os.environ.get(MASKS_VARIABLE) else None
     model = load(options.model, device=options.device, dtype=options.dtype)
     answer = generate(image, options.prompt, model=model, stream=options.stream, **settings)
     if options.stream:
+        pieces = []
         for piece in answer:
             print(piece, end="", flush=True)
+            pieces.append(piece)
         print()
+        answer = "".join(pieces)
+    elif options.json:
+        described = describe(answer, image.height, image.width, vae)
+        print(json.dumps({"prompt": options.prompt, "answer": answer} | described, ensure_ascii=False))
     else:
         print(answer)
+    if options.save is not None:
+        _save_picture(draw(image, answer, vae), options.save)
+        for remark in parse(answer, image.height, image.width)[1]:
+            print(f"sigma-book: {remark}", file=sys.stderr)
+
+
+PICTURES = {".bmp": "BMP", ".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG", ".tiff": "TIFF", ".webp": "WEBP"}
+
+
+def _check_picture_name(path: Path) -> None:
+    if path.suffix.lower() not in PICTURES:
+        raise ValueError(f"--save {path}: expected a name that ends in one of {', '.join(PICTURES)}")
+    if path.is_dir():
+        raise ValueError(f"--save {path} is a folder: give the name of a picture in it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--save {path}: no such folder: {path.parent}")
+
+
+def _save_picture(picture, path: Path) -> None:
+    """Write a picture beside its place, then move it there."""
+    encoded = io.BytesIO()  # Pillow does not notice a full disk when it writes by itself
+    picture.save(encoded, PICTURES[path.suffix.lower()])
+    fresh = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{path.suffix}")
+    try:
+        fresh.write_bytes(encoded.getvalue())
+        os.replace(fresh, path)
+    except OSError as error:
+        raise RuntimeError(
+            f"{path} cannot be written ({error.strerror}): check the room and the permissions"
+        ) from error
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def _pocket_arguments(command: argparse.ArgumentParser) -> None:
@@ -182,7 +243,7 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from sigma_book.assemble import estimate, finetune
+    from sigma_book.teach import estimate, finetune
     from sigma_book.training import TrainingConfig
 
     given = {field: getattr(options, field) for _, field, _, _ in TRAINING_OPTIONS if hasattr(options, field)}
