@@ -15,7 +15,7 @@ from sigma_book.assemble import POCKET, load
 from sigma_book.data import Batches, Example, Examples, read_examples
 from sigma_book.generation import whole_number
 from sigma_book.paligemma import PaliGemma
-from sigma_book.processor import Processor
+from sigma_book.processor import Processor, Tokenizer
 from sigma_book.training import (
     AUTOCAST,
     Bill,
@@ -38,7 +38,7 @@ from sigma_book.training import (
     training_bill,
     write_whole,
 )
-from sigma_book.weights import find_folder, pick_device, read_config, save_model
+from sigma_book.weights import find_folder, pick_device, read_config, read_npz_config, save_model
 
 __all__ = ["estimate", "finetune"]
 
@@ -216,12 +216,12 @@ def _file_mark(path: str | Path) -> str:
 
 
 def _model_mark(model: str | Path | None) -> str:
-    folder = POCKET if model is None else find_folder(model)
-    weights = sorted(folder.glob("model*.safetensors"))
-    size = sum(path.stat().st_size for path in weights)
+    source = POCKET if model is None else find_folder(model)
+    files = [source] if source.is_file() else [source / "config.json", *sorted(source.glob("model*.safetensors"))]
+    size = sum(path.stat().st_size for path in files)
     most = 1 << 24  # the first 16 MiB of each file: a large model is not read twice
-    marks = [file_checksum(path, most) for path in (folder / "config.json", *weights)]
-    return f"{folder.resolve().name}, {size:,} bytes, CRC-32 {' '.join(f'{mark:08x}' for mark in marks)}"
+    marks = [file_checksum(path, most) for path in files]
+    return f"{source.resolve().name}, {size:,} bytes, CRC-32 {' '.join(f'{mark:08x}' for mark in marks)}"
 
 
 def _learner(
@@ -320,8 +320,12 @@ def estimate(
     """
     config, device = config or TrainingConfig(), pick_device(device)
     config = _settled(config, device)
-    folder = POCKET if model is None else find_folder(model)
-    sizes, processor = read_config(folder), Processor.from_folder(folder)
+    source = POCKET if model is None else find_folder(model)
+    if source.is_file():
+        sizes, folder = read_npz_config(source), source.parent
+        processor = Processor(Tokenizer.from_folder(folder), sizes.vision.image_size, sizes.vision.num_patches)
+    else:
+        sizes, processor = read_config(source), Processor.from_folder(source)
     examples = _examples(data, {"form": form, "root": root, "annotations": annotations})
     batches = Batches(
         examples,

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from sigma_book.assemble import load
+from sigma_book import load
 from sigma_book.cli import main
 from sigma_book.world import TASKS, ask, draw_scene, make_scene
 

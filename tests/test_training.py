@@ -574,6 +574,7 @@ OPTIMIZERS = {
     "plain SGD": lambda p: torch.optim.SGD(p, lr=0.1),
     "Muon and AdamW": None,
     "8 bits": None,
+    "float16": lambda p: torch.optim.AdamW(p, lr=0.1),  # with a scale of the loss, which is saved too
 }
 
 
@@ -608,6 +609,8 @@ def go_on(
 
         batches = cut()
     options = {"log": folder / "log.csv", "progress": progress, "checkpoints": checkpoints} | options
+    if kind == "float16":
+        options["autocast"] = torch.float16
     with contextlib.suppress(EOFError):
         train(model, model, batches, optimizers, steps=of, warmup=2, clip=1.0, **options)
     return model, progress
@@ -633,6 +636,7 @@ def test_a_run_that_is_cut_goes_on_bit_by_bit(tmp_path, kind, every):
     assert bits(model) == bits(whole)
     assert progress.losses == expected.losses and len(progress.losses) == 8
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    assert progress.scale == expected.scale and (progress.scale is not None) == (kind == "float16")
 
 
 def test_without_the_random_numbers_it_would_be_another_run(tmp_path, monkeypatch):
