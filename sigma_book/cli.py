@@ -58,6 +58,8 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype", metavar="T", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
     )
+    command.add_argument("--quantize", metavar="Q", help="nf4 stores the decoder in 4 bits (default: as stored)")
+    command.add_argument("--adapter", metavar="DIR", help="folder or hub id of a LoRA adapter for the model")
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -75,7 +77,13 @@ def _generate(options: argparse.Namespace) -> None:
     }
     read_settings(**settings)  # what is wrong is said before a model is loaded
     image = load_image(options.image)
-    model = load(options.model, device=options.device, dtype=options.dtype)
+    model = load(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        adapter=options.adapter,
+    )
     answer = generate(image, options.prompt, model=model, stream=options.stream, **settings)
     if options.stream:
         for piece in answer:
