@@ -21,6 +21,7 @@ __all__ = [
     "NF4_LEVELS",
     "PART",
     "SCALE_BLOCK",
+    "TINY",
     "NF4Linear",
     "dequantize_blocks",
     "dequantize_scales",
@@ -53,6 +54,7 @@ NF4_LEVELS = (
 BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share a scale of their own
 PART = 2**22  # weights read at once, a multiple of BLOCK
+TINY = 1e-38  # the least divisor
 
 
 def quantize_blocks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,10 +90,10 @@ def quantize_blocks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         most = blocks.abs().amax(1)
         if not most.isfinite().all():
             raise ValueError("a weight is not finite: it cannot be quantized")
-        factor = 1 / most.clamp(min=1e-38)  # a block of zeros stays one
-        scaled = blocks * factor[:, None]
+        scaled = blocks * (1 / most.clamp(min=TINY))[:, None]  # a block of zeros stays one
         if len(part) % BLOCK:  # bitsandbytes divides in a short block, and multiplies in a full one
-            scaled[-1] = blocks[-1] / most[-1].clamp(min=1e-38)
+            most[-1:].clamp_(min=TINY)
+            scaled[-1] = blocks[-1] / most[-1]
         index = torch.bucketize(scaled.clamp(-1, 1), borders).to(torch.uint8).flatten()[: len(part) + len(part) % 2]
         codes.append(index[::2] << 4 | index[1::2])
         largest.append(most)
