@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from sigma_book.weights import _beside, _read_json, _write_json, our_name, read_header, write_tensors
+from sigma_book.weights import DTYPES, _beside, _read_json, _write_json, our_name, read_header, write_tensors
 
 __all__ = [
     "CONFIG_FILE",
@@ -401,6 +401,8 @@ def _adapter_places(path: Path, linears: dict, config: LoraConfig, base: str | N
         )
         if entry["shape"] != wide:
             raise ValueError(f"{path}: {key} has the shape {entry['shape']}, this model and r ask for {wide}: {of}")
+        if entry["dtype"] not in (*DTYPES, "F64"):
+            raise ValueError(f"{path}: {key} is {entry['dtype']}: expected one of {', '.join(DTYPES)}")
         places.setdefault(name, {})[matched[2]] = key
     for name, parts in places.items():
         if len(parts) != 2:
