@@ -74,6 +74,8 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype", metavar="T", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
     )
+    command.add_argument("--quantize", metavar="Q", help="nf4 stores the decoder in 4 bits (default: as stored)")
+    command.add_argument("--adapter", metavar="DIR", help="folder or hub id of a LoRA adapter for the model")
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -98,7 +100,13 @@ def _generate(options: argparse.Namespace) -> None:
     if options.save is not None:
         _check_picture_name(options.save)
     vae = load_mask_vae(options.masks) if options.masks or os.environ.get(MASKS_VARIABLE) else None
-    model = load(options.model, device=options.device, dtype=options.dtype)
+    model = load(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        adapter=options.adapter,
+    )
     answer = generate(image, options.prompt, model=model, stream=options.stream, **settings)
     if options.stream:
         pieces = []

@@ -38,6 +38,8 @@ NAMES = [
     "15_data",
     "16_training",
     "17_pocket",
+    "18_lora",
+    "19_qlora",
 ]
 
 
