@@ -96,9 +96,41 @@ def _pocket(options: argparse.Namespace) -> None:
     train_pocket(options.out, seed=options.seed)
 
 
+def _data_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", metavar="FILE", help="JSONL or JSON: rows, COCO, or the questions of VQAv2")
+    command.add_argument("--root", metavar="DIR", help="where paths of pictures begin (default: the file's folder)")
+    command.add_argument("--annotations", metavar="FILE", help="the answers of VQAv2")
+    command.add_argument(
+        "--form", metavar="F", default="auto", help="what FILE is, in place of looking (default: auto)"
+    )
+    command.add_argument("--model", metavar="DIR", help="whose tokens and context count (default: the pocket model)")
+    command.add_argument("--out", metavar="DIR", type=Path, help="where pictures and lists go (default: NAME_survey)")
+
+
+def _data(options: argparse.Namespace) -> None:
+    from sigma_book.assemble import POCKET
+    from sigma_book.data import read_examples, survey, write_survey
+    from sigma_book.processor import Processor
+    from sigma_book.weights import find_folder, read_config
+
+    examples = read_examples(options.file, form=options.form, root=options.root, annotations=options.annotations)
+    how = "found by looking" if options.form == "auto" else "as asked"
+    print(f"{options.file}: form {examples.form}, {how}", file=sys.stderr)
+    for remark in examples.remarks:
+        print(f"{options.file}: {remark}", file=sys.stderr)
+    folder = POCKET if options.model is None else find_folder(options.model)
+    context = read_config(folder).text.max_position_embeddings
+    found = survey(examples, Processor.from_folder(folder), context)
+    print("\n".join(found.lines()))
+    out = options.out or Path(f"{Path(options.file).stem}_survey")
+    for path in write_survey(found, examples, out):
+        print(f"written: {path}", file=sys.stderr)
+
+
 # name, one line of help, what adds its arguments, what runs it
 COMMANDS = (
     ("generate", "answer a prompt about a picture", _generate_arguments, _generate),
+    ("data", "look at a file of examples before training on it", _data_arguments, _data),
     ("pocket", "teach the pocket model from nothing", _pocket_arguments, _pocket),
 )
 
