@@ -10,11 +10,11 @@ from PIL import Image
 from sigma_book.data import Example, read_examples
 from sigma_book.evaluation import (
     EVALUATION_TASKS,
+    AnswerFile,
     answer_examples,
     answer_from,
     answer_speed,
     claim_run,
-    peak_megabytes,
     read_official,
     write_official,
     write_report,
@@ -342,15 +342,18 @@ def evaluate(
     run |= {"annotations": _full(annotations), "root": _full(root)}
     if answers is None:
         run |= {"model": _full(model) or "pocket", "dtype": str(dtype), "max_new_tokens": max_new_tokens}
-        answer = _asker(model, device, dtype, max_new_tokens)
     else:
         answer = answer_from(task, read_official(task, answers, examples, num_examples))
         run |= {"answers": _full(answers), "changed": Path(answers).stat().st_mtime_ns}
     out = claim_run(out, run)
-    records = answer_examples(task, examples, answer, out / "answers.jsonl", batch_size=batch_size, most=num_examples)
+    path = out / "answers.jsonl"
+    if answers is None:
+        waiting = AnswerFile(path).repair() < min(len(examples), num_examples or len(examples))
+        answer = _asker(load(model, device=device, dtype=dtype) if waiting else None, max_new_tokens)
+    records = answer_examples(task, examples, answer, path, batch_size=batch_size, most=num_examples)
     if official:
         write_official(task, records, out / "results.json")
-    speed = answer_speed(records) | {"peak_megabytes": peak_megabytes()} if answers is None else {}
+    speed = {} if answers else answer_speed(records)
     return write_report(task, records, out, f"{task}: {Path(data).name}", speed)
 
 
@@ -358,12 +361,9 @@ def _fits_task(task: str, form: str, data: str | Path, annotations: str | Path |
     """Say at once what would only be seen in the scores."""
     if form == "vqav2" and annotations is None:
         raise ValueError(f"{data} holds questions only: give the file with their answers as annotations")
-    wrong = {
-        "caption": ("vqa", "vqav2", "coco-detect", "coco-segment"),
-        "detect": ("vqa", "vqav2", "text", "coco-captions"),
-    }
-    wrong |= {name: ("text", "coco-captions", "coco-detect", "coco-segment") for name in ("vqa", "count")}
-    if form in wrong[task] or form == "coco-segment":
+    words = ("vqa", "vqav2")
+    fitting = {"caption": ("text", "coco-captions"), "detect": ("coco-detect",), "vqa": words, "count": words}
+    if form not in (*fitting[task], "prefix"):
         raise ValueError(f"{data} is of the form {form}, which the task {task} cannot use")
 
 
@@ -372,15 +372,11 @@ def _full(path: str | Path | None) -> str | None:
     return None if path is None else str(Path(path).resolve()) if Path(path).exists() else str(path)
 
 
-def _asker(model: str | Path | None, device, dtype, max_new_tokens: int) -> Callable[[list[Example]], list[str]]:
-    """A function from examples to answers; the model is loaded when the first are asked."""
-    loaded: list[PaliGemma] = []
+def _asker(model: PaliGemma | None, max_new_tokens: int) -> Callable[[list[Example]], list[str]]:
+    """A function from examples to answers."""
 
     def ask(examples: list[Example]) -> list[str]:
-        if not loaded:
-            loaded.append(load(model, device=device, dtype=dtype))
-        pictures = [example.image for example in examples]
-        prompts = [example.prefix for example in examples]
-        return generate(pictures, prompts, model=loaded[0], max_new_tokens=max_new_tokens)
+        pictures, prompts = [example.image for example in examples], [example.prefix for example in examples]
+        return generate(pictures, prompts, model=model, max_new_tokens=max_new_tokens)
 
     return ask

@@ -679,7 +679,7 @@ def _ask_rows(task: str, rows: list[tuple[int, Example]], answer: Callable) -> l
         texts = answer([example for _, example in rows])
     except (ValueError, OSError) as error:
         raise _blamed([example for _, example in rows], error) from error
-    spent = {"seconds": time.perf_counter() - begun, "rows": len(rows)}
+    spent = {"seconds": time.perf_counter() - begun, "rows": len(rows), "megabytes": peak_megabytes()}
     return [_record(task, index, example, text) | spent for (index, example), text in zip(rows, texts, strict=True)]
 
 
@@ -712,6 +712,17 @@ def _record(task: str, index: int, example: Example, text: str) -> dict:
             record |= {"boxes": [box.box for box in detections], "labels": [box.label for box in detections]}
         record["size"] = size
     return record
+
+
+def peak_megabytes() -> float | None:
+    """Most memory that this process has held at once: on the GPU if it used one, else of the machine; None if unknown."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e6
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e6
+    return None
 
 
 class _Worst:
@@ -837,15 +848,19 @@ def _boxes_of(record: dict) -> tuple[list[Detection], list[Detection], list[str]
 
 
 def answer_speed(records: Iterable[dict]) -> dict:
-    """Times of answers in seconds, from the opening of the picture to the text. An answer takes as long as its batch; the
-    throughput shares a batch among its rows."""
-    rows = np.fromiter((value for record in records for value in (record["seconds"], record["rows"])), float)
-    seconds, together = rows[::2], rows[1::2]
+    """Seconds to an answer, from the opening of the picture to the text, answers in a second, and most memory in use.
+
+    An answer takes as long as its batch; the throughput shares a batch among its rows.
+    """
+    keys = ("seconds", "rows", "megabytes")
+    rows = np.fromiter((record[key] or 0 for record in records for key in keys), float).reshape(-1, len(keys))
+    seconds, together, megabytes = rows.T
     return {
         "latency_mean": float(seconds.mean()),
         "latency_median": float(np.median(seconds)),
         "latency_p95": float(np.percentile(seconds, 95)),
         "answers_per_second": len(seconds) / max(1e-9, float((seconds / together).sum())),
+        "peak_megabytes": float(megabytes.max()),
     }
 
 
@@ -881,7 +896,7 @@ def score_table(task: str, scores: dict) -> str:
     if "answers_per_second" in speed:
         times = ", ".join(f"{name} {speed[f'latency_{name}']:.3f}" for name in ("mean", "median", "p95"))
         lines += [f"seconds to an answer: {times}; {speed['answers_per_second']:.1f} answers a second"]
-    if "peak_megabytes" in speed:
+    if speed.get("peak_megabytes"):
         lines += [f"peak memory: {speed['peak_megabytes']:,.0f} MB"]
     return "\n".join(line.rstrip() for line in lines)
 
@@ -1110,17 +1125,6 @@ def claim_run(out: str | Path, run: dict) -> Path:
                 f"{out} holds another run: there {key} is {before.get(key)!r}, here {value!r}: give a new folder"
             )
     return out
-
-
-def peak_megabytes() -> float | None:
-    """Most memory that this process has held at once: on the GPU if it used one, else of the machine; None if unknown."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 1e6
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e6
-    return None
 
 
 def write_world_files(folder: str | Path, scenes: int, seed: int = 94_000_000) -> dict[str, Path]:
