@@ -36,6 +36,7 @@ NAMES = [
     "15_data",
     "16_training",
     "17_pocket",
+    "20_evaluation",
 ]
 
 

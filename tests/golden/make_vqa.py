@@ -37,7 +37,12 @@ def one_set(rng: random.Random) -> dict:
     answer = rng.choice([*people, rng.choice(BASES[kind]), rng.choice(BASES["other"])])
     if rng.random() < 0.15:
         answer = rng.choice([answer.upper(), f"the {answer}", f"{answer}.", f"{answer},", answer.replace("'", "")])
-    return {"question_type": rng.choice(("what", "is the", "how many")), "answer_type": kind, "people": people, "answer": answer}
+    return {
+        "question_type": rng.choice(("what", "is the", "how many")),
+        "answer_type": kind,
+        "people": people,
+        "answer": answer,
+    }
 
 
 def main() -> None:
