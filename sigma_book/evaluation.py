@@ -93,20 +93,10 @@ _PTB_WORD = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
+_DASH, _LONG_DASH, _SOFT_HYPHEN = "\u2013", "\u2014", "\u00ad"
 _PTB_BEFORE = str.maketrans(
-    {
-        "’": "'",
-        "‘": "`",
-        "“": '"',
-        "”": '"',
-        "—": " -- ",
-        "–": " -- ",
-        "…": "...",
-        "½": " 1/2 ",
-        "¼": " 1/4 ",
-        "¾": " 3/4 ",
-    }
-    | {"\u00ad": ""}
+    {"’": "'", "‘": "`", "“": '"', "”": '"', _DASH: " -- ", _LONG_DASH: " -- ", "…": "...", _SOFT_HYPHEN: ""}
+    | {"½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 "}
 )
 _PTB_AFTER = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _PTB_AFTER |= {"£": "#", "€": "$", "¢": "cents"}
@@ -647,6 +637,8 @@ def answer_examples(
         it, and the answers before it stand.
     FileNotFoundError
         If a picture is missing.
+    RuntimeError
+        If the disk is full.
     """
     if task not in EVALUATION_TASKS:
         raise ValueError(f"task is {task!r}: expected one of {', '.join(EVALUATION_TASKS)}")
@@ -655,7 +647,10 @@ def answer_examples(
     end = len(examples) if most is None else min(most, len(examples))
     answers = AnswerFile(path, end)
     start = min(answers.repair(), end)
-    with Path(path).open("ab") as file, tqdm(total=end, initial=start, desc=task, unit="", disable=None) as bar:
+    with (
+        Path(path).open("ab", buffering=0) as file,
+        tqdm(total=end, initial=start, desc=task, unit="", disable=None) as bar,
+    ):
         asked = (
             (index, example)
             for index, example in ((index, examples[index]) for index in range(start, end))
@@ -663,11 +658,22 @@ def answer_examples(
         )
         for rows in iter(lambda: list(itertools.islice(asked, batch_size)), []):
             for record in _ask_rows(task, rows, answer):
-                file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-            file.flush()
+                _append_line(file, json.dumps(record, ensure_ascii=False))
             bar.update(rows[-1][0] + 1 - bar.n)
         bar.update(end - bar.n)
     return answers
+
+
+def _append_line(file: io.FileIO, line: str) -> None:
+    left = memoryview(line.encode("utf-8", "backslashreplace") + b"\n")
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError as error:
+        raise RuntimeError(
+            f"{file.name}: {error.strerror}. All answers before this one are on the disk: make room, then give the same "
+            "command again"
+        ) from error
 
 
 def _ask_rows(task: str, rows: list[tuple[int, Example]], answer: Callable) -> list[dict]:
@@ -983,14 +989,23 @@ def write_report(task: str, records: Iterable[dict], out: Path, title: str, spee
     """Score a run and write `scores.json` and `worst.html` into its folder; `speed` joins the scores, which are returned."""
     scores, cases = score_answers(task, records)
     scores |= {"speed": speed}
-    for name, content in (
-        ("scores.json", json.dumps({"task": task} | scores, indent=2, ensure_ascii=False) + "\n"),
-        ("worst.html", worst_page(task, cases, title)),
-    ):
-        draft = out / f".{name}.part"
-        draft.write_text(content, encoding="utf-8", errors="backslashreplace")
-        os.replace(draft, out / name)
+    content = json.dumps({"task": task} | scores, indent=2, ensure_ascii=False)
+    _write_beside(out / "scores.json", [content, "\n"])
+    _write_beside(out / "worst.html", [worst_page(task, cases, title)])
     return scores
+
+
+def _write_beside(path: Path, pieces: Iterable[str]) -> None:
+    """Write a file beside its name and move it into place, so that no half of it is ever seen."""
+    draft = path.with_name(f".{path.name}.part")
+    try:
+        with draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(pieces)
+        os.replace(draft, path)
+    except OSError as error:
+        raise RuntimeError(
+            f"{path} could not be written ({error.strerror}): make room, then give the same command again"
+        ) from error
 
 
 _OFFICIAL = {"caption": ("image_id", "caption"), "vqa": ("question_id", "answer"), "count": ("question_id", "answer")}
@@ -1021,13 +1036,9 @@ def official_results(task: str, records: Iterable[dict]) -> Iterator[dict]:
 
 def write_official(task: str, records: Iterable[dict], path: Path) -> None:
     """Write `official_results` as one JSON array, line by line."""
-    draft = path.with_name(f".{path.name}.part")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write("[")
-        for number, entry in enumerate(official_results(task, records)):
-            file.write((",\n" if number else "") + json.dumps(entry))
-        file.write("]\n")
-    os.replace(draft, path)
+    entries = (json.dumps(entry) for entry in official_results(task, records))
+    lines = (f",\n{entry}" if number else entry for number, entry in enumerate(entries))
+    _write_beside(path, itertools.chain(["["], lines, ["]\n"]))
 
 
 def read_official(
@@ -1111,9 +1122,7 @@ def claim_run(out: str | Path, run: dict) -> Path:
             raise ValueError(
                 f"{out} holds answers.jsonl but no run.json, so nobody knows whose answers: give a new folder"
             )
-        draft = out / ".run.json.part"
-        draft.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-        os.replace(draft, path)
+        _write_beside(path, [json.dumps(run, indent=2), "\n"])
         return out
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -1197,7 +1206,7 @@ def _five_captions(scene: Scene) -> list[str]:
     text = caption(scene)
     phrases = re.split(r", | and ", text)
     turned = " and ".join(reversed(phrases)) if len(phrases) < 3 else ", ".join(reversed(phrases))
-    return [text, turned, f"a drawing of {text}", f"There is {text}.", f"{text} on a light ground"]
+    return [text, turned, f"a drawing of {text}", f"I see {text}.", f"{text} on a light ground"]
 
 
 def _ten_people(question: Question, rng: random.Random) -> dict:

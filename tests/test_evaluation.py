@@ -492,3 +492,25 @@ def test_official_answers_need_official_data(world, tiny_folder, tmp_path, capsy
     base = ["--task", "caption", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out", "--model", tiny_folder]
     assert "rows.jsonl, line 1 has no image_id" in refused(capsys, *base, "--max-new-tokens", 2, "--official")
     assert len(said_in(tmp_path / "out" / "answers.jsonl")) == 1, "the answer is not lost"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file sizes are limited by the shell")
+def test_a_full_disk_is_told_and_nothing_is_lost(world, tiny_folder, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--task", "caption", "--data", world["captions"], "--out", out, "--model", tiny_folder]
+    arguments += ["--max-new-tokens", 2, "--num-examples", 12, "--batch-size", 4]
+    limited = ["bash", "-c", 'ulimit -f 4; exec "$@"', "limited", *command(*arguments)]  # files of 4 kB at most
+    done = subprocess.run(limited, capture_output=True, text=True)
+    assert done.returncode == 2 and "answers.jsonl: File too large" in done.stderr and "Traceback" not in done.stderr
+    answered = (out / "answers.jsonl").read_bytes().count(b"\n")
+    assert 0 < answered < 12
+    before = said_in_whole_lines(out / "answers.jsonl")
+    scores = evaluate(
+        "caption", world["captions"], out, model=tiny_folder, max_new_tokens=2, num_examples=12, batch_size=4
+    )
+    assert scores["asked"] == 12 and said_in(out / "answers.jsonl")[:answered] == before
+
+
+def said_in_whole_lines(path: Path) -> list[tuple[int, str]]:
+    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    return [(record["index"], record["answer"]) for record in map(json.loads, lines)]
