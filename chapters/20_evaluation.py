@@ -117,7 +117,7 @@ _PTB_WORD = re.compile(
   | [^\W_]*-?o'clock\b | ma'am\b | o'[a-z]{{2,}} | [a-z]'[a-z]{{3,}}
   | [a-z]+(?=n't\b)
   | [^\W_]+(?:[-_/.?!][^\W_]+)*                                 # an ordinary word, maybe with hyphens
-  | \.\.\. | --{1, 3}(?!-) | -{(5,)} | [?!]+ | ''|`` | _+ | \*+ | \S
+  | \.\.\. | --{{1,3}}(?!-) | -{{5,}} | [?!]+ | ''|`` | _+ | \*+ | \S
     """,
     re.VERBOSE | re.IGNORECASE,
 )
@@ -1510,23 +1510,29 @@ _OFFICIAL = {"caption": ("image_id", "caption"), "vqa": ("question_id", "answer"
 def official_results(task: str, records: Iterable[dict]) -> Iterator[dict]:
     """Answers in the form that COCO's and VQA's evaluation servers take; boxes get the score 1.
 
+    Boxes under a label that no category of the data has are left out. `records` is read twice.
+
     Raises
     ------
     ValueError
         If the data has no ids: it was not made from official files.
     """
+    categories = {}
     for record in records:
         for key in ("image_id", "category_id") if task == "detect" else _OFFICIAL[task][:1]:
             if key not in record:
                 raise ValueError(f"{record['where']} has no {key}: the official form needs data in an official form")
+        if task == "detect":
+            categories |= dict.fromkeys(record["labels"], record["category_id"])
+    for record in records:
         if task != "detect":
             key, name = _OFFICIAL[task]
             yield {key: record[key], name: record["answer"]}
             continue
         for box in _boxes_of(record)[1]:
-            if box.label in record["labels"]:  # another label was not asked for, and has no number here
+            if box.label in categories:
                 top, left, bottom, right = box.box
-                place = {"image_id": record["image_id"], "category_id": record["category_id"]}
+                place = {"image_id": record["image_id"], "category_id": categories[box.label]}
                 yield place | {"bbox": [left, top, right - left, bottom - top], "score": 1.0}
 
 

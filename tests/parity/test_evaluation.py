@@ -20,8 +20,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from sigma_book.assemble import evaluate
+from sigma_book.data import read_examples
 from sigma_book.evaluation import (
     PictureBoxes,
+    answer_examples,
     average_precision,
     bleu,
     cider,
@@ -29,10 +31,12 @@ from sigma_book.evaluation import (
     ngram_frequencies,
     ptb_tokens,
     rouge_l,
+    score_answers,
     vqa_accuracy,
+    write_official,
     write_world_files,
 )
-from sigma_book.locate import Detection
+from sigma_book.locate import Detection, encode_boxes
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -233,14 +237,42 @@ def test_average_precision_is_that_of_pycocotools(seed):
 
 def test_our_results_file_scores_the_same_in_pycocotools(captured_run):
     files, folder, scores = captured_run("detect")
+    fifty, mean = score_by_coco(files["instances"], folder / "results.json")
+    assert scores["AP50"] > 0.8
+    assert abs(scores["AP50"] - fifty) < 1e-9 and abs(scores["AP50-95"] - mean) < 1e-9
+
+
+def test_boxes_under_labels_that_were_not_asked_for_count_the_same(tmp_path):
+    """A model that names other things than it was asked about, some of them unknown to the data."""
+    files = write_world_files(tmp_path, 12)
+    examples, rng = read_examples(files["instances"]), random.Random(0)
+    labels = [example.prefix.removeprefix("detect ") for example in examples]
+
+    def answer(rows) -> list[str]:
+        texts = []
+        for example in rows:
+            boxes = [box for box in example.facts["boxes"] if rng.random() < 0.8]
+            boxes += [[edge * 0.7 for edge in box] for box in example.facts["boxes"] if rng.random() < 0.5]
+            names = [rng.choice([example.facts["labels"][0], rng.choice(labels), "a cloud"]) for _ in boxes]
+            texts.append(encode_boxes(boxes, names, 112, 112))
+        return texts
+
+    records = answer_examples("detect", examples, answer, tmp_path / "answers.jsonl", batch_size=5)
+    write_official("detect", records, tmp_path / "results.json")
+    scores, _ = score_answers("detect", records)
+    fifty, mean = score_by_coco(files["instances"], tmp_path / "results.json")
+    assert 0.1 < fifty < 0.9
+    assert abs(scores["AP50"] - fifty) < 1e-9 and abs(scores["AP50-95"] - mean) < 1e-9
+
+
+def score_by_coco(truth: Path, results: Path) -> tuple[float, float]:
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(files["instances"])
-        run = COCOeval(truth, truth.loadRes(str(folder / "results.json")), "bbox")
+        known = COCO(truth)
+        run = COCOeval(known, known.loadRes(str(results)), "bbox")
         run.evaluate()
         run.accumulate()
         run.summarize()
-    assert scores["AP50"] > 0.8
-    assert abs(scores["AP50"] - run.stats[1]) < 1e-9 and abs(scores["AP50-95"] - run.stats[0]) < 1e-9
+    return run.stats[1], run.stats[0]
 
 
 def test_mask_iou_is_that_of_pycocotools():
