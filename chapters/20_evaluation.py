@@ -57,7 +57,6 @@ from sigma_book.training import answer_loss, train
 from sigma_book.world import GRID, Thing
 
 use_style()
-torch.set_num_threads(1)
 
 # %% [markdown]
 # ## The picture
@@ -957,34 +956,13 @@ class AnswerFile:
     def __init__(self, path: str | Path, most: int | None = None):
         self.path, self.most = Path(path), most
 
-    def repair(self) -> int:
-        """Cut off a last line that was torn when a process died, and return the number of the next example.
-
-        Raises
-        ------
-        ValueError
-            If any other line is broken, or the numbers do not rise: then the file was edited, or written by two at once.
-        """
-        if not self.path.exists():
-            return 0
-        with self.path.open("rb+") as file:
-            keep = sum(len(line) for line in file if line.endswith(b"\n"))
-            file.truncate(keep)
-        following = 0
-        for number, record in enumerate(AnswerFile(self.path), start=1):
-            if not isinstance(record.get("index"), int) or record["index"] < following:
-                raise ValueError(
-                    f"{self.path}, line {number}: index is {record.get('index')!r}, expected {following} or more: "
-                    "the file was edited or written by two processes; give a new folder"
-                )
-            following = record["index"] + 1
-        return following
-
     def __iter__(self) -> Iterator[dict]:
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    return  # torn: its process died, or is about to write the rest
                 try:
                     record = json.loads(line)
                     inside = self.most is None or record["index"] < self.most
@@ -995,6 +973,29 @@ class AnswerFile:
                 if not inside:
                     return
                 yield record
+
+    def next_index(self) -> int:
+        """The number of the first example that has no answer yet.
+
+        Raises
+        ------
+        ValueError
+            If a whole line is broken, or the numbers do not rise: then the file was edited.
+        """
+        following = 0
+        for number, record in enumerate(AnswerFile(self.path), start=1):
+            if not isinstance(record.get("index"), int) or record["index"] < following:
+                raise ValueError(
+                    f"{self.path}, line {number}: index is {record.get('index')!r}, expected {following} or more: "
+                    "the file was edited; give a new folder"
+                )
+            following = record["index"] + 1
+        return following
+
+    def cut_torn_line(self) -> None:
+        """Take off a last line that has no end."""
+        with self.path.open("rb+") as file:
+            file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
 
 
 # %% [markdown]
@@ -1057,7 +1058,7 @@ def answer_examples(
     FileNotFoundError
         If a picture is missing.
     RuntimeError
-        If the disk is full.
+        If the disk is full, or another process is at work on the file.
     """
     if task not in EVALUATION_TASKS:
         raise ValueError(f"task is {task!r}: expected one of {', '.join(EVALUATION_TASKS)}")
@@ -1065,22 +1066,31 @@ def answer_examples(
         raise ValueError(f"batch_size is {batch_size}: expected at least 1")
     end = len(examples) if most is None else min(most, len(examples))
     answers = AnswerFile(path, end)
-    start = min(answers.repair(), end)
-    with (
-        Path(path).open("ab", buffering=0) as file,
-        tqdm(total=end, initial=start, desc=task, unit="", disable=None) as bar,
-    ):
-        asked = (
-            (index, example)
-            for index, example in ((index, examples[index]) for index in range(start, end))
-            if task != "count" or true_count(example) is not None
-        )
-        for rows in iter(lambda: list(itertools.islice(asked, batch_size)), []):
-            for record in _ask_rows(task, rows, answer):
-                _append_line(file, json.dumps(record, ensure_ascii=False))
-            bar.update(rows[-1][0] + 1 - bar.n)
-        bar.update(end - bar.n)
+    with Path(path).open("ab", buffering=0) as file:
+        _hold_alone(file)
+        answers.cut_torn_line()
+        start = min(answers.next_index(), end)
+        numbered = ((index, examples[index]) for index in range(start, end))
+        asked = (pair for pair in numbered if task != "count" or true_count(pair[1]) is not None)
+        with tqdm(total=end, initial=start, desc=task, unit="", disable=None) as bar:
+            for rows in iter(lambda: list(itertools.islice(asked, batch_size)), []):
+                for record in _ask_rows(task, rows, answer):
+                    _append_line(file, json.dumps(record, ensure_ascii=False))
+                bar.update(rows[-1][0] + 1 - bar.n)
+            bar.update(end - bar.n)
     return answers
+
+
+def _hold_alone(file: io.FileIO) -> None:
+    """Two processes must not write into one file; the hold ends with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RuntimeError(f"{file.name} is in use by another process: wait for it, or give a new folder") from error
 
 
 def _append_line(file: io.FileIO, line: str) -> None:
@@ -1935,4 +1945,4 @@ check(clipped, (({"star": 9.0}, {"star": 1.0, "red": 2.0}), 1.0), (({"red": 1.0,
 # **4.** ★★★ Teach the counting lessons again with `1 + i % 8` replaced by `4 + i % 5`, so that only four to eight occur.
 # Write down what you expect for one, two and three; then look. Which earlier sentence of this chapter explains it?
 #
-# Next: the model is good enough, and slow; chapter 21 asks where the time goes.
+# Next: where the time goes while a model answers.

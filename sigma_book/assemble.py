@@ -348,7 +348,7 @@ def evaluate(
     out = claim_run(out, run)
     path = out / "answers.jsonl"
     if answers is None:
-        waiting = AnswerFile(path).repair() < min(len(examples), num_examples or len(examples))
+        waiting = AnswerFile(path).next_index() < min(len(examples), num_examples or len(examples))
         answer = _asker(load(model, device=device, dtype=dtype) if waiting else None, max_new_tokens)
     records = answer_examples(task, examples, answer, path, batch_size=batch_size, most=num_examples)
     if official:

@@ -545,34 +545,13 @@ class AnswerFile:
     def __init__(self, path: str | Path, most: int | None = None):
         self.path, self.most = Path(path), most
 
-    def repair(self) -> int:
-        """Cut off a last line that was torn when a process died, and return the number of the next example.
-
-        Raises
-        ------
-        ValueError
-            If any other line is broken, or the numbers do not rise: then the file was edited, or written by two at once.
-        """
-        if not self.path.exists():
-            return 0
-        with self.path.open("rb+") as file:
-            keep = sum(len(line) for line in file if line.endswith(b"\n"))
-            file.truncate(keep)
-        following = 0
-        for number, record in enumerate(AnswerFile(self.path), start=1):
-            if not isinstance(record.get("index"), int) or record["index"] < following:
-                raise ValueError(
-                    f"{self.path}, line {number}: index is {record.get('index')!r}, expected {following} or more: "
-                    "the file was edited or written by two processes; give a new folder"
-                )
-            following = record["index"] + 1
-        return following
-
     def __iter__(self) -> Iterator[dict]:
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    return  # torn: its process died, or is about to write the rest
                 try:
                     record = json.loads(line)
                     inside = self.most is None or record["index"] < self.most
@@ -583,6 +562,29 @@ class AnswerFile:
                 if not inside:
                     return
                 yield record
+
+    def next_index(self) -> int:
+        """The number of the first example that has no answer yet.
+
+        Raises
+        ------
+        ValueError
+            If a whole line is broken, or the numbers do not rise: then the file was edited.
+        """
+        following = 0
+        for number, record in enumerate(AnswerFile(self.path), start=1):
+            if not isinstance(record.get("index"), int) or record["index"] < following:
+                raise ValueError(
+                    f"{self.path}, line {number}: index is {record.get('index')!r}, expected {following} or more: "
+                    "the file was edited; give a new folder"
+                )
+            following = record["index"] + 1
+        return following
+
+    def cut_torn_line(self) -> None:
+        """Take off a last line that has no end."""
+        with self.path.open("rb+") as file:
+            file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
 
 
 EVALUATION_TASKS = ("caption", "vqa", "count", "detect")
@@ -638,7 +640,7 @@ def answer_examples(
     FileNotFoundError
         If a picture is missing.
     RuntimeError
-        If the disk is full.
+        If the disk is full, or another process is at work on the file.
     """
     if task not in EVALUATION_TASKS:
         raise ValueError(f"task is {task!r}: expected one of {', '.join(EVALUATION_TASKS)}")
@@ -646,22 +648,31 @@ def answer_examples(
         raise ValueError(f"batch_size is {batch_size}: expected at least 1")
     end = len(examples) if most is None else min(most, len(examples))
     answers = AnswerFile(path, end)
-    start = min(answers.repair(), end)
-    with (
-        Path(path).open("ab", buffering=0) as file,
-        tqdm(total=end, initial=start, desc=task, unit="", disable=None) as bar,
-    ):
-        asked = (
-            (index, example)
-            for index, example in ((index, examples[index]) for index in range(start, end))
-            if task != "count" or true_count(example) is not None
-        )
-        for rows in iter(lambda: list(itertools.islice(asked, batch_size)), []):
-            for record in _ask_rows(task, rows, answer):
-                _append_line(file, json.dumps(record, ensure_ascii=False))
-            bar.update(rows[-1][0] + 1 - bar.n)
-        bar.update(end - bar.n)
+    with Path(path).open("ab", buffering=0) as file:
+        _hold_alone(file)
+        answers.cut_torn_line()
+        start = min(answers.next_index(), end)
+        numbered = ((index, examples[index]) for index in range(start, end))
+        asked = (pair for pair in numbered if task != "count" or true_count(pair[1]) is not None)
+        with tqdm(total=end, initial=start, desc=task, unit="", disable=None) as bar:
+            for rows in iter(lambda: list(itertools.islice(asked, batch_size)), []):
+                for record in _ask_rows(task, rows, answer):
+                    _append_line(file, json.dumps(record, ensure_ascii=False))
+                bar.update(rows[-1][0] + 1 - bar.n)
+            bar.update(end - bar.n)
     return answers
+
+
+def _hold_alone(file: io.FileIO) -> None:
+    """Two processes must not write into one file; the hold ends with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RuntimeError(f"{file.name} is in use by another process: wait for it, or give a new folder") from error
 
 
 def _append_line(file: io.FileIO, line: str) -> None:

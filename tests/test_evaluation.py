@@ -198,6 +198,25 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
         answer_examples("caption", rows(3), echo, path)
 
 
+def test_two_processes_do_not_share_a_file(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    script = f"""
+from pathlib import Path
+from sigma_book.evaluation import answer_examples
+from sigma_book.data import Example
+example = Example(b"", "caption", "a", "row", ("a",))
+answer_examples("caption", [example], lambda rows: ["a"], {str(path)!r})
+"""
+
+    def second_process(examples):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert "answers.jsonl is in use by another process" in done.stderr
+        return echo(examples)
+
+    answer_examples("caption", rows(2), second_process, path)
+    assert len(said_in(path)) == 2
+
+
 def test_answers_before_an_error_stand_and_the_error_names_its_row(tmp_path):
     path = tmp_path / "answers.jsonl"
     broken = [*rows(5), Example(tmp_path / "gone.png", "caption", "a", "data.jsonl, line 6", ("a",)), *rows(7)[6:]]
