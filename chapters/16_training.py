@@ -1685,7 +1685,7 @@ def draw_losses(progress: Progress, path: Path) -> None:
 
 
 # %% [markdown]
-# `sigma_book.teach.finetune` puts these together in forty lines, and the command `sigma-book train` hands its arguments
+# `sigma_book.runs.finetune` puts these together in forty lines, and the command `sigma-book train` hands its arguments
 # over:
 #
 #     sigma-book train --data train.jsonl --evaluate test.jsonl --out runs/first --dry-run

@@ -40,6 +40,7 @@ NAMES = [
     "17_pocket",
     "18_lora",
     "19_qlora",
+    "20_evaluation",
 ]
 
 
