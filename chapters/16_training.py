@@ -1291,7 +1291,8 @@ for dtype, (start, end, seen) in runs.items():
 # ## Remember less, compute again
 #
 # The backward pass needs what the forward pass computed: the *activations*. They are kept for all blocks at once. One can
-# keep only what goes into each block, and compute the inside again when its turn comes. It costs one more forward pass. (It is called activation checkpointing, and has nothing to do with the checkpoints above.)
+# keep only what goes into each block, and compute the inside again when its turn comes. It costs one more forward pass.
+# (It is called activation checkpointing, and has nothing to do with the checkpoints above.)
 
 
 # %%

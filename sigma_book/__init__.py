@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from sigma_book.assemble import generate, load
     from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
     from sigma_book.processor import Processor
-    from sigma_book.teach import finetune
+    from sigma_book.runs import evaluate, finetune
     from sigma_book.training import TrainingConfig
 
 __version__ = "0.1.0"
@@ -20,6 +20,7 @@ __all__ = [
     "Processor",
     "TrainingConfig",
     "__version__",
+    "evaluate",
     "finetune",
     "generate",
     "load",
@@ -28,7 +29,8 @@ __all__ = [
 _MODULES = {
     "load": "assemble",
     "generate": "assemble",
-    "finetune": "teach",
+    "evaluate": "runs",
+    "finetune": "runs",
     "PaliGemma": "paligemma",
     "PaliGemmaConfig": "paligemma",
     "Processor": "processor",

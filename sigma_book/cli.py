@@ -74,6 +74,8 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype", metavar="T", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
     )
+    command.add_argument("--quantize", metavar="Q", help="nf4 stores the decoder in 4 bits (default: as stored)")
+    command.add_argument("--adapter", metavar="DIR", help="folder or hub id of a LoRA adapter for the model")
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -98,7 +100,13 @@ def _generate(options: argparse.Namespace) -> None:
     if options.save is not None:
         _check_picture_name(options.save)
     vae = load_mask_vae(options.masks) if options.masks or os.environ.get(MASKS_VARIABLE) else None
-    model = load(options.model, device=options.device, dtype=options.dtype)
+    model = load(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        adapter=options.adapter,
+    )
     answer = generate(image, options.prompt, model=model, stream=options.stream, **settings)
     if options.stream:
         pieces = []
@@ -144,6 +152,39 @@ def _save_picture(picture, path: Path) -> None:
         ) from error
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--task", metavar="T", required=True, help="caption, vqa, count or detect")
+    command.add_argument("--data", metavar="FILE", required=True, help="JSONL or JSON: rows, COCO, or VQAv2 questions")
+    command.add_argument("--out", metavar="DIR", required=True, help="folder of this run; the same again goes on")
+    command.add_argument("--model", metavar="DIR", help="folder or hub id of a PaliGemma (default: the pocket model)")
+    command.add_argument("--annotations", metavar="FILE", help="the answers of VQAv2")
+    command.add_argument("--root", metavar="DIR", help="where paths of pictures begin (default: the file's folder)")
+    command.add_argument(
+        "--form", metavar="F", default="auto", help="what FILE is, in place of looking (default: auto)"
+    )
+    command.add_argument("--answers", metavar="FILE", help="score these answers, in the official form, without a model")
+    command.add_argument("--official", action="store_true", help="also write results.json in the official form")
+    command.add_argument("--batch-size", metavar="N", type=int, default=16, help="answered together (default: 16)")
+    command.add_argument("--max-new-tokens", metavar="N", type=int, default=100, help="longest answer (default: 100)")
+    command.add_argument("--num-examples", metavar="N", type=int, help="take the first N only (default: all)")
+    command.add_argument("--device", metavar="D", default="auto", help="auto, cuda, cuda:0, mps or cpu (default: auto)")
+    command.add_argument(
+        "--dtype", metavar="T", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from sigma_book.evaluation import score_table
+    from sigma_book.runs import evaluate
+
+    settings = {name: value for name, value in vars(options).items() if name not in ("run", "task", "data", "out")}
+    print(score_table(options.task, evaluate(options.task, options.data, options.out, **settings)))
+    print(f"written: {', '.join(str(Path(options.out) / name) for name in EVALUATION_FILES)}", file=sys.stderr)
+
+
+EVALUATION_FILES = ("answers.jsonl", "scores.json", "worst.html")
 
 
 def _pocket_arguments(command: argparse.ArgumentParser) -> None:
@@ -243,7 +284,7 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from sigma_book.teach import estimate, finetune
+    from sigma_book.runs import estimate, finetune
     from sigma_book.training import TrainingConfig
 
     given = {field: getattr(options, field) for _, field, _, _ in TRAINING_OPTIONS if hasattr(options, field)}
@@ -266,6 +307,7 @@ COMMANDS = (
     ("generate", "answer a prompt about a picture", _generate_arguments, _generate),
     ("data", "look at a file of examples before training on it", _data_arguments, _data),
     ("train", "teach a model what a file of examples says", _train_arguments, _train),
+    ("evaluate", "ask a model a whole data set and score its answers", _evaluate_arguments, _evaluate),
     ("pocket", "teach the pocket model from nothing", _pocket_arguments, _pocket),
 )
 

@@ -1,4 +1,4 @@
-"""Teaching, put together: the loop of chapter 16 with the files of chapter 15. Thin; the ideas stay in the chapters."""
+"""Whole runs, put together: fine-tuning a model on a file, and evaluating one. Thin; the ideas stay in the chapters."""
 
 import json
 import os
@@ -13,8 +13,19 @@ from pathlib import Path
 
 import torch
 
-from sigma_book.assemble import POCKET, load
+from sigma_book.assemble import POCKET, generate, load
 from sigma_book.data import Batches, Example, Examples, read_examples
+from sigma_book.evaluation import (
+    EVALUATION_TASKS,
+    AnswerFile,
+    answer_examples,
+    answer_from,
+    answer_speed,
+    claim_run,
+    read_official,
+    write_official,
+    write_report,
+)
 from sigma_book.generation import whole_number
 from sigma_book.paligemma import PaliGemma
 from sigma_book.processor import Processor, Tokenizer
@@ -42,7 +53,7 @@ from sigma_book.training import (
 )
 from sigma_book.weights import find_folder, pick_device, read_config, read_npz_config, save_model
 
-__all__ = ["estimate", "finetune"]
+__all__ = ["estimate", "evaluate", "finetune"]
 
 
 def finetune(
@@ -392,3 +403,110 @@ def estimate(
 def _shape_learner(config: TrainingConfig, model: PaliGemma) -> None:
     """Make a model of shapes alone learn as `_learner` would."""
     freeze_parts(model, config.freeze)
+
+
+def evaluate(
+    task: str,
+    data: str | Path,
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
+    form: str = "auto",
+    annotations: str | Path | None = None,
+    root: str | Path | None = None,
+    answers: str | Path | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 100,
+    num_examples: int | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    official: bool = False,
+) -> dict:
+    """Ask a model a whole data set, greedily, and score its answers.
+
+    Parameters
+    ----------
+    task : str
+        `caption`, `vqa`, `count` or `detect`.
+    data : path
+        What `read_examples` takes, with `form`, `annotations` and `root`.
+    out : path
+        A folder for this run alone: `answers.jsonl`, `scores.json`, `worst.html` and `run.json`. Called again with the
+        same arguments, a run that was stopped goes on behind its last answer.
+    model : path, optional
+        What `load` takes, with `device` and `dtype`; the pocket model by default.
+    answers : path, optional
+        Score the answers in this file of the official form, and ask no model.
+    batch_size : int
+        Pictures that are answered together.
+    max_new_tokens : int
+        Longest answer.
+    num_examples : int, optional
+        Take the first so many examples only.
+    official : bool
+        Also write `results.json`, in the official form of the task.
+
+    Returns
+    -------
+    dict
+        The scores, as in `scores.json`.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of its range, the data does not fit the task, or the folder holds another run.
+    FileNotFoundError, RuntimeError
+        As `load` and `read_examples`.
+    """
+    if task not in EVALUATION_TASKS:
+        raise ValueError(f"task is {task!r}: expected one of {', '.join(EVALUATION_TASKS)}")
+    whole_number("batch_size", batch_size, least=1)
+    whole_number("max_new_tokens", max_new_tokens, least=1)
+    if num_examples is not None:
+        whole_number("num_examples", num_examples, least=1)
+    examples = read_examples(data, form=form, root=root, annotations=annotations)
+    if task == "caption" and examples.form == "coco-captions":
+        examples = read_examples(data, form=examples.form, root=root, per_image=True)
+    _fits_task(task, examples.form, data, annotations)
+    run = {"task": task, "data": _full(data), "bytes": Path(data).stat().st_size, "form": examples.form}
+    run |= {"annotations": _full(annotations), "root": _full(root)}
+    if answers is None:
+        run |= {"model": _full(model) or "pocket", "dtype": str(dtype), "max_new_tokens": max_new_tokens}
+    else:
+        answer = answer_from(task, read_official(task, answers, examples, num_examples))
+        run |= {"answers": _full(answers), "changed": Path(answers).stat().st_mtime_ns}
+    out = claim_run(out, run)
+    path = out / "answers.jsonl"
+    if answers is None:
+        waiting = AnswerFile(path).next_index() < min(len(examples), num_examples or len(examples))
+        answer = _asker(load(model, device=device, dtype=dtype) if waiting else None, max_new_tokens)
+    records = answer_examples(task, examples, answer, path, batch_size=batch_size, most=num_examples)
+    if official:
+        write_official(task, records, out / "results.json")
+    speed = {} if answers else answer_speed(records)
+    return write_report(task, records, out, f"{task}: {Path(data).name}", speed)
+
+
+def _fits_task(task: str, form: str, data: str | Path, annotations: str | Path | None) -> None:
+    """Say at once what would only be seen in the scores."""
+    if form == "vqav2" and annotations is None:
+        raise ValueError(f"{data} holds questions only: give the file with their answers as annotations")
+    words = ("vqa", "vqav2")
+    fitting = {"caption": ("text", "coco-captions"), "detect": ("coco-detect",), "vqa": words, "count": words}
+    if form not in (*fitting[task], "prefix"):
+        raise ValueError(f"{data} is of the form {form}, which the task {task} cannot use")
+
+
+def _full(path: str | Path | None) -> str | None:
+    """A path that means the same from any folder; the id of a model on the hub stays as it is."""
+    return None if path is None else str(Path(path).resolve()) if Path(path).exists() else str(path)
+
+
+def _asker(model: PaliGemma | None, max_new_tokens: int) -> Callable[[list[Example]], list[str]]:
+    """A function from examples to answers."""
+
+    def ask(examples: list[Example]) -> list[str]:
+        pictures, prompts = [example.image for example in examples], [example.prefix for example in examples]
+        return generate(pictures, prompts, model=model, max_new_tokens=max_new_tokens)
+
+    return ask
