@@ -1233,7 +1233,8 @@ share_of_words = ((of_words.half() == 0).sum() / (sizes.half() == 0).sum()).item
 assert lost > 20 * lost_when_scaled and share_of_words > 0.9
 
 figure, axis = plt.subplots(figsize=(6.2, 2.4))
-axis.hist(sizes.log2().tolist(), bins=60, range=(-45, 5), color=PICTURE)
+heights = torch.histc(sizes.log2(), bins=50, min=-45, max=5)
+axis.stairs(heights.tolist(), list(range(-45, 6)), fill=True, color=PICTURE)
 for edge, name in ((-25, "float16"), (-41, "float16, loss times 65,536")):
     axis.axvline(edge, color=PROMPT)
     axis.annotate(name, (edge, axis.get_ylim()[1] * 0.9), xytext=(3, 0), textcoords="offset points", fontsize=8)
@@ -1713,7 +1714,66 @@ def draw_losses(progress: Progress, path: Path) -> None:
 # folder goes on where it stopped. The finished model stands in `runs/first/final`, the best one so far in
 # `runs/first/best`.
 #
-# STORY
+# ## A world that is not ours
+#
+# The package `easy-vqa` (`pip install easy-vqa`) ships 4,000 small pictures with 38,575 questions for training, and 1,000 with
+# 9,673 for testing: one shape each, a circle, a triangle or a rectangle, in colours of which the pocket model knows some.
+# These lines write its questions in the form of chapter 15.
+#
+# ```python
+# import json
+# from pathlib import Path
+#
+# import easy_vqa
+#
+# folder = Path("easy_vqa")
+# folder.mkdir(exist_ok=True)
+# for part in ("train", "test"):
+#     questions, answers, pictures = getattr(easy_vqa, f"get_{part}_questions")()
+#     paths = getattr(easy_vqa, f"get_{part}_image_paths")()
+#     with (folder / f"{part}.jsonl").open("w") as file:
+#         for question, answer, picture in zip(questions, answers, pictures):
+#             row = {"image": paths[picture], "question": question, "answer": answer}
+#             file.write(json.dumps(row) + "\n")
+# ```
+#
+# And this command teaches the pocket model with 4,800 of the questions:
+#
+#     sigma-book train --data easy_vqa/train.jsonl --evaluate easy_vqa/test.jsonl --out runs/easy-vqa \
+#         --max-steps 300 --batch-size 16 --learning-rate 1e-3 --evaluate-limit 300
+#
+# Our run was stopped after step 131, and went on with the same command. Here is what became of 300 of the test questions.
+
+# %%
+# Exact answers before and after, by kind of question (2026-11-24, two CPU cores shared with other work, 9 minutes).
+kinds = {
+    "what color?": (0, 35, 37),
+    "what shape?": (0, 16, 41),
+    "is there?": (56, 93, 114),
+    "is there not?": (14, 95, 108),
+}
+asked = sum(total for _, _, total in kinds.values())
+before, after = (sum(row[place] for row in kinds.values()) for place in (0, 1))
+assert asked == 300
+print(f"{before / asked:.1%} exact before, {after / asked:.1%} after")
+
+figure, axis = plt.subplots(figsize=(5.6, 2.3))
+for place, (first, last, total) in enumerate(kinds.values()):
+    axis.plot([first / total, last / total], [place, place], color="0.8", lw=3, zorder=0)
+    axis.scatter([first / total], [place], color=GREY, s=40)
+    axis.scatter([last / total], [place], color=ANSWER, s=40)
+    axis.annotate(f"{last / total:.0%}", (last / total, place), xytext=(7, 0), textcoords="offset points", va="center")
+axis.set_yticks(range(4), list(kinds))
+axis.set(xlabel="exact answers, before (grey) and after (green)", xlim=(-0.03, 1.08), ylim=(-0.6, 3.6))
+save(figure, "16_easy_vqa")
+assert len(pocket.processor.tokenizer.encode("circle")) == 1 < len(pocket.processor.tokenizer.encode("rectangle"))
+
+# %% [markdown]
+# *Figure: four kinds of question, a grey dot for before and a green one for after. Colours rise from nothing to 95 %,
+# questions with "not" from 13 % to 88 %, "is there" from 49 % to 82 %, shapes from nothing to 39 %.*
+#
+# Before, it took "is there not a red shape?" for "is there a red shape?", and answered the reverse. Shapes are the slowest:
+# "rectangle" is a word that its tokenizer has to spell, and a thing that its eyes were never shown.
 #
 # ## Your turn
 #
