@@ -203,6 +203,34 @@ def test_the_finished_model_is_read_by_us_and_by_transformers(arguments, data, t
     assert all(torch.equal(a, b) for a, b in zip(best.parameters(), ours.parameters())), "the last was the best"
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--dtype", "bfloat16"),
+        ("--dtype", "float16"),
+        ("--optimizer", "adamw8bit"),
+        ("--recompute", "--schedule", "linear", "--warmup", 2, "--weight-decay", 0.1),
+        ("--freeze", "vision", "--projector-rate", 1e-2, "--decoder-rate", 1e-4),
+        ("--epochs", 2, "--workers", 1, "--seed", 7),
+    ],
+    ids=lambda more: " ".join(map(str, more)),
+)
+def test_each_way_of_learning_goes_on_bit_by_bit(arguments, data, tmp_path, capsys, more):
+    """The last checkpoint of three and what was made of it are taken away, and the command is given again."""
+    if "adamw8bit" in more:
+        pytest.importorskip("bitsandbytes")
+    whole, out = tmp_path / "whole", tmp_path / "cut"
+    given = (*more, "--evaluate", data / "test.jsonl", "--evaluate-every", 2)
+    assert main(arguments(whole, *given, steps=3)) == 0
+    shutil.copytree(whole, out)
+    for gone in (out / "final", out / "best", out / "checkpoints" / "step-000003"):
+        shutil.rmtree(gone)
+    assert main(arguments(out, *given, steps=3)) == 0
+    assert "going on after step 2 of 3" in capsys.readouterr().err
+    assert final_weights(out) == final_weights(whole) and log(out) == log(whole)
+    assert (out / "evaluations.json").read_text() == (whole / "evaluations.json").read_text()
+
+
 def test_a_finished_run_says_so_and_changes_nothing(arguments, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(arguments(out, steps=2)) == 0
