@@ -1566,6 +1566,16 @@ if sys.platform == "linux":
         assert abs(size / bill.bytes - 1) < 0.15
 
 # %% [markdown]
+# And the time? Only a step can tell: a dry run takes three steps in memory, times the last two, and throws them away.
+# Had we done so before the corners, we would have been told this, and needed that. (It depends on what else the machine has to
+# do, so there is no assertion here.)
+
+# %%
+seconds = [float(line["seconds"]) for line in lines]
+told, needed = (seconds[2] - seconds[0]) / 2, (seconds[-1] - seconds[0]) / (len(seconds) - 1)
+print(f"a step: {told:.2f} s by the dry run, {needed:.2f} s in the run")
+
+# %% [markdown]
 # ## The bill of the large one
 #
 # Weights, gradients and two means are sixteen bytes for each number that learns, in 32 bits. For PaliGemma 3B and a single
