@@ -175,6 +175,28 @@ def test_a_cut_row_fits_and_keeps_the_beginnings(small, prompt, answer, words, r
     assert (cut.token_type_ids[0] == 0).sum() == len(before)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "answer", "room", "kept"),
+    [
+        (30, 30, 20, (10, 10)),  # half for each
+        (30, 5, 20, (14, 6)),  # what the answer does not need is the prompt's
+        (4, 30, 20, (4, 16)),  # and the other way round
+        (30, 30, 21, (11, 10)),
+        (19, 1, 20, (18, 2)),  # the end token of an answer counts
+    ],
+)
+def test_prompt_and_answer_share_the_room(small, prompt, answer, room, kept):
+    """In words of one token each; the answer's end token is one more."""
+    encode = small.tokenizer.encode
+    texts = [" ".join(["red"] * words) for words in (prompt, answer)]
+    assert [len(encode(text)) for text in texts] == [prompt, answer] and len(encode(texts[0] + "\n")) == prompt + 1
+    limit = small.num_image_tokens + 2 + room
+    batch = collate(small, [Example(draw_scene(make_scene(1)), *texts)], max_length=limit, truncate=True)
+    learned = (batch.labels != -100).sum().item()
+    given = batch.attention_mask.sum().item() - learned - small.num_image_tokens - 2
+    assert (given, learned) == kept
+
+
 def test_where_there_is_no_room_for_text_nothing_is_cut(small):
     example = Example(draw_scene(make_scene(1)), "caption en", "a red star")
     with pytest.raises(ValueError, match="leave no room for text"):
