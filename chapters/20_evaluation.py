@@ -57,6 +57,7 @@ from sigma_book.training import answer_loss, train
 from sigma_book.world import GRID, Thing
 
 use_style()
+torch.set_num_threads(1)  # batches are small here: a second thread waits more than it works
 
 # %% [markdown]
 # ## The picture
@@ -491,6 +492,18 @@ assert cider(ptb_tokens("a red star"), tokens[0], frequencies) > cider(ptb_token
 assert cider(ptb_tokens("a red star"), tokens[0], ngram_frequencies(tokens[:1])) == 0.0
 
 # %% [markdown]
+# How much do the words matter? Here the same two sentences are cut at spaces, and by our rules.
+
+# %%
+stop = ("A red star, next to a ring.", "a red star next to a ring")
+at_spaces = bleu([(stop[0].split(), [stop[1].split()])])
+by_rules = bleu([(ptb_tokens(stop[0]), [ptb_tokens(stop[1])])])
+assert at_spaces[3] < 0.01 and by_rules[3] > 0.99
+print(f"BLEU-1 {at_spaces[0]:.2f} and {by_rules[0]:.2f}, BLEU-4 {at_spaces[3]:.2f} and {by_rules[3]:.2f}")
+
+# %% [markdown]
+# Two programs that cut differently cannot be compared, however equal their formulas are.
+#
 # Now the picture from the top, with all six numbers. The corpus is 400 scenes.
 
 # %%
@@ -1768,7 +1781,18 @@ with tempfile.TemporaryDirectory() as folder:
     scores, cases = score_answers("caption", records)
     print(score_table("caption", scores))
     note, record = cases[0]
+    questions = read_examples(files["questions"], annotations=files["annotations"])
+    records = answer_examples("vqa", questions, lambda rows: ["yes"] * len(rows), Path(folder) / "vqa.jsonl")
+    bytes_each = records.path.stat().st_size / len(questions)
+    always_yes, _ = score_answers("vqa", records)
 print(f"\nworst ({note}): said {record['answer']!r}, true {record['answers'][0]!r}")
+
+# %% [markdown]
+# Before a score is believed, ask what it says of a stub. Here is the accuracy of one who always says "yes".
+
+# %%
+print(score_table("vqa", always_yes))
+assert always_yes["by_type"]["yes/no"]["accuracy"] > 0.3 and always_yes["by_type"]["other"]["accuracy"] < 0.05
 
 # %% [markdown]
 # ## A look inside: how the pocket model counts
@@ -1904,8 +1928,7 @@ assert after["exact"] > before["exact"] + 0.08
 questions, parameters, tokens = 214_354, 2_923_466_480, 256 + 16
 hours = questions * tokens * 2 * parameters / 400e12 / 3600
 assert 0.2 < hours < 0.3
-size = len(json.dumps(record).encode()) * questions / 1e6
-print(f"{hours * 60:.0f} minutes of arithmetic at least; answers on the disk: about {size:.0f} MB")
+print(f"{hours * 60:.0f} minutes of arithmetic at least; {bytes_each * questions / 1e6:.0f} MB of answers on the disk")
 
 # %% [markdown]
 # ## Your turn
