@@ -272,10 +272,11 @@ assert np.allclose(bleu([(said, references)]), by_hand, atol=1e-6)
 # ## Four equal values
 #
 # The description that this book grew from reported the same BLEU four times. Can that be? The four fractions would have
-# to be equal: as large a share of pairs right as of words. A wrong word breaks two pairs and three triples, so this takes
-# a data set without one wrong word; then all four are 1, or the factor for short answers four times. A model that errs
-# does not get there. A program does that leaves out a fraction when it has nothing to count: where every answer is one
-# word long, there is no pair, no triple and no four. First what is right to say of such answers.
+# to be equal: as large a share of pairs right as of words. But a wrong word breaks the pairs and triples around it. So it
+# takes answers that are wholly right, or else have not one right word in them, and captions are not like that.
+#
+# A program, though, can make it so: one that leaves out a fraction when it has nothing to count. Where every answer is
+# one word long, there is no pair, no triple and no four. First, what is right to say of such answers.
 
 # %%
 one_word = [(["star"], [["star"], ["a", "star"]]), (["ring"], [["circle"]])]
@@ -537,7 +538,7 @@ assert table["the truth"][3] > 0.999 and table["another order"][0] > table["anot
 # ## Proof
 #
 # `pycocoevalcap` is the code that everybody reports with. Given the same words, the numbers are the same.
-# (The test does this on hundreds of odd corpora; here is one.)
+# (The tests do this on many odd corpora; here is a plain one.)
 
 # %%
 from pycocoevalcap.bleu.bleu import Bleu
@@ -1844,7 +1845,7 @@ print(score_table("count", before))
 
 # %% [markdown]
 # The table says it sharply: up to five it is right, and everything above is "five". It does not see six and say
-# something near; it has no word for six. It learned to choose among the numbers of its lessons.
+# something near; it never learned to say six. It learned to choose among the numbers of its lessons.
 
 # %%
 assert min(before["by_truth"][number]["exact"] for number in range(1, 6)) > 0.8
@@ -1915,8 +1916,9 @@ assert after["exact"] > before["exact"] + 0.08
 # *Figure: pairs of bars for the numbers one to eight, before and after the lessons. Before, the bars for six, seven and
 # eight are empty; after, they stand, though not at full height; the bars below stay nearly full.*
 #
-# The new numbers went from never right to about half the time, and the rest is one off. The lessons were not free: five
-# is now taken for six at times, and the last line of the output says what became of the captions, which had no lesson.
+# The new numbers went from never right to about half the time, and most of the rest is one off. The lessons were not
+# free: five is missed more often than before, and the last line of the output says what became of the captions, which had
+# no lesson.
 # That the lessons hold the old numbers too is no luxury: exercise 4 leaves them out.
 #
 # ## The bill
