@@ -1,61 +1,65 @@
 """The public face: ideas of several chapters put together. Thin; the ideas stay in the chapters."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from sigma_book.data import Example, read_examples
-from sigma_book.evaluation import (
-    EVALUATION_TASKS,
-    AnswerFile,
-    answer_examples,
-    answer_from,
-    answer_speed,
-    claim_run,
-    read_official,
-    write_official,
-    write_report,
-)
 from sigma_book.generation import (
     Answer,
     Sampling,
     answer_limits,
+    check_beams,
     generate_answers,
     read_stop_ids,
     stream_answer,
     whole_number,
 )
+from sigma_book.locate import AnswerGrammar
+from sigma_book.lora import CONFIG_FILE, POCKET_BASE, adapter_base, load_adapter
 from sigma_book.paligemma import PaliGemma
-from sigma_book.processor import Batch, Processor, load_image
-from sigma_book.weights import find_folder, load_model, read_config
+from sigma_book.processor import Batch, Processor, Tokenizer, load_image
+from sigma_book.qlora import nf4_on_arrival, quantize_nf4
+from sigma_book.weights import find_folder, load_model, load_npz, read_config
 
-__all__ = ["evaluate", "generate", "load", "read_settings"]
+__all__ = ["generate", "load", "read_settings"]
 
 POCKET = Path(__file__).parent / "pocket_model"
-ROWS_AT_ONCE = 32  # longer lists are answered in several batches
+ROWS_AT_ONCE = 32  # longer lists are answered in several batches; a beam counts as a row
 WATCHED = ("*.json", "*.safetensors", "tokenizer.model")  # the files that make a model
 
 _kept: dict[str, tuple[object, PaliGemma]] = {}  # the pocket model and the last other one, for `generate`
 
 
 def load(
-    path_or_hub_id: str | Path | None = None, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+    path_or_hub_id: str | Path | None = None,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
+    adapter: str | Path | None = None,
 ) -> PaliGemma:
     """Load a model with its processor.
 
     Parameters
     ----------
     path_or_hub_id : path, optional
-        A PaliGemma folder in the Hugging Face layout, or the id of one on the hub; None is the pocket model that
-        comes with this package.
+        A PaliGemma folder in the Hugging Face layout, or the id of one on the hub, or big_vision's `.npz` file with
+        a tokenizer in the same folder; None is the pocket model that comes with this package. An adapter's folder is
+        its base with the adapter on it.
     device : str or torch.device
         `auto` is cuda, mps or cpu, in this order.
     dtype : str or torch.dtype
         float32, bfloat16 or float16. `auto` is the file's, but float32 on a CPU without bf16 units, and for the
         pocket model.
+    quantize : str, optional
+        "nf4" stores the decoder's linear maps in four bits as they come from the file; `dtype` is what it computes in.
+    adapter : path, optional
+        A LoRA adapter in PEFT's format, a folder or an id on the hub. It stays beside the weights: `merge_lora` of
+        `sigma_book.lora` adds it to them.
 
     Returns
     -------
@@ -67,19 +71,33 @@ def load(
     FileNotFoundError
         If the folder or one of its files is missing.
     ValueError
-        If a file is damaged, or describes another model; if device or dtype is unknown.
+        If a file is damaged, or describes another model; if device, dtype or `quantize` is unknown; if the adapter is
+        for another model.
     RuntimeError
         If the device is not there, or the hub does not give the files.
     """
-    if path_or_hub_id is None:
-        folder, dtype = POCKET, "float32" if dtype == "auto" else dtype
+    if quantize not in (None, "nf4"):
+        raise ValueError(f"quantize is {quantize!r}: expected 'nf4', or nothing")
+    for given, what in ((path_or_hub_id, "a model"), (adapter, "an adapter")):
+        if given is not None and not isinstance(given, str | Path):
+            raise ValueError(f"{what} is a path or a hub id, got {type(given).__name__}")
+    folder = POCKET if path_or_hub_id is None else find_folder(path_or_hub_id)
+    if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+        if adapter is not None:
+            raise ValueError(f"{folder} is an adapter itself: give its base as the model, and one adapter")
+        folder, adapter = _base_folder(folder), folder
+    if folder == POCKET and dtype == "auto":
+        dtype = "float32"
+    if folder.suffix == ".npz" and folder.is_file():
+        model = load_npz(folder, device, dtype)
+        folder, vision = folder.parent, model.config.vision
+        processor = Processor(Tokenizer.from_folder(folder), vision.image_size, vision.num_patches)
+        if quantize is not None:
+            quantize_nf4(model)
     else:
-        if not isinstance(path_or_hub_id, str | Path):
-            raise ValueError(f"a model is a path or a hub id, got {type(path_or_hub_id).__name__}")
-        folder = find_folder(path_or_hub_id)
-    read_config(folder)  # a folder of another model is told first
-    processor = Processor.from_folder(folder)
-    model = load_model(folder, device, dtype)
+        read_config(folder)  # a folder of another model is told first
+        processor = Processor.from_folder(folder)
+        model = load_model(folder, device, dtype, nf4_on_arrival() if quantize else None)
     if processor.tokenizer.image_id != model.config.image_token_id:
         raise ValueError(
             f"{folder}: <image> is token {processor.tokenizer.image_id} for the tokenizer and "
@@ -87,7 +105,24 @@ def load(
         )
     model.processor = processor
     model.stop_ids = read_stop_ids(folder, model.config.eos_token_id)
+    if adapter is not None:
+        load_adapter(model, find_folder(adapter))
     return model
+
+
+def _base_folder(adapter: Path) -> Path:
+    """The folder of the model that an adapter was made for."""
+    name = adapter_base(adapter)
+    if name is None:
+        raise ValueError(f"{adapter / CONFIG_FILE} names no base model: load that, with this folder as its adapter")
+    if name == POCKET_BASE:
+        return POCKET
+    try:
+        return find_folder(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{adapter / CONFIG_FILE} was made for {name}: {error}; or give its base yourself"
+        ) from error
 
 
 def generate(
@@ -100,8 +135,11 @@ def generate(
     top_p: float = 1.0,
     top_k: int | None = None,
     repetition_penalty: float = 1.0,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
     stop: str | Sequence[str] | None = None,
     seed: int | None = None,
+    grammar: str | None = None,
     stream: bool = False,
     return_logprobs: bool = False,
 ) -> str | list[str] | Answer | list[Answer] | Iterator[str]:
@@ -128,11 +166,17 @@ def generate(
         Draw from this many tokens, at least 1.
     repetition_penalty : float
         Above 1 makes tokens of prompt and answer less likely to come again.
+    num_beams : int
+        Above 1 looks for the most likely answer along so many beginnings at once; temperature must be 0.
+    length_penalty : float
+        Beams are compared by log-probability divided by length to this power; one beam does not use it.
     stop : str or list of str, optional
         Strings that end the answer and are left out of it.
     seed : int, optional
         Row i of a list draws as a call of its own would with `seed + i`. None draws anew each time, or as
         `torch.manual_seed` says.
+    grammar : str, optional
+        `detect` or `segment` allows only tokens that make a well-formed answer of that kind, one box or more.
     stream : bool
         Give an iterator over pieces of the answer; for one picture and one prompt.
     return_logprobs : bool
@@ -157,24 +201,39 @@ def generate(
     A list gives what one call for each row gives: in float32 token for token. In 16 bits sums round differently in
     batches of other sizes, so where two tokens are about equally good, either may come.
     """
-    sampling, stop = read_settings(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
+    sampling, stop = read_settings(
+        max_new_tokens, temperature, top_p, top_k, repetition_penalty, num_beams, length_penalty, stop, seed, grammar
+    )
     pictures, prompts = _rows(image, prompt)
-    if stream and (len(prompts) > 1 or return_logprobs):
+    if stream and (len(prompts) > 1 or return_logprobs or num_beams > 1):
         asked = "log-probabilities" if return_logprobs else f"{len(prompts)} prompts"
+        asked = f"the best of {num_beams} beams, which is known at the end" if num_beams > 1 else asked
         raise ValueError(f"stream=True gives the text of one picture and one prompt, not {asked}: leave it out")
     model = _model(model)
-    batches = _batches(model, pictures, prompts, max_new_tokens)  # all are read before the first is answered
-    options = {"max_new_tokens": max_new_tokens, "stop_ids": getattr(model, "stop_ids", None), "stop": stop}
+    rows_at_once = max(1, ROWS_AT_ONCE // num_beams)
+    batches = _batches(
+        model, pictures, prompts, max_new_tokens, rows_at_once
+    )  # all are read before the first is answered
+    stop_ids = tuple(getattr(model, "stop_ids", None) or [model.config.eos_token_id])
+    options = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "stop": stop}
+    if grammar is not None:
+        options["allow"] = _grammar(model.processor.tokenizer, model.config.text.vocab_size, stop_ids, grammar)
     decode = model.processor.tokenizer.decode
     if stream:
         return stream_answer(model, batches[0], decode, sampling=sampling, **options)
     answers: list[Answer] = []
     for batch in batches:
         shifted = replace(sampling, seed=sampling.seed + len(answers))
-        answers += generate_answers(model, batch, decode, sampling=shifted, **options)
+        beams = {"num_beams": num_beams, "length_penalty": length_penalty}
+        answers += generate_answers(model, batch, decode, sampling=shifted, **beams, **options)
     results = answers if return_logprobs else [answer.text for answer in answers]
     one = not isinstance(image, list | tuple) and isinstance(prompt, str)
     return results[0] if one else results
+
+
+@lru_cache(maxsize=4)  # it looks at every piece of a vocabulary
+def _grammar(tokenizer: Tokenizer, vocab_size: int, stop_ids: tuple[int, ...], task: str) -> AnswerGrammar:
+    return AnswerGrammar(tokenizer, vocab_size, stop_ids, task)
 
 
 def read_settings(
@@ -183,8 +242,11 @@ def read_settings(
     top_p: float,
     top_k: int | None,
     repetition_penalty: float,
+    num_beams: int,
+    length_penalty: float,
     stop: str | Sequence[str] | None,
     seed: int | None,
+    grammar: str | None = None,
 ) -> tuple[Sampling, list[str]]:
     """Check the arguments of `generate` that need no model.
 
@@ -200,6 +262,9 @@ def read_settings(
     """
     whole_number("max_new_tokens", max_new_tokens, least=1)
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
+    check_beams(num_beams, length_penalty, sampling)
+    if grammar not in (None, "detect", "segment"):
+        raise ValueError(f"grammar is {grammar!r}: expected 'detect' or 'segment', or none")
     if seed is None:
         sampling = replace(sampling, seed=int(torch.randint(2**62, ())))
     listed = [] if stop is None else [stop] if isinstance(stop, str) else stop
@@ -244,7 +309,7 @@ def _model(model: PaliGemma | str | Path | None) -> PaliGemma:
     if not isinstance(model, str | Path):
         raise ValueError(f"model is a path, a hub id or a loaded PaliGemma, got {type(model).__name__}")
     folder = find_folder(model)
-    files = sorted(path for pattern in WATCHED for path in folder.glob(pattern))
+    files = [folder] if folder.is_file() else sorted(path for pattern in WATCHED for path in folder.glob(pattern))
     state = (folder.resolve(), [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
     if "last" not in _kept or _kept["last"][0] != state:
         _kept.pop("last", None)  # two models may not fit into memory
@@ -252,15 +317,17 @@ def _model(model: PaliGemma | str | Path | None) -> PaliGemma:
     return _kept["last"][1]
 
 
-def _batches(model: PaliGemma, pictures: list, prompts: list[str], max_new_tokens: int) -> list[Batch]:
-    """Pictures and prompts as batches, each no longer than ROWS_AT_ONCE; the context is checked for all of them."""
+def _batches(
+    model: PaliGemma, pictures: list, prompts: list[str], max_new_tokens: int, rows_at_once: int
+) -> list[Batch]:
+    """Pictures and prompts as batches, each no longer than `rows_at_once`; the context is checked for all of them."""
     opened: dict[int, Image.Image] = {}
     batches = []
-    for start in range(0, len(prompts), ROWS_AT_ONCE):
-        chunk = pictures[start : start + ROWS_AT_ONCE]
+    for start in range(0, len(prompts), rows_at_once):
+        chunk = pictures[start : start + rows_at_once]
         shown = [list(row) if isinstance(row, list | tuple) else [row] for row in chunk]
         images = [[_open(source, opened) for source in row] for row in shown]
-        batch = model.processor.prepare(images, prompts[start : start + ROWS_AT_ONCE])
+        batch = model.processor.prepare(images, prompts[start : start + rows_at_once])
         answer_limits(batch.attention_mask, max_new_tokens, model.config.text.max_position_embeddings)
         batches.append(batch)
         last = shown[-1][-1]
@@ -273,110 +340,3 @@ def _open(source, opened: dict[int, Image.Image]) -> Image.Image:
     if id(source) not in opened:
         opened[id(source)] = load_image(source)
     return opened[id(source)]
-
-
-def evaluate(
-    task: str,
-    data: str | Path,
-    out: str | Path,
-    *,
-    model: str | Path | None = None,
-    form: str = "auto",
-    annotations: str | Path | None = None,
-    root: str | Path | None = None,
-    answers: str | Path | None = None,
-    batch_size: int = 16,
-    max_new_tokens: int = 100,
-    num_examples: int | None = None,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
-    official: bool = False,
-) -> dict:
-    """Ask a model a whole data set, greedily, and score its answers.
-
-    Parameters
-    ----------
-    task : str
-        `caption`, `vqa`, `count` or `detect`.
-    data : path
-        What `read_examples` takes, with `form`, `annotations` and `root`.
-    out : path
-        A folder for this run alone: `answers.jsonl`, `scores.json`, `worst.html` and `run.json`. Called again with the
-        same arguments, a run that was stopped goes on behind its last answer.
-    model : path, optional
-        What `load` takes, with `device` and `dtype`; the pocket model by default.
-    answers : path, optional
-        Score the answers in this file of the official form, and ask no model.
-    batch_size : int
-        Pictures that are answered together.
-    max_new_tokens : int
-        Longest answer.
-    num_examples : int, optional
-        Take the first so many examples only.
-    official : bool
-        Also write `results.json`, in the official form of the task.
-
-    Returns
-    -------
-    dict
-        The scores, as in `scores.json`.
-
-    Raises
-    ------
-    ValueError
-        If an argument is out of its range, the data does not fit the task, or the folder holds another run.
-    FileNotFoundError, RuntimeError
-        As `load` and `read_examples`.
-    """
-    if task not in EVALUATION_TASKS:
-        raise ValueError(f"task is {task!r}: expected one of {', '.join(EVALUATION_TASKS)}")
-    whole_number("batch_size", batch_size, least=1)
-    whole_number("max_new_tokens", max_new_tokens, least=1)
-    if num_examples is not None:
-        whole_number("num_examples", num_examples, least=1)
-    examples = read_examples(data, form=form, root=root, annotations=annotations)
-    if task == "caption" and examples.form == "coco-captions":
-        examples = read_examples(data, form=examples.form, root=root, per_image=True)
-    _fits_task(task, examples.form, data, annotations)
-    run = {"task": task, "data": _full(data), "bytes": Path(data).stat().st_size, "form": examples.form}
-    run |= {"annotations": _full(annotations), "root": _full(root)}
-    if answers is None:
-        run |= {"model": _full(model) or "pocket", "dtype": str(dtype), "max_new_tokens": max_new_tokens}
-    else:
-        answer = answer_from(task, read_official(task, answers, examples, num_examples))
-        run |= {"answers": _full(answers), "changed": Path(answers).stat().st_mtime_ns}
-    out = claim_run(out, run)
-    path = out / "answers.jsonl"
-    if answers is None:
-        waiting = AnswerFile(path).next_index() < min(len(examples), num_examples or len(examples))
-        answer = _asker(load(model, device=device, dtype=dtype) if waiting else None, max_new_tokens)
-    records = answer_examples(task, examples, answer, path, batch_size=batch_size, most=num_examples)
-    if official:
-        write_official(task, records, out / "results.json")
-    speed = {} if answers else answer_speed(records)
-    return write_report(task, records, out, f"{task}: {Path(data).name}", speed)
-
-
-def _fits_task(task: str, form: str, data: str | Path, annotations: str | Path | None) -> None:
-    """Say at once what would only be seen in the scores."""
-    if form == "vqav2" and annotations is None:
-        raise ValueError(f"{data} holds questions only: give the file with their answers as annotations")
-    words = ("vqa", "vqav2")
-    fitting = {"caption": ("text", "coco-captions"), "detect": ("coco-detect",), "vqa": words, "count": words}
-    if form not in (*fitting[task], "prefix"):
-        raise ValueError(f"{data} is of the form {form}, which the task {task} cannot use")
-
-
-def _full(path: str | Path | None) -> str | None:
-    """A path that means the same from any folder; the id of a model on the hub stays as it is."""
-    return None if path is None else str(Path(path).resolve()) if Path(path).exists() else str(path)
-
-
-def _asker(model: PaliGemma | None, max_new_tokens: int) -> Callable[[list[Example]], list[str]]:
-    """A function from examples to answers."""
-
-    def ask(examples: list[Example]) -> list[str]:
-        pictures, prompts = [example.image for example in examples], [example.prefix for example in examples]
-        return generate(pictures, prompts, model=model, max_new_tokens=max_new_tokens)
-
-    return ask

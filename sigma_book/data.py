@@ -1,10 +1,11 @@
 """What to learn from: data.
 
-What does a model see of an example, and which part of it should it learn to say?
+How does a folder of pictures and a file of answers become what a model learns from?
 
 Tangled from chapters/15_data.py: edit there, then run python -m sigma_book.tangle.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -12,7 +13,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path, PureWindowsPath
 
@@ -32,6 +34,7 @@ __all__ = [
     "Example",
     "Examples",
     "Survey",
+    "Table",
     "TrainingBatch",
     "collate",
     "contact_sheet",
@@ -147,11 +150,7 @@ def token_counts(processor: Processor, example: Example) -> tuple[int, int, int]
             f"prompt {example.prefix!r} contains <image>: leave it out, the picture's place is set for you"
         )
     encode = processor.tokenizer.encode
-    return (
-        processor.num_image_tokens + 1,
-        len(encode(f"{example.prefix}\n")),
-        len(encode(example.suffix)) + 1,
-    )
+    return processor.num_image_tokens + 1, len(encode(f"{example.prefix}\n")), len(encode(example.suffix)) + 1
 
 
 def _fit_text(
@@ -164,7 +163,7 @@ def _fit_text(
     if not truncate:
         raise ValueError(
             f"{picture} tokens of picture, {prompt} of prompt and {answer} of answer do not fit into {max_length}: "
-            "shorten the text, or ask for a cut (truncate)"
+            "shorten the text, or ask for a cut (truncate, on the command line --truncate)"
         )
     room = max_length - picture - 1  # beside the newline
     if room < 2:
@@ -183,18 +182,24 @@ def _lay_out(processor: Processor, rows: Sequence[_Ready], max_length: int | Non
     batch = processor.prepare([row.image for row in rows], [row.prefix for row in rows], [row.suffix for row in rows])
     if max_length is None or batch.input_ids.shape[1] <= max_length:
         return batch
-    return Batch(
-        batch.input_ids[:, :max_length],
-        batch.attention_mask[:, :max_length],
-        batch.token_type_ids[:, :max_length],
-        batch.pixel_values,
-        batch.labels[:, :max_length],
-    )
+    wide = ("input_ids", "attention_mask", "token_type_ids", "labels")
+    return replace(batch, **{name: getattr(batch, name)[:, :max_length] for name in wide})
 
 
 @dataclass(frozen=True)
-class _Table:
-    """Where the rows of a file lie: first byte and end of each, and small columns of numbers; the rows stay on the disk."""
+class Table:
+    """Where the rows of a file lie; the rows themselves stay on the disk.
+
+    Parameters
+    ----------
+    path : Path
+    size, changed : int
+        Of the file when it was indexed: bytes, and nanoseconds of its last change.
+    starts, ends : numpy.ndarray
+        First byte of each row, and the byte behind its last.
+    columns : mapping
+        A few values of each row: line numbers or ids.
+    """
 
     path: Path
     size: int
@@ -235,16 +240,27 @@ def _read_object(raw: bytes) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"broken JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError(f"a {type(value).__name__} stands here, expected a JSON object: {{...}}")
+        raise ValueError(f"found {json.dumps(value)[:40]}, expected a JSON object: {{...}}")
     return value
 
 
 _BYTES_AT_ONCE = 1 << 24
+
+
+_LONGEST_ENTRY = 1 << 26
+
+
 _MARK = b"\xef\xbb\xbf"  # some editors begin a UTF-8 file with it
 
 
-def index_lines(path: Path) -> _Table:
-    """Find the lines of a JSONL file that are not blank; `columns["line"]` holds their numbers, from 1."""
+def index_lines(path: Path) -> Table:
+    """Find the lines of a JSONL file that are not blank.
+
+    Returns
+    -------
+    Table
+        With the column `line`: numbers of lines, counted from 1.
+    """
     starts, lines = [], []
     before, number = 0, 1  # bytes and lines that lie behind us
     with path.open("rb") as file:
@@ -269,175 +285,7 @@ def index_lines(path: Path) -> _Table:
     first = np.concatenate(starts).astype(np.int64) if starts else np.zeros(0, np.int64)
     ends = np.append(first[1:], before)[: len(first)]
     columns = {"line": np.concatenate(lines)} if lines else {"line": first}
-    return _Table(path, state.st_size, state.st_mtime_ns, first, ends, columns)
-
-
-class _Window:
-    """A part of a JSON file, moved on as it is read. One byte is one letter here, so that places are places in the file."""
-
-    def __init__(self, file):
-        self._file, self._ended = file, False
-        self.text, self.base, self.at = "", 0, 0
-        self._decode = json.JSONDecoder().raw_decode
-        self._more()
-        if self.text.startswith(_MARK.decode("latin-1")):
-            self.at = 3
-
-    def _more(self) -> None:
-        kept = self.text[self.at :]
-        new = self._file.read(max(_BYTES_AT_ONCE // 4, len(kept))).decode("latin-1")
-        self._ended = not new
-        self.text, self.base, self.at = kept + new, self.base + self.at, 0
-
-    def next(self) -> str:
-        """The next letter that is no white space; it is not taken. '' at the end."""
-        while True:
-            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
-                self.at += 1
-            if self.at < len(self.text) or self._ended:
-                return self.text[self.at : self.at + 1]
-            self._more()
-
-    def take(self, allowed: str) -> str:
-        letter = self.next()
-        if not letter or letter not in allowed:
-            shown = f"found {letter!r}" if letter else "the file ends"
-            raise ValueError(f"broken JSON: expected {' or '.join(allowed)} at byte {self.base + self.at:,}, {shown}")
-        self.at += 1
-        return letter
-
-    def value(self) -> object:
-        """Take a whole value."""
-        self.next()
-        while True:
-            try:
-                value, end = self._decode(self.text, self.at)
-                if end < len(self.text) or self._ended:
-                    self.at = end
-                    return value
-            except (ValueError, RecursionError) as error:
-                if self._ended or len(self.text) - self.at > 4 * _BYTES_AT_ONCE:
-                    place = self.base + getattr(error, "pos", self.at)
-                    raise ValueError(f"broken JSON at byte {place:,} ({getattr(error, 'msg', error)})") from error
-            self._more()
-
-
-_COLUMNS = {
-    "": (),
-    "questions": ("question_id", "image_id"),
-    "annotations": ("id", "image_id", "question_id", "category_id", "iscrowd"),
-    "images": ("id",),
-    "categories": ("id",),
-}
-
-
-class _Rows:
-    """Places and columns of one array while a file is read through; kept as numbers, not as Python objects."""
-
-    def __init__(self, names: Sequence[str]):
-        self.names, self._waiting, self._done, self._count = names, [], [], 0
-
-    def add(self, start: int, end: int, value: object) -> None:
-        get = value.get if isinstance(value, dict) else lambda name: None
-        self._waiting.append((start, end, *map(get, self.names)))
-        if len(self._waiting) >= 20_000:
-            self._pack()
-
-    def _pack(self) -> None:
-        if self._waiting:
-            self._done.append([np.asarray(column) for column in zip(*self._waiting)])
-            self._waiting = []
-
-    def columns(self) -> dict[str, np.ndarray]:
-        self._pack()
-        names = ("start", "end", *self.names)
-        parts = zip(*self._done) if self._done else [[np.zeros(0, np.int64)]] * len(names)
-        return {name: np.concatenate(part) for name, part in zip(names, parts)}
-
-
-def index_document(path: Path) -> tuple[dict[str, _Table], dict[str, object]]:
-    """Read through a JSON file once and note where the rows of its outer arrays lie.
-
-    Returns
-    -------
-    tuple
-        Tables of the arrays that are known (`questions`, `annotations`, `images`, `categories`; "" is an array that is the
-        whole file), and the outer values that are text or numbers.
-
-    Raises
-    ------
-    ValueError
-        If the file is not one whole JSON value.
-    """
-    arrays: dict[str, _Rows] = {}
-    plain: dict[str, object] = {}
-    with path.open("rb") as file:
-        state = os.fstat(file.fileno())
-        window = _Window(file)
-        if window.next() == "[":
-            _read_array(window, arrays.setdefault("", _Rows(())))
-        else:
-            window.take("{")
-            while window.next() != "}":
-                name = window.value()
-                window.take(":")
-                if window.next() == "[" and name in _COLUMNS:
-                    _read_array(window, arrays.setdefault(name, _Rows(_COLUMNS[name])))
-                elif isinstance(value := window.value(), str | int | float):
-                    plain[name] = value
-                if window.next() != "}":
-                    window.take(",")
-            window.take("}")
-        if window.next():
-            raise ValueError(f"broken JSON: something follows the end at byte {window.base + window.at:,}")
-    tables = {}
-    for name, rows in arrays.items():
-        columns = rows.columns()
-        starts, ends = columns.pop("start"), columns.pop("end")
-        tables[name] = _Table(path, state.st_size, state.st_mtime_ns, starts, ends, columns)
-    return tables, plain
-
-
-def _read_array(window: _Window, rows: _Rows) -> None:
-    window.take("[")
-    while window.next() != "]":
-        start = window.base + window.at
-        value = window.value()
-        rows.add(start, window.base + window.at, value)
-        if window.next() != "]":
-            window.take(",")
-    window.take("]")
-
-
-def _ids(table: _Table, name: str, what: str) -> np.ndarray:
-    """A column of ids, whole numbers or texts, with none missing."""
-    ids = table.columns[name]
-    if ids.dtype.kind == "f" and np.isfinite(ids).all() and (ids == np.round(ids)).all():
-        ids = ids.astype(np.int64)  # a table program wrote 7.0
-    if ids.dtype.kind not in "iuU" and len(ids):
-        bad = next((i for i, value in enumerate(ids) if isinstance(value, bool) or not isinstance(value, int | str)), 0)
-        raise ValueError(f"{table.path.name}, {what} {bad + 1}: {name} is {ids[bad]!r}, expected a whole number")
-    return ids
-
-
-class _Find:
-    """Which row has an id: a sorted copy and a search, a few bytes for each row."""
-
-    def __init__(self, ids: np.ndarray):
-        self._order = np.argsort(ids, kind="stable")
-        self._sorted = ids[self._order]
-
-    def all(self, value) -> np.ndarray:
-        """Rows with this id, in the order of the file."""
-        value = str(value) if self._sorted.dtype.kind == "U" else value
-        if self._sorted.dtype.kind != "U" and isinstance(value, str):
-            return self._order[:0]
-        return self._order[np.searchsorted(self._sorted, value, "left") : np.searchsorted(self._sorted, value, "right")]
-
-    def repeated(self):
-        """An id that stands twice, or None."""
-        twice = np.flatnonzero(self._sorted[1:] == self._sorted[:-1])
-        return self._sorted[twice[0]].item() if len(twice) else None
+    return Table(path, state.st_size, state.st_mtime_ns, first, ends, columns)
 
 
 ROW_FORMS = {  # what a row says, by its keys; the first that fits counts
@@ -445,6 +293,8 @@ ROW_FORMS = {  # what a row says, by its keys; the first that fits counts
     "vqa": ("question", "answer"),
     "text": ("text",),
 }
+
+
 FORMS = (*ROW_FORMS, "vqav2", "coco-captions", "coco-detect", "coco-segment")
 
 
@@ -452,7 +302,7 @@ FORMS = (*ROW_FORMS, "vqav2", "coco-captions", "coco-detect", "coco-segment")
 class _RowSource:
     """Rows that say everything themselves."""
 
-    table: _Table
+    table: Table
     form: str
     folders: tuple[Path, ...]
 
@@ -464,7 +314,7 @@ class _RowSource:
         place = f"entry {index + 1}" if lines is None else f"line {lines[index]}"
         return f"{self.table.path.name}, {place}"
 
-    def parts(self, index: int) -> dict:
+    def example(self, index: int) -> Example:
         (row,) = self.table.rows([index])
         wanted = ("image", *ROW_FORMS[self.form])
         if missing := [key for key in wanted if key not in row]:
@@ -474,26 +324,14 @@ class _RowSource:
         facts = {key: value for key, value in row.items() if key not in wanted}
         image = find_picture(row["image"], self.folders)
         if self.form == "prefix":
-            suffix = _text(row["suffix"], "suffix")
-            return {
-                "image": image,
-                "prefix": _text(row["prefix"], "prefix"),
-                "suffix": suffix,
-                "answers": (suffix,),
-                "facts": facts,
-            }
+            prefix, suffix = _text(row["prefix"], "prefix"), _text(row["suffix"], "suffix")
+            return Example(image, prefix, suffix, answers=(suffix,), facts=facts)
         if self.form == "text":
             text = _text(row["text"], "text").strip()
-            return {"image": image, "prefix": "caption en", "suffix": text, "answers": (text,), "facts": facts}
-        question = _text(row["question"], "question").strip()
-        answers = _answers(row["answer"])
-        return {
-            "image": image,
-            "prefix": f"answer en {question}",
-            "suffix": _most_common(answers),
-            "answers": answers,
-            "facts": facts | {"question": question},
-        }
+            return Example(image, "caption en", text, answers=(text,), facts=facts)
+        question, answers = _text(row["question"], "question").strip(), _answers(row["answer"])
+        facts["question"] = question
+        return Example(image, f"answer en {question}", _most_common(answers), answers=answers, facts=facts)
 
 
 def _quoted(names) -> str:
@@ -550,12 +388,199 @@ def find_picture(name: object, folders: Sequence[Path]) -> Path:
     return next((path for path in paths if path.exists()), paths[len(names) - 1])
 
 
+class _Window:
+    """A part of a JSON file, moved on as it is read. One byte is one letter here, so that places are places in the file."""
+
+    def __init__(self, file):
+        self._file, self._ended = file, False
+        self.text, self.base, self.at, self._taken = "", 0, 0, 0
+        self._decode = json.JSONDecoder().raw_decode
+        self._more()
+        if self.text.startswith(_MARK.decode("latin-1")):
+            self.at = 3
+
+    def _more(self) -> None:
+        kept = self.text[self.at :]
+        new = self._file.read(max(_BYTES_AT_ONCE // 4, len(kept))).decode("latin-1")
+        self._ended = not new
+        self.text, self.base, self.at = kept + new, self.base + self.at, 0
+
+    def next(self) -> str:
+        """The next letter that is no white space; it is not taken. '' at the end."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
+                self.at += 1
+            if self.at < len(self.text) or self._ended:
+                return self.text[self.at : self.at + 1]
+            self._more()
+
+    def take(self, allowed: str) -> str:
+        letter = self.next()
+        if not letter or letter not in allowed:
+            shown = f"found {letter!r}" if letter else "the file ends"
+            raise ValueError(f"broken JSON: expected {' or '.join(allowed)} at byte {self.base + self.at:,}, {shown}")
+        self.at += 1
+        return letter
+
+    def value(self) -> object:
+        """Take a whole value."""
+        self.next()
+        while True:
+            try:
+                value, end = self._decode(self.text, self.at)
+                if end < len(self.text) or self._ended:
+                    self._taken, self.at = self.at, end
+                    return value
+            except (ValueError, RecursionError) as error:
+                if self._ended or len(self.text) - self.at > _LONGEST_ENTRY:
+                    place = self.base + getattr(error, "pos", self.at)
+                    raise ValueError(f"broken JSON at byte {place:,} ({getattr(error, 'msg', error)})") from error
+            self._more()
+
+    def exact(self) -> object:
+        """The value that was taken last, with its letters as UTF-8 has them; the text must not have moved since."""
+        return json.loads(self.text[self._taken : self.at].encode("latin-1").decode("utf-8"))
+
+
+_COLUMNS = {
+    "": (),
+    "questions": ("question_id", "image_id"),
+    "annotations": ("id", "image_id", "question_id", "category_id", "iscrowd"),
+    "images": ("id",),
+    "categories": ("id",),
+}
+
+
+def _column(values: Sequence[object]) -> np.ndarray:
+    """Whole numbers as numbers, texts as texts, both together as texts; anything else as it is."""
+    kinds = {type(value) for value in values}
+    if kinds == {int} and max(map(abs, values)) < 2**63:
+        return np.array(values, np.int64)
+    if kinds and kinds <= {int, str}:
+        return np.array([str(value) for value in values])
+    column = np.empty(len(values), object)
+    for place, value in enumerate(values):
+        column[place] = value
+    return column
+
+
+class _Rows:
+    """Places and columns of one array while a file is read through; kept as numbers, not as Python objects."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names, self._waiting, self._done = names, [], []
+
+    def add(self, start: int, window: _Window, value: object) -> None:
+        ids = [value.get(name) if isinstance(value, dict) else None for name in self.names]
+        if any(isinstance(one, str) and not one.isascii() for one in ids):
+            value = window.exact()
+            ids = [value.get(name) for name in self.names]
+        ids = [int(one) if isinstance(one, float) and one.is_integer() else one for one in ids]  # some write 7.0
+        self._waiting.append((start, window.base + window.at, *ids))
+        if len(self._waiting) >= 20_000:
+            self._pack()
+
+    def _pack(self) -> None:
+        if self._waiting:
+            self._done.append([_column(values) for values in zip(*self._waiting)])
+            self._waiting = []
+
+    def columns(self) -> dict[str, np.ndarray]:
+        self._pack()
+        names = ("start", "end", *self.names)
+        parts = zip(*self._done) if self._done else [[np.zeros(0, np.int64)]] * len(names)
+        return {name: np.concatenate(part) for name, part in zip(names, parts)}
+
+
+def index_document(path: Path) -> tuple[dict[str, Table], dict[str, object]]:
+    """Read through a JSON file once and note where the rows of its outer arrays lie.
+
+    Returns
+    -------
+    tuple
+        Tables of the arrays that are known (`questions`, `annotations`, `images`, `categories`; "" is an array that is the
+        whole file), and the outer values that are text or numbers.
+
+    Raises
+    ------
+    ValueError
+        If the file is not one whole JSON value.
+    """
+    arrays: dict[str, _Rows] = {}
+    plain: dict[str, object] = {}
+    with path.open("rb") as file:
+        state = os.fstat(file.fileno())
+        window = _Window(file)
+        if window.next() == "[":
+            _read_array(window, arrays.setdefault("", _Rows(())))
+        else:
+            window.take("{")
+            more = window.next() != "}" or window.take("}") == ","  # an empty object ends here
+            while more:
+                window.value()
+                name = window.exact()
+                window.take(":")
+                if window.next() == "[" and name in _COLUMNS and name:
+                    _read_array(window, arrays.setdefault(name, _Rows(_COLUMNS[name])))
+                elif isinstance(window.value(), str | int | float):
+                    plain[name] = window.exact()
+                more = window.take(",}") == ","
+        if window.next():
+            raise ValueError(f"broken JSON: something follows the end at byte {window.base + window.at:,}")
+    tables = {}
+    for name, rows in arrays.items():
+        columns = rows.columns()
+        starts, ends = columns.pop("start"), columns.pop("end")
+        tables[name] = Table(path, state.st_size, state.st_mtime_ns, starts, ends, columns)
+    return tables, plain
+
+
+def _read_array(window: _Window, rows: _Rows) -> None:
+    window.take("[")
+    more = window.next() != "]" or window.take("]") == ","  # an empty array ends here
+    while more:
+        window.next()
+        start = window.base + window.at
+        value = window.value()
+        rows.add(start, window, value)
+        more = window.take(",]") == ","
+
+
+def _ids(table: Table, name: str, what: str) -> np.ndarray:
+    """A column of ids, whole numbers or texts, with none missing."""
+    ids = table.columns[name]
+    if ids.dtype.kind == "O" and len(ids):
+        bad = next((i for i, value in enumerate(ids) if type(value) not in (int, str)), 0)
+        raise ValueError(f"{table.path.name}, {what} {bad + 1}: {name} is {ids[bad]!r}, expected a whole number")
+    return ids
+
+
+class _Find:
+    """Which row has an id: a sorted copy and a search, a few bytes for each row."""
+
+    def __init__(self, ids: np.ndarray):
+        self._order = np.argsort(ids, kind="stable")
+        self._sorted = ids[self._order]
+
+    def all(self, value) -> np.ndarray:
+        """Rows with this id, in the order of the file."""
+        value = str(value) if self._sorted.dtype.kind == "U" else value
+        if self._sorted.dtype.kind != "U" and isinstance(value, str):
+            return self._order[:0]
+        return self._order[np.searchsorted(self._sorted, value, "left") : np.searchsorted(self._sorted, value, "right")]
+
+    def repeated(self):
+        """An id that stands twice, or None."""
+        twice = np.flatnonzero(self._sorted[1:] == self._sorted[:-1])
+        return self._sorted[twice[0]].item() if len(twice) else None
+
+
 @dataclass(frozen=True)
 class _QuestionSource:
     """The official VQAv2 pair: questions, and answers in a second file."""
 
-    questions: _Table
-    annotations: _Table | None
+    questions: Table
+    annotations: Table | None
     find_answer: _Find | None
     subset: str
     folders: tuple[Path, ...]
@@ -566,7 +591,7 @@ class _QuestionSource:
     def where(self, index: int) -> str:
         return f"{self.questions.path.name}, question {index + 1}"
 
-    def parts(self, index: int) -> dict:
+    def example(self, index: int) -> Example:
         (row,) = self.questions.rows([index])
         question = _text(row.get("question"), "question").strip()
         image_id, question_id = row.get("image_id"), row.get("question_id")
@@ -586,21 +611,16 @@ class _QuestionSource:
                 suffix = _text(entry["multiple_choice_answer"], "multiple_choice_answer").strip()
         number = f"{image_id:012d}" if isinstance(image_id, int) else f"{image_id}"
         name = f"COCO_{self.subset}_{number}.jpg" if self.subset else f"{number}.jpg"
-        return {
-            "image": find_picture(name, self.folders),
-            "prefix": f"answer en {question}",
-            "suffix": suffix,
-            "answers": answers,
-            "facts": facts,
-        }
+        image = find_picture(name, self.folders)
+        return Example(image, f"answer en {question}", suffix, answers=answers, facts=facts)
 
 
 @dataclass(frozen=True)
 class _CaptionSource:
     """COCO captions: an example for each caption, or for each picture with all its captions."""
 
-    images: _Table
-    annotations: _Table
+    images: Table
+    annotations: Table
     find_image: _Find
     find_captions: _Find
     pictures: np.ndarray | None  # ids, where there is an example for each
@@ -614,26 +634,21 @@ class _CaptionSource:
             return f"{self.annotations.path.name}, annotation {index + 1}"
         return f"{self.annotations.path.name}, image {self.pictures[index]}"
 
-    def parts(self, index: int) -> dict:
+    def example(self, index: int) -> Example:
         image_id = self.annotations.columns["image_id"][index] if self.pictures is None else self.pictures[index]
         numbers = self.find_captions.all(image_id)
         rows = self.annotations.rows(numbers)
         captions = tuple(_text(row.get("caption"), "caption").strip() for row in rows)
         own = 0 if self.pictures is not None else int(np.flatnonzero(numbers == index)[0])
-        facts = {"image_id": image_id.item()}
+        image = _image_row(self.images, self.find_image, image_id)
+        facts = {"image_id": image_id.item(), "file_name": image.get("file_name")}
         if self.pictures is None:
             facts["annotation_id"] = rows[own].get("id")
-        image = _image_row(self.images, self.find_image, image_id)
-        return {
-            "image": find_picture(image.get("file_name"), self.folders),
-            "prefix": "caption en",
-            "suffix": captions[own],
-            "answers": captions,
-            "facts": facts | {"file_name": image.get("file_name")},
-        }
+        path = find_picture(image.get("file_name"), self.folders)
+        return Example(path, "caption en", captions[own], answers=captions, facts=facts)
 
 
-def _image_row(images: _Table, find: _Find, image_id) -> dict:
+def _image_row(images: Table, find: _Find, image_id) -> dict:
     found = find.all(image_id)
     if len(found) == 0:
         raise ValueError(f"image_id {image_id} has no entry in 'images' of {images.path.name}")
@@ -644,29 +659,29 @@ def _image_row(images: _Table, find: _Find, image_id) -> dict:
 class _InstanceSource:
     """COCO instances: an example for each picture and each category on it."""
 
-    images: _Table
-    annotations: _Table
+    images: Table
+    annotations: Table
     find_image: _Find
     order: np.ndarray  # of annotations: those of one picture and category stand together
     begins: np.ndarray  # of each such group in `order`, and the end
     categories: Mapping[object, str]
-    encode_mask: Callable[[np.ndarray, Box], str] | None
+    encode_mask: Callable[[torch.Tensor, Box], Sequence[int]] | None
     folders: tuple[Path, ...]
 
     def __len__(self) -> int:
         return len(self.begins) - 1
 
-    def _ids(self, index: int) -> tuple:
+    def _group(self, index: int) -> tuple:
         first = self.order[self.begins[index]]
         return tuple(self.annotations.columns[name][first].item() for name in ("image_id", "category_id"))
 
     def where(self, index: int) -> str:
-        image_id, category_id = self._ids(index)
-        name = self.categories.get(category_id, category_id)
-        return f"{self.annotations.path.name}, image {image_id}, category {name}"
+        image_id, category_id = self._group(index)
+        name = self.categories.get(category_id, "no name")
+        return f"{self.annotations.path.name}, image {image_id}, category {category_id} ({name})"
 
-    def parts(self, index: int) -> dict:
-        image_id, category_id = self._ids(index)
+    def example(self, index: int) -> Example:
+        image_id, category_id = self._group(index)
         if category_id not in self.categories:
             raise ValueError(f"category_id {category_id} has no entry in 'categories'")
         label = self.categories[category_id]
@@ -682,18 +697,13 @@ class _InstanceSource:
         answer = [encode_box(box, *size) for box, _ in things]
         if self.encode_mask is not None:
             facts["segmentations"] = [row.get("segmentation") for _, row in things]
-            answer = [
-                loc + self.encode_mask(read_mask(row.get("segmentation"), *size), box)
-                for loc, (box, row) in zip(answer, things, strict=True)
-            ]
+            masks = [torch.from_numpy(read_mask(row.get("segmentation"), *size).copy()) for _, row in things]
+            codes = [self.encode_mask(mask, box) for mask, (box, _) in zip(masks, things)]
+            answer = [loc + "".join(f"<seg{code:03d}>" for code in row) for loc, row in zip(answer, codes)]
         suffix = " ; ".join(f"{tokens} {label}" for tokens in answer)
-        return {
-            "image": find_picture(image.get("file_name"), self.folders),
-            "prefix": f"{'detect' if self.encode_mask is None else 'segment'} {label}",
-            "suffix": suffix,
-            "answers": (suffix,),
-            "facts": facts,
-        }
+        prefix = f"{'detect' if self.encode_mask is None else 'segment'} {label}"
+        path = find_picture(image.get("file_name"), self.folders)
+        return Example(path, prefix, suffix, answers=(suffix,), facts=facts)
 
 
 def _corners(row: dict) -> Box:
@@ -810,7 +820,7 @@ class Examples(Sequence):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         try:
-            return Example(where=self.where(index), **self._source.parts(index))
+            return replace(self._source.example(index), where=self.where(index))
         except (ValueError, OSError) as error:
             raise _located(error, self.where(index)) from error
 
@@ -821,7 +831,7 @@ def read_examples(
     form: str = "auto",
     root: str | Path | None = None,
     annotations: str | Path | None = None,
-    encode_mask: Callable[[np.ndarray, Box], str] | None = None,
+    encode_mask: Callable[[torch.Tensor, Box], Sequence[int]] | None = None,
     per_image: bool = False,
 ) -> Examples:
     """Open a file of examples; nothing but places in the file is held in memory.
@@ -850,7 +860,8 @@ def read_examples(
     annotations : path, optional
         The answers of VQAv2. Without them each suffix is empty.
     encode_mask : callable, optional
-        For `coco-segment`: takes a mask, boolean (height, width), and its box in pixels, and gives 16 seg tokens as text.
+        For `coco-segment`: takes a mask, a boolean tensor (height, width), and its box in pixels, and gives the numbers of
+        16 seg tokens.
     per_image : bool
         For COCO captions: an example for each picture, with all its captions as `answers`, to measure with.
 
@@ -898,27 +909,21 @@ def _data_file(path: str | Path) -> Path:
         raise FileNotFoundError(f"no such file: {path}")
     with path.open("rb") as file:
         head = file.read(4)
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
-        raise ValueError(f"{path} is not UTF-8 (it may be UTF-16): save it as UTF-8")
     if head[:2] in (b"\x1f\x8b", b"PK", b"BZ") or head == b"\xfd7zX":
         raise ValueError(f"{path} is compressed: unpack it first")
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
+        raise ValueError(f"{path} is not UTF-8 (it may be UTF-16): save it as UTF-8")
     return path
 
 
-def _open_tables(path: Path) -> tuple[dict[str, _Table], dict[str, object]]:
+def _open_tables(path: Path) -> tuple[dict[str, Table], dict[str, object]]:
     """The arrays of a JSON file, or one table of lines."""
     with path.open("rb") as file:
         window = _Window(file)
         first = window.next()
         if first == "":
             raise ValueError(f"{path} is empty")
-        if first not in "[{":
-            line = path.open("rb").readline(200).decode("utf-8", "replace").strip()
-            raise ValueError(
-                f"{path} is neither JSON lines nor JSON, it begins with {line[:60]!r}: write one object like "
-                '{"image": "a.png", "text": "a cat"} in each line'
-            )
-        is_document = first == "[" or _is_document(window)
+        is_document = first == "[" or (first == "{" and _is_document(window))
     try:
         return index_document(path) if is_document else ({"": index_lines(path)}, {})
     except ValueError as error:
@@ -934,7 +939,7 @@ def _is_document(window: _Window) -> bool:
             window.take(":")
             if name == "image":
                 return False
-            if window.next() == "[" and name in _COLUMNS:
+            if window.next() == "[" and name in _COLUMNS and name:
                 return True
             window.value()
             if window.next() != "}":
@@ -944,12 +949,14 @@ def _is_document(window: _Window) -> bool:
     return False
 
 
-def _detect(path: Path, tables: Mapping[str, _Table]) -> str:
+def _detect(path: Path, tables: Mapping[str, Table]) -> str:
     if "questions" in tables:
         return "vqav2"
     if "annotations" in tables:
-        rows = tables["annotations"].rows(range(min(1, len(tables["annotations"]))))
-        keys = set().union(*rows)
+        try:
+            keys = set().union(*tables["annotations"].rows(range(len(tables["annotations"]))[:1]))
+        except ValueError as error:
+            raise ValueError(f"{path}, annotation 1: {error}") from error
         if "caption" in keys:
             return "coco-captions"
         if "bbox" in keys:
@@ -966,16 +973,21 @@ def _detect(path: Path, tables: Mapping[str, _Table]) -> str:
         try:
             row = tables[""].rows([index])[0]
         except ValueError as error:
-            seen.append(str(error))
+            seen.append(f"of the first: {error}")
             continue
         for form, keys in ROW_FORMS.items():
             if all(key in row for key in keys):
                 return form
-        seen.append(f"the keys {_quoted(row)}")
+        seen.append(f"the first has the keys {_quoted(row)}")
+    with path.open("rb") as file:
+        line = file.readline(200).decode("utf-8", "replace").strip("\ufeff \r\n")
+    if line[:1] not in ("", "{", "["):
+        raise ValueError(
+            f"{path} is neither JSON lines nor JSON, it begins with {line[:60]!r}: write one object like "
+            '{"image": "a.png", "text": "a cat"} in each line'
+        )
     wanted = "; ".join(_quoted(("image", *keys)) for keys in ROW_FORMS.values())
-    raise ValueError(
-        f"{path} is of no known form: expected rows with {wanted}; the first has {seen[0] if seen else 'nothing'}"
-    )
+    raise ValueError(f"{path} is of no known form: expected rows with {wanted}; {seen[0] if seen else 'there is none'}")
 
 
 def _coco_folders(subset: str, folders: tuple[Path, ...], look_around: bool) -> tuple[Path, ...]:
@@ -984,7 +996,7 @@ def _coco_folders(subset: str, folders: tuple[Path, ...], look_around: bool) -> 
     return tuple(place for folder in around for place in ((folder, folder / subset) if subset else (folder,)))
 
 
-def _tables_for(path: Path, tables: Mapping[str, _Table], names: Sequence[str], form: str) -> list[_Table]:
+def _tables_for(path: Path, tables: Mapping[str, Table], names: Sequence[str], form: str) -> list[Table]:
     if missing := [name for name in names if name not in tables]:
         raise ValueError(f"{path} has no array {_quoted(missing)}, which the form {form} needs")
     return [tables[name] for name in names]
@@ -1012,7 +1024,7 @@ def _open_questions(path, tables, plain, annotations, folders, look_around) -> E
     return Examples(_QuestionSource(questions, answers, _Find(answered), subset, folders), "vqav2", remarks)
 
 
-def _find_images(path: Path, images: _Table) -> _Find:
+def _find_images(path: Path, images: Table) -> _Find:
     find = _Find(_ids(images, "id", "image"))
     if (twice := find.repeated()) is not None:
         raise ValueError(f"{path}: image id {twice} stands twice in 'images'")
@@ -1022,20 +1034,21 @@ def _find_images(path: Path, images: _Table) -> _Find:
 def _open_captions(path, tables, folders, per_image) -> Examples:
     images, annotations = _tables_for(path, tables, ["images", "annotations"], "coco-captions")
     image_ids = _ids(annotations, "image_id", "annotation")
-    pictures, remarks = None, []
+    find_image, pictures, remarks = _find_images(path, images), None, []
     if per_image:
         _, first = np.unique(image_ids, return_index=True)
         pictures = image_ids[np.sort(first)]
         bare = len(images) - np.isin(images.columns["id"], pictures).sum()
         remarks = [f"{bare} pictures have no caption and are left aside"] if bare else []
-    source = _CaptionSource(images, annotations, _find_images(path, images), _Find(image_ids), pictures, folders)
+    source = _CaptionSource(images, annotations, find_image, _Find(image_ids), pictures, folders)
     return Examples(source, "coco-captions", remarks)
 
 
 def _open_instances(path, tables, folders, form, encode_mask) -> Examples:
     if form == "coco-segment" and encode_mask is None:
         raise ValueError(
-            "coco-segment turns masks into seg tokens with the encoder of big_vision's vae-oid.npz: give it as encode_mask"
+            "coco-segment turns masks into seg tokens by the encoder in big_vision's vae-oid.npz, which is not given "
+            "(encode_mask); without it the file can be read as coco-detect"
         )
     names = ["images", "annotations", "categories"]
     images, annotations, categories = _tables_for(path, tables, names, form)
@@ -1048,14 +1061,46 @@ def _open_instances(path, tables, folders, form, encode_mask) -> Examples:
     for column in columns:
         new[1:] |= column[order][1:] != column[order][:-1]
     begins = np.append(np.flatnonzero(new), len(order))
-    named = {row.get("id"): row.get("name") for row in categories.rows(range(len(categories)))}
+    numbers = _ids(categories, "id", "category").tolist()
+    named = {number: row.get("name") for number, row in zip(numbers, categories.rows(range(len(numbers))))}
     for number, name in named.items():
-        if not isinstance(name, str) or not name.strip() or ";" in name:
-            raise ValueError(f"{path}: category {number} is named {name!r}, expected a text without ';'")
+        if (
+            not isinstance(name, str)
+            or not name.strip()
+            or not name.isprintable()
+            or any(sign in name for sign in (";", "<loc", "<seg"))
+        ):
+            raise ValueError(
+                f"{path}: category {number} is named {name!r}, expected a name in one line without ';', <loc and <seg"
+            )
     remarks = [f"{crowd.sum()} crowds (iscrowd) are left aside"] if crowd.any() else []
     encode = encode_mask if form == "coco-segment" else None
     source = _InstanceSource(images, annotations, _find_images(path, images), order, begins, named, encode, folders)
     return Examples(source, form, remarks)
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch.
+
+    Parameters
+    ----------
+    count : int
+        Of examples.
+    seed, epoch : int
+        0 or more.
+
+    Returns
+    -------
+    numpy.ndarray
+        Each number below `count` once.
+
+    Notes
+    -----
+    Examples stand in the order of random numbers drawn for them. NumPy promises that the bits of PCG64 never change, so the
+    order is the same on any machine, with any version.
+    """
+    draws = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    return np.argsort(draws, kind="stable")
 
 
 @dataclass(frozen=True)
@@ -1106,7 +1151,7 @@ class Batches:
         `stop` raises at a row that cannot be read. `skip` leaves it out, so that its batch is shorter, counts it, and lists
         it once in the file `skipped`.
     skipped : path, optional
-        A JSONL file, {"where", "reason"} in each line. It is added to.
+        A JSONL file, {"where", "reason"} in each line. It is added to, and what stands there from before is counted.
     max_length : int, optional
         Most tokens in a row: the model's context.
     truncate : bool
@@ -1156,6 +1201,8 @@ class Batches:
             whole_number("epochs", epochs, least=1)
         if max_length is not None:
             whole_number("max_length", max_length, least=1)
+        if truncate and max_length is None:
+            raise ValueError("truncate=True needs max_length, the most tokens in a row")
         if on_error not in ("stop", "skip"):
             raise ValueError(f"on_error is {on_error!r}: expected 'stop' or 'skip'")
         if on_error == "skip" and skipped is None:
@@ -1242,16 +1289,6 @@ class _Made:
     error: Exception | None = None
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: each number below `count` once.
-
-    Examples stand in the order of random numbers drawn for them. NumPy promises that the bits of PCG64 never change, so the
-    order is the same on any machine, with any version.
-    """
-    draws = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
-    return np.argsort(draws, kind="stable")
-
-
 class _Maker:
     """Makes the batch of any step; it holds no place, so any process can make any batch."""
 
@@ -1293,7 +1330,8 @@ class _Maker:
         except (ValueError, OSError) as error:
             if self.on_error == "stop":
                 raise
-            skipped.append((where or f"example {index + 1}", str(error)))
+            where = where or f"example {index + 1}"
+            skipped.append((where, str(error).removeprefix(f"{where}: ")))
 
     def _in_step(self, skipped: list) -> _Made:
         """A batch that teaches nothing, for a rank that has no row where others have one: a row without labels."""
@@ -1327,15 +1365,25 @@ class _SkippedRows:
             file.seek(self._read)
             lines = file.read().split(b"\n")
         self._read += sum(len(line) + 1 for line in lines[:-1])  # what has no end yet is read the next time
-        self._known.update(json.loads(line)["where"] for line in lines[:-1] if line.strip())
+        for line in lines[:-1]:
+            with suppress(ValueError, KeyError, TypeError):  # a full disk may have cut a line
+                self._known.add(json.loads(line)["where"])
 
     def add(self, where: str, reason: str) -> None:
         self._catch_up()
         if where in self._known:
             return
         line = json.dumps({"where": where, "reason": reason}, ensure_ascii=False) + "\n"
-        with self.path.open("ab", buffering=0) as file:
-            file.write(line.encode("utf-8"))  # in one piece, so that lines of two processes do not mix
+        if self._read < self.path.stat().st_size:  # behind a line that was cut
+            line = f"\n{line}"
+        raw = line.encode("utf-8", "replace")
+        try:
+            with self.path.open("ab", buffering=0) as file:  # in one piece, so that lines of two processes do not mix
+                written = file.write(raw)
+            if written < len(raw):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise RuntimeError(f"{self.path} cannot be written ({error.strerror}): make room and go on") from error
         self._catch_up()
 
 
@@ -1353,6 +1401,8 @@ class Survey:
         Of the rows that can be read.
     max_length : int or None
         The context that rows must fit into.
+    too_long : tuple
+        (where, tokens too many) of rows that do not fit; cutting them is a choice that training has to be told.
     broken : tuple
         (where, reason) of rows that cannot be read or have nothing to learn.
     duplicates : tuple of str
@@ -1367,16 +1417,11 @@ class Survey:
     prompt_tokens: np.ndarray
     answer_tokens: np.ndarray
     max_length: int | None
+    too_long: tuple[tuple[str, int], ...]
     broken: tuple[tuple[str, str], ...]
     duplicates: tuple[str, ...]
     answers: tuple[tuple[str, int], ...]
     num_answers: int
-
-    @property
-    def too_long(self) -> np.ndarray:
-        """Tokens that are too many, of each row that does not fit."""
-        rows = self.picture_tokens + self.prompt_tokens + self.answer_tokens
-        return rows[:0] if self.max_length is None else rows[rows > self.max_length] - self.max_length
 
     def lines(self) -> list[str]:
         """The report, a sentence or two in each line."""
@@ -1389,16 +1434,15 @@ class Survey:
                     f"tokens of the {name}: half have {middle} or fewer, 95 % {most}, the longest {tokens.max()}"
                 )
         if self.max_length is not None:
-            over = self.too_long
-            cut = f", by up to {over.max()} tokens: shorten them, or train with --truncate" if len(over) else ""
             said.append(
-                f"too long for {self.max_length} tokens with the picture's {self.picture_tokens}: {len(over):,} rows{cut}"
+                f"too long for {self.max_length} tokens, {self.picture_tokens} of them before the prompt: "
+                f"{len(self.too_long):,} rows"
             )
+            if self.too_long:
+                where, most = max(self.too_long, key=lambda pair: pair[1])
+                said.append(f"  by up to {most} tokens ({where}): shorten them, or train with --truncate")
         said.append(f"broken: {len(self.broken):,} rows")
-        said += [
-            f"  {where}: {reason}" if not reason.startswith(where) else f"  {reason}"
-            for where, reason in self.broken[:5]
-        ]
+        said += [f"  {where}: {reason}" for where, reason in self.broken[:5]]
         said += ["  ..."] * (len(self.broken) > 5)
         again = f", the first is {self.duplicates[0]}" if self.duplicates else ""
         said.append(f"repeated: {len(self.duplicates):,} rows{again}")
@@ -1428,6 +1472,7 @@ def survey(examples: Sequence[Example], processor: Processor, max_length: int | 
     seen: dict[bytes, str | None] = {}  # a picture's digest, and why it cannot be opened
     broken: list[tuple[str, str]] = []
     kept: list[int] = []
+    too_long: list[tuple[str, int]] = []
     texts: Counter = Counter()
     with ThreadPoolExecutor() as pool, tqdm(total=len(examples), desc="reading", disable=None) as bar:
         for start in range(0, len(examples), 256):
@@ -1438,10 +1483,10 @@ def survey(examples: Sequence[Example], processor: Processor, max_length: int | 
                     example = examples[index]
                     if not example.suffix:
                         raise ValueError("the answer is empty: there is nothing to learn")
-                    picture, prompts[index], answers[index] = token_counts(processor, example)
+                    _, prompts[index], answers[index] = token_counts(processor, example)
                     rows.append((index, where, example, _digest(_picture_name(example.image))))
                 except (ValueError, OSError) as error:
-                    broken.append((where, str(error)))
+                    broken.append((where, str(error).removeprefix(f"{where}: ")))
             new = {name: example.image for _, _, example, name in rows if name not in seen}
             seen.update(zip(new, pool.map(_why_broken, new.values())))
             for index, where, example, name in rows:
@@ -1449,6 +1494,11 @@ def survey(examples: Sequence[Example], processor: Processor, max_length: int | 
                     broken.append((where, seen[name]))
                     continue
                 kept.append(index)
+                excess = int(processor.num_image_tokens + 1 + prompts[index] + answers[index]) - (
+                    max_length or math.inf
+                )
+                if excess > 0:
+                    too_long.append((where, excess))
                 digests[index] = [
                     int.from_bytes(_digest(part)[:8], "big")
                     for part in (f"{name.hex()} {example.prefix!r} {example.suffix!r}", example.suffix)
@@ -1466,6 +1516,7 @@ def survey(examples: Sequence[Example], processor: Processor, max_length: int | 
         prompts[good],
         answers[good],
         max_length,
+        tuple(too_long),
         tuple(broken),
         tuple(_where_in(examples, int(index)) for index in again),
         tuple(texts.most_common(5)),
@@ -1532,7 +1583,7 @@ def _draw_bars(canvas: ImageDraw.ImageDraw, top: int, title: str, tokens: np.nda
             canvas.rectangle(
                 (left + place * step, base - max(2, height), left + (place + 0.85) * step, base), fill=colour
             )
-    for place in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 9)).astype(int)):
+    for place in range(0, len(rows), -(-len(rows) // 10)):
         middle = left + (place + 0.43) * step
         canvas.text((middle, base + 6), str(place * width), fill="black", font=font, anchor="ma")
     canvas.text((left - 8, high), f"{rows.max():,}", fill="black", font=font, anchor="rm")
@@ -1540,6 +1591,8 @@ def _draw_bars(canvas: ImageDraw.ImageDraw, top: int, title: str, tokens: np.nda
 
 def contact_sheet(examples: Sequence[Example], columns: int = 4) -> Image.Image:
     """Pictures in a grid, with prompt and answer under each; boxes of an answer are drawn.
+
+    Letters that Pillow's own font lacks appear as empty frames.
 
     Raises
     ------
@@ -1554,9 +1607,9 @@ def contact_sheet(examples: Sequence[Example], columns: int = 4) -> Image.Image:
         left = gap + number % columns * (side + gap)
         top = gap + number // columns * (side + text_height + gap)
         picture = load_image(example.image)
+        picture = ImageOps.contain(picture, (side, side), Image.Resampling.BICUBIC)
         if "<loc" in example.suffix:
             picture = draw_boxes(picture, parse(example.suffix, picture.height, picture.width)[0])
-        picture = ImageOps.contain(picture, (side, side), Image.Resampling.BICUBIC)
         sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
         canvas.rectangle((left, top, left + side - 1, top + side - 1), outline=_GROUND)
         used = _write(canvas, (left, top + side + 4), example.prefix, "#9c6b00", font, side, 2)
@@ -1585,7 +1638,8 @@ def _write(canvas, place, text: str, colour: str, font, width: int, most: int) -
 
 
 def write_survey(found: Survey, examples: Sequence[Example], folder: str | Path) -> list[Path]:
-    """Write `lengths.png`, `examples.png` with twelve examples, `survey.json`, and `broken.jsonl` with all broken rows.
+    """Write `lengths.png`, `examples.png` with twelve examples, `survey.json`, and lists of rows: `broken.jsonl`,
+    `too_long.jsonl` and `repeated.jsonl`.
 
     The twelve are the first of the order with seed 0 that can be read.
 
@@ -1608,23 +1662,33 @@ def write_survey(found: Survey, examples: Sequence[Example], folder: str | Path)
         "max_length": found.max_length,
         "too_long": len(found.too_long),
         "picture_tokens": found.picture_tokens,
-        "prompt_tokens": np.bincount(found.prompt_tokens).tolist(),
-        "answer_tokens": np.bincount(found.answer_tokens).tolist(),
+        "prompt_tokens": dict(sorted(Counter(found.prompt_tokens.tolist()).items())),  # rows of each length
+        "answer_tokens": dict(sorted(Counter(found.answer_tokens.tolist()).items())),
         "different_answers": found.num_answers,
         "common_answers": [list(pair) for pair in found.answers],
     }
-    lines = [json.dumps({"where": where, "reason": reason}, ensure_ascii=False) for where, reason in found.broken]
-    texts = {"survey.json": json.dumps(numbers, indent=2, ensure_ascii=False), "broken.jsonl": "\n".join(lines)}
+    lists = {
+        "broken": [{"where": where, "reason": reason} for where, reason in found.broken],
+        "too_long": [{"where": where, "tokens_too_many": excess} for where, excess in found.too_long],
+        "repeated": [{"where": where} for where in found.duplicates],
+    }
+    texts = {"survey.json": json.dumps(numbers, indent=2, ensure_ascii=False)}
+    for name, rows in lists.items():
+        texts[f"{name}.jsonl"] = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     pictures = {"lengths.png": draw_lengths(found), "examples.png": contact_sheet(chosen) if chosen else None}
     paths = []
     for name, content in (texts | pictures).items():
         path, draft = folder / name, folder / f".{name}.part"
         if content is None:
             continue
-        if isinstance(content, str):
-            draft.write_text(f"{content}\n" if content else "", encoding="utf-8")
-        else:
-            content.save(draft, format="PNG")
-        os.replace(draft, path)
+        try:
+            if isinstance(content, str):
+                draft.write_text(f"{content}\n" if content else "", encoding="utf-8")
+            else:
+                content.save(draft, format="PNG")
+            os.replace(draft, path)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise RuntimeError(f"{path} cannot be written ({error.strerror or error}): make room and go on") from error
         paths.append(path)
     return paths

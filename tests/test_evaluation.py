@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sigma_book.assemble import evaluate
+from sigma_book.runs import evaluate
 from sigma_book.cli import main
 from sigma_book.data import Example, read_examples
 from sigma_book.evaluation import (

@@ -19,7 +19,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from sigma_book.assemble import evaluate
+from sigma_book.runs import evaluate
 from sigma_book.data import read_examples
 from sigma_book.evaluation import (
     PictureBoxes,
