@@ -388,6 +388,25 @@ assert spread < 0.01
 print(f"{bits:.3f} bits a weight; the scales are off by {spread:.2%}")
 
 # %% [markdown]
+# There is a price. A block with one very large weight has a very large scale, and its 255 neighbours must share the scale of
+# scales with it. A hundred times too large does no harm yet: the levels have decades to spare. But blow up one weight of
+# 16,384 ten thousand times, and all the others suffer:
+
+# %%
+outlier = weights[: BLOCK * SCALE_BLOCK].clone()
+outlier[0] = 10_000.0
+codes, scales = quantize_blocks(outlier)
+others = outlier[BLOCK:]
+off = {}
+for name, kept in (("exact scales", scales), ("quantized scales", dequantize_scales(*quantize_scales(scales)))):
+    back = dequantize_blocks(codes, kept, outlier.shape)[BLOCK:]
+    off[name] = ((back - others).norm() / others.norm()).item()
+assert off["exact scales"] < 0.1 and off["quantized scales"] > 0.3
+off
+
+# %% [markdown]
+# Taught weights are not like that, as we see below. And a map for which it mattered would say so in its error.
+#
 # One detail is for those who compare bytes. The program for CPUs in `bitsandbytes` rounds each scale to one of 65,536 steps
 # before it looks for a level. We do the same, so our bytes are its bytes.
 #
