@@ -192,6 +192,16 @@ def test_the_pocket_answers_in_four_bits(picture_file, capsys):
     )
 
 
+def test_bytes_of_the_pocket_model():
+    """What a whole model takes, counted over all its tensors: in 16 bits, and with its decoder in NF4."""
+    plain, packed = load(dtype="bfloat16"), load(dtype="bfloat16", quantize="nf4")
+    quantized = [linear.weight.numel() for linear in find_linears(plain, DECODER_LINEARS).values()]
+    taken = [sum(t.nbytes for t in [*one.parameters(), *one.buffers()]) for one in (plain, packed)]
+    assert taken[1] == taken[0] - 2 * sum(quantized) + sum(map(nf4_bytes, quantized))
+    print(f"pocket: {taken[0]:,} bytes in 16 bits, {taken[1]:,} with NF4: {1 - taken[1] / taken[0]:.0%} less")
+    assert 0.40 < 1 - taken[1] / taken[0] < 0.46  # not 75 %: four tenths of it are never quantized
+
+
 def test_adapters_on_a_quantized_base(tiny_folder, tmp_path, pictures):
     taught = load(tiny_folder, device="cpu", dtype="float32", quantize="nf4")
     add_lora(taught, LoraConfig(rank=3))
@@ -298,7 +308,7 @@ def step_in_a_process(sizes: dict, kind: str, rank: int) -> dict:
 
 @pytest.mark.slow
 def test_memory_of_a_step_at_300_million_measured():
-    """The middle model of chapter 19, a step of LoRA on 16 bits and of QLoRA. Stored bytes are exact, resident within 8 %."""
+    """The middle model of chapter 19, a step of LoRA on 16 bits and of QLoRA. Stored bytes are exact, resident within 2 %."""
     from sigma_book.paligemma import PaliGemmaConfig
 
     sizes = sizes_of((768, 3072, 12, 12), (1024, 4096, 12, 4, 1), 32_000)
@@ -316,7 +326,7 @@ def test_memory_of_a_step_at_300_million_measured():
         assert found["stored"] == expected[kind] and found["frozen_gradients"] == 0
         assert found["adapters"] == found["gradients"] == 4 * adapters
         assert found["optimizer"] == pytest.approx(8 * adapters, rel=1e-3)
-        assert found["weights"] == pytest.approx(expected[kind], rel=0.08)
+        assert found["weights"] == pytest.approx(expected[kind], rel=0.02)
         assert found["peak"] < 2e9
     saved = 1 - measured["nf4"]["weights"] / measured["16 bits"]["weights"]
     of_matrices = 1 - sum(map(nf4_bytes, quantized)) / (2 * sum(quantized))
