@@ -2,8 +2,9 @@
 # jupyter:
 #   jupytext:
 #     formats: py:percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
-#     display_name: Python 3
+#     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
@@ -50,7 +51,7 @@ print(boxes)
 found, _ = parse(boxes, picture.height, picture.width)
 figure, (left, right) = plt.subplots(1, 2, figsize=(5.6, 3.0))
 left.imshow(picture)
-left.set_title("\n".join(answer.split(", ", 2)), fontsize=8)
+left.set_title(",\n".join(answer.split(", ", 2)), fontsize=8)
 large = picture.resize((448, 448), 0)
 found_large, _ = parse(boxes, 448, 448)
 right.imshow(draw_boxes(large, found_large))
@@ -61,7 +62,8 @@ save(figure, "00_answer")
 plt.show()
 
 # %% [markdown]
-# *Left, a drawn scene with the caption that the model wrote. Right, the same scene with the box it drew.*
+# *Figure: left, a drawn scene with the caption that the model wrote; right, the same scene with the box it drew around
+# the red star.*
 #
 # The model that answered is small. It lies inside this package, and it knows only this world of coloured shapes. But it
 # is a real PaliGemma, with every part of the one that Google published in 2024, and in the same file format. Give
@@ -145,8 +147,8 @@ save(figure, "00_row")
 plt.show()
 
 # %% [markdown]
-# *The row that the voice reads: picture tokens, then the prompt, then the answer as it is written.* The book keeps
-# these three colours.
+# *Figure: the row that the voice reads: picture tokens in blue, then the prompt in orange, then the answer in green, as
+# it is written.* The book keeps these three colours.
 #
 # ## 5. The voice reads, then writes
 #
@@ -224,7 +226,12 @@ assert 0.8 < share < 0.9
 #
 # Each chapter is one Python module of the package, built cell by cell: a question, a picture, the plainest version that
 # works, the formula, the version one would ship, and a proof that the two agree with each other and with code that
-# nobody here wrote. At the end of each wait exercises that answer at once. Here is one to try.
+# nobody here wrote. At the end of each wait exercises: you replace the three dots, run the cell, and it answers at once.
+# The more stars, the harder. Here are three to try.
+#
+# ## Your turn
+#
+# **1.** ★ How many patches of 14 x 14 pixels has a picture of `size` x `size` pixels?
 
 
 # %%
@@ -232,6 +239,27 @@ def patches_of(size: int) -> int: ...
 
 
 check(patches_of, ((112,), 64), ((224,), 256), ((448,), 1024))
+
+# %% [markdown]
+# **2.** ★ How many gigabytes do so many parameters take, with `bits` bits for each?
+
+
+# %%
+def gigabytes_of(parameters: int, bits: int) -> float: ...
+
+
+check(gigabytes_of, ((big, 16), 5.846933), ((big, 4), 1.461733))
+
+# %% [markdown]
+# **3.** ★★ How many tokens does the voice read before its first word? There are the patches of a picture, one token for
+# the beginning, `words` tokens of prompt, and one for the end of the line.
+
+
+# %%
+def tokens_read(size: int, words: int) -> int: ...
+
+
+check(tokens_read, ((112, 2), len(ids)), ((224, 2), 260))
 
 # %% [markdown]
 # Next: something to look at.

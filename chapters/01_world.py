@@ -2,8 +2,9 @@
 # jupyter:
 #   jupytext:
 #     formats: py:percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
-#     display_name: Python 3
+#     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
@@ -48,16 +49,16 @@ use_style()
 figure, axes = plt.subplots(1, 4, figsize=(7.2, 2.0))
 palette = {"red": "#d62728", "green": "#32a03c", "blue": "#285ac8", "purple": "#8c46b4"}
 for axis, (number, (name, colour)) in zip(axes, enumerate(palette.items()), strict=True):
-    for _ in range(number + 1):
-        axis.add_patch(plt.Circle((0.5, 0.15 + 0.23 * _), 0.1, color=colour))
+    for place in range(number + 1):
+        axis.add_patch(plt.Circle((0.5, 0.15 + 0.23 * place), 0.1, color=colour))
     axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=[], yticks=[])
     axis.set_title(f"{number + 1} {name} circle{'s' if number else ''}", fontsize=9)
 save(figure, "01_idea")
 plt.show()
 
 # %% [markdown]
-# *Four squares with one to four circles, each with the sentence that is true of it.* A picture, and a sentence that we know to be
-# true: that is all a model needs to learn from.
+# *Figure: four squares with one red, two green, three blue and four purple circles, and over each the sentence that is
+# true of it.* A picture, and a sentence that we know to be true: that is all a model needs to learn from.
 #
 # ## First by hand
 #
@@ -310,8 +311,8 @@ plt.show()
 draw_scene(make_scene(155)).save(figures_folder() / "scene.png")
 
 # %% [markdown]
-# *Eight scenes: circles, squares, triangles, stars, hearts, diamonds, crosses and rings, one to five in each.* Scene 155 is also saved
-# by itself, as `figures/scene.png`: the README asks about it.
+# *Figure: eight scenes: circles, squares, triangles, stars, hearts, diamonds, crosses and rings, one to five in each.*
+# Scene 155 is also saved by itself, as `figures/scene.png`: the README asks about it.
 #
 # Pixels may differ by a shade between versions of the drawing library. The scene does not: what is true of it depends on
 # the seed alone.
@@ -511,7 +512,8 @@ plt.show()
 assert blind["caption"] < 0.02 and blind["detect"] < 0.02 and 0.4 < blind["yes_no"] < 0.65
 
 # %% [markdown]
-# *Bars: yes-or-no questions are right half of the time by chance, colours and counts less, captions and boxes hardly ever.*
+# *Figure: a bar for each task. Yes-or-no questions are right half of the time by chance, colours and counts less,
+# captions and boxes hardly ever.*
 #
 # ## The bill
 #
@@ -529,17 +531,7 @@ f"{one_thing:,} scenes of one thing, without counting shades and grounds"
 #
 # ## Your turn
 #
-# **1.** The area that two boxes share, in pixels.
-
-
-# %%
-def shared_area(one: tuple, other: tuple) -> int: ...
-
-
-check(shared_area, (((0, 0, 4, 4), (2, 2, 6, 6)), 4), (((0, 0, 4, 4), (5, 5, 6, 6)), 0))
-
-# %% [markdown]
-# **2.** How many things of a colour are in a scene?
+# **1.** ★ How many things of a colour are in a scene?
 
 
 # %%
@@ -549,7 +541,7 @@ def count_colour(scene: Scene, colour: str) -> int: ...
 check(count_colour, ((five, "black"), 2), ((five, "green"), 0))
 
 # %% [markdown]
-# **3.** Which things of a scene are right of all others? Give the kind of the one whose left edge is largest.
+# **2.** ★ Which thing of a scene is right of all others? Give the kind of the one whose left edge is largest.
 
 
 # %%
@@ -557,6 +549,16 @@ def rightmost(scene: Scene) -> str: ...
 
 
 check(rightmost, ((five,), five.things[-1].kind))
+
+# %% [markdown]
+# **3.** ★★ The area that two boxes share, in pixels.
+
+
+# %%
+def shared_area(one: tuple, other: tuple) -> int: ...
+
+
+check(shared_area, (((0, 0, 4, 4), (2, 2, 6, 6)), 4), (((0, 0, 4, 4), (5, 5, 6, 6)), 0))
 
 # %% [markdown]
 # Next: such a picture becomes a row of vectors.

@@ -2,8 +2,9 @@
 # jupyter:
 #   jupytext:
 #     formats: py:percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
-#     display_name: Python 3
+#     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
@@ -24,10 +25,14 @@ from torch.nn import functional as F
 
 # %%
 import math
+import os
 
 import matplotlib.pyplot as plt
+from transformers import SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipAttention
 
 from sigma_book import load
+from sigma_book.processor import pixels
 from sigma_book.style import PICTURE, check, draw_matrix, save, use_style
 from sigma_book.world import draw_scene, make_scene
 
@@ -60,7 +65,7 @@ save(figure, "03_ask")
 plt.show()
 
 # %% [markdown]
-# *One patch asks three others. The line is as thick as query and key agree.*
+# *Figure: one patch asks three others, an edge, a sky and a tip. Each arrow is as thick as query and key agree.*
 #
 # ## One query, by hand
 #
@@ -228,8 +233,8 @@ save(figure, "03_masks")
 plt.show()
 
 # %% [markdown]
-# *Rows look, columns are looked at. Dark means: may look. On the left everything is dark, on the right only the
-# diagonal and what lies before it.*
+# *Figure: two squares of five by five. Rows look, columns are looked at; dark means: may look. On the left everything
+# is dark, on the right only the diagonal and what lies before it.*
 #
 # ## Many heads
 #
@@ -290,9 +295,6 @@ class MultiHeadAttention(nn.Module):
 # The reference is the attention of SigLIP in `transformers`, which has the same four maps under the same names.
 
 # %%
-from transformers import SiglipVisionConfig
-from transformers.models.siglip.modeling_siglip import SiglipAttention
-
 ours = MultiHeadAttention(hidden_size=32, num_attention_heads=4)
 reference = SiglipAttention(SiglipVisionConfig(hidden_size=32, num_attention_heads=4, attn_implementation="eager"))
 reference.load_state_dict(ours.state_dict())
@@ -307,10 +309,6 @@ torch.testing.assert_close(ours(tokens), reference(tokens)[0], atol=1e-5, rtol=1
 # figure shows its heads; the question is the same.)
 
 # %%
-import os
-
-from sigma_book.processor import pixels
-
 model = load(os.environ.get("SIGMA_BOOK_MODEL"))
 scene = make_scene(5)
 thing = scene.things[0]
@@ -345,8 +343,8 @@ entropy = (-(looks * looks.clamp(min=1e-12).log()).sum(-1)).exp()
 print("patches that each head spreads over:", [round(number.item(), 1) for number in entropy])
 
 # %% [markdown]
-# *A scene with a white dot on the asking patch, and four maps of where heads look: bright is much.* Heads differ: some
-# stay on the thing itself, some look at other things. Nobody told them to; it paid.
+# *Figure: a scene with a white dot on the asking patch, and four maps of where heads look: bright is much.* Heads
+# differ: some stay on the thing itself, some look at other things. Nobody told them to; it paid.
 #
 # ## The bill
 #
@@ -371,17 +369,7 @@ assert bill(256, 1152)["pairs"] / bill(256, 1152)["maps"] == 256 / (2 * 1152)
 #
 # ## Your turn
 #
-# **1.** Write the softmax of a list of numbers, safe for large ones.
-
-
-# %%
-def softmax(numbers: list) -> list: ...
-
-
-check(softmax, (([0.0, 0.0],), [0.5, 0.5]), (([1000.0, 1000.0],), [0.5, 0.5]))
-
-# %% [markdown]
-# **2.** How many `True` does a causal mask of `n` tokens hold?
+# **1.** ★ How many `True` does a causal mask of `n` tokens hold?
 
 
 # %%
@@ -391,7 +379,17 @@ def allowed_pairs(n: int) -> int: ...
 check(allowed_pairs, ((1,), 1), ((5,), 15), ((100,), 5050))
 
 # %% [markdown]
-# **3.** At how many tokens do the pairs cost as much as the maps, for width `D`?
+# **2.** ★★ Write the softmax of a list of numbers, safe for large ones.
+
+
+# %%
+def softmax(numbers: list) -> list: ...
+
+
+check(softmax, (([0.0, 0.0],), [0.5, 0.5]), (([1000.0, 1000.0],), [0.5, 0.5]))
+
+# %% [markdown]
+# **3.** ★★ At how many tokens do the pairs cost as much as the maps, for width `D`?
 
 
 # %%

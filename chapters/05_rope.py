@@ -2,8 +2,9 @@
 # jupyter:
 #   jupytext:
 #     formats: py:percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
-#     display_name: Python 3
+#     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
@@ -25,6 +26,8 @@ import math
 import os
 
 import matplotlib.pyplot as plt
+from transformers import GemmaConfig
+from transformers.models.gemma.modeling_gemma import GemmaRotaryEmbedding, apply_rotary_pos_emb
 
 from sigma_book import load
 from sigma_book.style import ANSWER, GREY, PICTURE, PROMPT, check, save, use_style
@@ -57,7 +60,8 @@ save(figure, "05_clock")
 plt.show()
 
 # %% [markdown]
-# *Left, a query at position 1 and a key at 4. Right, 7 and 10. The hands moved, the angle between them did not.*
+# *Figure: two clocks. The left one has a query at position 1 and a key at 4, the right one 7 and 10. The hands moved,
+# the angle between them did not.*
 #
 # ## First by hand
 #
@@ -107,7 +111,6 @@ assert math.isclose(math.atan2(turned_once[2], turned_once[0]), 1.0)
 assert math.isclose(math.atan2(turned_once[3], turned_once[1]), 0.01)
 
 # %% [markdown]
-#
 # ## The formula
 #
 # $$ \begin{pmatrix} x_i' \\ x_{i + D_h/2}' \end{pmatrix} =
@@ -191,9 +194,6 @@ torch.testing.assert_close(turned[0, 0], torch.tensor(by_hand), atol=1e-3, rtol=
 # It equals Gemma in `transformers`, which counts in 32 bits too.
 
 # %%
-from transformers import GemmaConfig
-from transformers.models.gemma.modeling_gemma import GemmaRotaryEmbedding, apply_rotary_pos_emb
-
 reference = GemmaRotaryEmbedding(GemmaConfig(head_dim=8, hidden_size=8, num_attention_heads=1))
 expected, _ = apply_rotary_pos_emb(vectors, vectors, *reference(vectors, positions))
 torch.testing.assert_close(turned, expected)
@@ -241,8 +241,8 @@ plt.show()
 assert cosine[0, 0, 0].mean() == 1 and cosine[0, 0, 100].mean() < 0.7
 
 # %% [markdown]
-# *The thick line is the score of a vector with itself, by distance: high at 0, then falling. The thin lines are two
-# single pairs: pair 40 swings several times, pair 70 has not come round once.*
+# *Figure: the thick line is the score of a vector with itself, by distance: high at 0, then falling. The thin lines are
+# two single pairs: pair 40 swings several times, pair 70 has not come round once.*
 #
 # ## Two layouts
 #
@@ -308,17 +308,18 @@ figure, axis = plt.subplots(figsize=(6, 2.5))
 axis.plot(places, narrow, color=GREY, lw=0.8)
 axis.plot(places, wide, color=PICTURE, lw=2)
 axis.annotate(
-    "angles in float32", (7900, wide[-1]), xytext=(0, 6), textcoords="offset points", ha="right", color=PICTURE
+    "angles in float32", (7900, wide[-1]), xytext=(0, -14), textcoords="offset points", ha="right", color=PICTURE
 )
-axis.annotate("angles in bfloat16", (7900, 0.05), ha="right", color=GREY)
+axis.annotate("angles in bfloat16", (7900, 1.04), ha="right", color=GREY)
 axis.set(xlabel="position of the query; the key is three further", ylabel="score / size", ylim=(-0.05, 1.15))
 save(figure, "05_float")
 plt.show()
 assert wide.max() - wide.min() < 1e-3
-assert narrow.max() - narrow.min() > 0.1
+assert narrow.max() - narrow.min() > 0.1 and narrow[places > 2048].min() > 0.99
 
 # %% [markdown]
-# *In float32 the line is flat. In bfloat16 the score jumps about with the place, by more than a tenth of its size.*
+# *Figure: in float32 the line is flat. In bfloat16 the score first jumps about with the place, by more than a tenth of
+# its size; beyond position 2,048 it is 1, as if the two tokens stood at one place.*
 #
 # So angles are computed in float32, whatever the dtype of the weights; queries and keys are turned in float32 and rounded
 # back once, at the end. Float32 is not exact either: 8,191 radians carry an error of up to half of its last digit.
@@ -393,7 +394,7 @@ assert sum(part.nbytes for part in angles) == 2 * 8192 * 128 * 4 == 8_388_608
 # %% [markdown]
 # ## Your turn
 #
-# **1.** After how many positions does pair `i` of a head of `d` numbers come round (a full circle, rounded)?
+# **1.** ★ After how many positions does pair `i` of a head of `d` numbers come round (a full circle, rounded)?
 
 
 # %%
@@ -403,7 +404,7 @@ def full_circle(i: int, d: int) -> int: ...
 check(full_circle, ((0, 256), 6), ((64, 256), 628), ((127, 256), round(2 * math.pi * 10_000 ** (254 / 256))))
 
 # %% [markdown]
-# **2.** Undo the rotation.
+# **2.** ★★ Undo the rotation.
 
 
 # %%
@@ -414,7 +415,7 @@ angles = rotary_angles(positions, 8)
 check(unrotate, ((rotate(vectors, *angles), *angles), vectors))
 
 # %% [markdown]
-# **3.** The inverse of `half_split_order`: indices that bring the half-split layout back to neighbours.
+# **3.** ★★ The inverse of `half_split_order`: indices that bring the half-split layout back to neighbours.
 
 
 # %%
@@ -424,8 +425,9 @@ def neighbour_order(head_dim: int) -> torch.Tensor: ...
 check(neighbour_order, ((4,), torch.tensor([0, 2, 1, 3])), ((8,), torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])))
 
 # %% [markdown]
-# **4.** Position interpolation: a model taught on texts of up to `taught` tokens shall read one of `length`. Give the
-# positions of its tokens, from 0, squeezed so that the last one stays below `taught`. (Rotation takes any real number.)
+# **4.** ★★ Position interpolation: a model taught on texts of up to `taught` tokens shall read one of `length`. Give
+# the positions of its tokens, from 0, squeezed so that the last one stays below `taught`. (Rotation takes any real
+# number.)
 
 
 # %%

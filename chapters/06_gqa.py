@@ -2,8 +2,9 @@
 # jupyter:
 #   jupytext:
 #     formats: py:percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
-#     display_name: Python 3
+#     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
@@ -23,7 +24,10 @@ import torch
 from sigma_book.attention import attention
 
 # %%
+import os
+
 import matplotlib.pyplot as plt
+from torch.profiler import ProfilerActivity, profile
 
 from sigma_book import load
 from sigma_book.style import HEADS, PICTURE, PROMPT, check, save, use_style
@@ -55,8 +59,9 @@ save(figure, "06_groups")
 plt.show()
 
 # %% [markdown]
-# *Circles above are query heads, squares below are key/value heads. From left to right eight, two and one of them
-# serve eight queries.* PaliGemma 3B has **8** query heads and **1** key/value head; PaliGemma 2 3B has 8 and 4.
+# *Figure: circles above are query heads, squares below are key/value heads, a line leads from each head to the one it
+# reads. From left to right eight, two and one of them serve eight queries.* PaliGemma 3B has **8** query heads and **1**
+# key/value head; PaliGemma 2 3B has 8 and 4.
 #
 # ## First by hand
 #
@@ -159,8 +164,6 @@ torch.testing.assert_close(grouped_attention(query, key, value, mask), expected)
 # And nothing of the keys is copied on the way: we let PyTorch record the memory that each operation takes.
 
 # %%
-from torch.profiler import ProfilerActivity, profile
-
 long_key, long_value = torch.randn(2, 1, 1, 4096, 64)
 one_query = torch.randn(1, 8, 1, 64)
 with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
@@ -175,8 +178,6 @@ assert largest < long_key.nbytes
 # The pocket model has 4 query heads for 2 key/value heads. Its maps show it: the one for keys is half as tall.
 
 # %%
-import os
-
 model = load(os.environ.get("SIGMA_BOOK_MODEL"))
 block = model.language_model.layers[0].self_attn
 for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -221,7 +222,8 @@ save(figure, "06_bytes")
 plt.show()
 
 # %% [markdown]
-# *Bytes of keys and values for 8,192 tokens in 16 bits: 1,208 MB with eight heads, 604 with four, 151 with one.*
+# *Figure: three bars, the bytes of keys and values for 8,192 tokens in 16 bits: 1,208 MB with eight heads, 604 with
+# four, 151 with one.*
 # Eight times fewer bytes to keep, and eight times fewer to read for each new word, which is what sets the speed.
 #
 # What does it cost? The keys of one head must serve eight ways of asking. Gemma's authors found that worth it for the
@@ -229,7 +231,7 @@ plt.show()
 #
 # ## Your turn
 #
-# **1.** Which key/value head does query head `h` read?
+# **1.** ★ Which key/value head does query head `h` read?
 
 
 # %%
@@ -239,7 +241,7 @@ def shared_head(h: int, heads: int, kv_heads: int) -> int: ...
 check(shared_head, ((7, 8, 1), 0), ((5, 8, 2), 1), ((3, 8, 4), 1), ((6, 8, 8), 6))
 
 # %% [markdown]
-# **2.** Parameters of the four maps of a layer of width `d`, with heads of `head_dim`.
+# **2.** ★★ Parameters of the four maps of a layer of width `d`, with heads of `head_dim`.
 
 
 # %%
@@ -249,7 +251,7 @@ def map_parameters(d: int, heads: int, kv_heads: int, head_dim: int) -> int: ...
 check(map_parameters, ((2048, 8, 1, 256), 9_437_184), ((2304, 8, 4, 256), 14_155_776))
 
 # %% [markdown]
-# **3.** How many tokens fit into `budget` bytes of cache with 18 layers, heads of 256 and 16-bit numbers?
+# **3.** ★★ How many tokens fit into `budget` bytes of cache with 18 layers, heads of 256 and 16-bit numbers?
 
 
 # %%

@@ -2,8 +2,9 @@
 # jupyter:
 #   jupytext:
 #     formats: py:percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
-#     display_name: Python 3
+#     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
@@ -21,11 +22,16 @@
 import torch
 
 # %%
+import os
+
 import matplotlib.pyplot as plt
 
+from sigma_book import load
+from sigma_book.attention import split_heads
 from sigma_book.gqa import cache_bytes, grouped_attention
 from sigma_book.rope import rotary_angles, rotate
-from sigma_book.style import ANSWER, PROMPT, check, save, use_style
+from sigma_book.style import ANSWER, PICTURE, PROMPT, check, save, use_style
+from sigma_book.world import draw_scene, make_scene
 
 use_style()
 _ = torch.manual_seed(0)
@@ -49,7 +55,8 @@ save(figure, "07_steps")
 plt.show()
 
 # %% [markdown]
-# *Each row is a step, each square a token. Green squares are computed, grey ones are remembered.*
+# *Figure: two triangles of squares. Each row is a step, each square a token. Without a cache all squares are green, that
+# is, computed. With one, only the last of each row is; the grey ones are remembered.*
 #
 # ## First by hand: counting
 #
@@ -114,8 +121,8 @@ save(figure, "07_ring")
 plt.show()
 
 # %% [markdown]
-# *A ring of five slots, after token 4 and after token 7: tokens 5, 6 and 7 lie where 0, 1 and 2 were. The green slot is
-# the newest.* Their order does not matter to attention, since each key already carries its rotation.
+# *Figure: a ring of five slots, after token 4 and after token 7: tokens 5, 6 and 7 lie where 0, 1 and 2 were. The green
+# slot is the newest.* Their order does not matter to attention, since each key already carries its rotation.
 #
 # ## The tensor version
 #
@@ -262,7 +269,7 @@ assert cache.key.data_ptr() == before
 assert kept.shape == (1, 1, 100, 8)
 
 # %% [markdown]
-# ## A look inside
+# ## What appending would cost
 #
 # How much is copied, when we append and when we write in place? Counted in tokens, for an answer of 100 after a prompt
 # of 260.
@@ -282,9 +289,86 @@ plt.show()
 assert appended[-1] > 300 * in_place[-1]
 
 # %% [markdown]
-# *Copied tokens against new tokens. Appending climbs to more than thirty thousand; writing in place stays at a hundred.*
+# *Figure: copied tokens against new tokens. Appending climbs to more than thirty thousand; writing in place stays at a
+# hundred.*
 #
-# ## The bill
+# ## A look inside
+#
+# Nobody reads the picture twice: after the first pass only its keys and values are left. So how much of what a new word
+# looks at is picture, how much is prompt, and how much is what the model has just written? We let the pocket model (or
+# the one in `SIGMA_BOOK_MODEL`) write a caption, one token at a time, and ask its caches.
+#
+# A *hook* hands us what a layer gives while the model runs. We take the queries of the newest token, and let each ask
+# the keys that are in the cache by then. (How scores become words is chapter 13.)
+
+# %%
+model = load(os.environ.get("SIGMA_BOOK_MODEL"), device="cpu", dtype="float32")
+decoder, tokenizer, text = model.language_model, model.processor.tokenizer, model.config.text
+batch = model.processor.prepare([draw_scene(make_scene(5))], ["caption en"])
+start = batch.input_ids.shape[1]
+ends = [model.config.vision.num_patches, start]  # where the picture ends, and where the prompt does
+queries = []
+hooks = [
+    layer.self_attn.q_proj.register_forward_hook(lambda module, inputs, output: queries.append(output[:, -1:]))
+    for layer in decoder.layers
+]
+
+
+def looks(caches: list[KVCache]) -> torch.Tensor:
+    """Shares of picture, prompt and answer in what the newest token looks at, a mean over layers and heads."""
+    seen, shares = caches[0].length, []
+    angles = rotary_angles(torch.tensor([[seen]]), text.head_dim, text.rope_theta)  # positions count from 1
+    for layer, query, cache in zip(decoder.layers, queries, caches, strict=True):
+        query = rotate(split_heads(query, text.num_attention_heads), *angles)  # (1, H, 1, Dh)
+        key = cache.key[:, :, :seen].repeat_interleave(text.num_attention_heads // text.num_key_value_heads, dim=1)
+        scores = (query @ key.transpose(-2, -1) * layer.self_attn.scale)[0, :, 0]  # (H, S)
+        parts = scores.softmax(-1).tensor_split(ends, dim=-1)
+        shares.append(torch.stack([part.sum(-1).mean() for part in parts]))
+    return torch.stack(shares).mean(0)  # (3,)
+
+
+words, rows, mask = [], [], batch.attention_mask
+with torch.no_grad():
+    caches = decoder.new_caches(1, start + 24)
+    scores = model.prefill(batch.input_ids, model.encode_images(batch.pixel_values), mask, caches)
+    while len(words) < 24:
+        rows.append(looks(caches))
+        queries.clear()
+        token = scores.argmax(-1)
+        words.append(tokenizer.decode([token.item()]).strip() or "(end)")
+        if token.item() == tokenizer.eos_id:
+            break
+        mask = torch.cat((mask, mask.new_ones(1, 1)), dim=1)
+        scores = model.decode(token[:, None], mask, caches)
+for hook in hooks:
+    hook.remove()
+picture, prompt, answer = torch.stack(rows).T.tolist()
+assert caches[0].length == start + len(words) - 1  # one column for each token read, and none twice
+if "SIGMA_BOOK_MODEL" not in os.environ:
+    assert sum(picture) > len(words) / 2 and sum(prompt) < sum(answer)
+
+figure, axis = plt.subplots(figsize=(7.0, 2.9))
+places, below = range(len(words)), [one + two for one, two in zip(picture, prompt, strict=True)]
+axis.bar(places, picture, color=PICTURE, width=0.85)
+axis.bar(places, prompt, bottom=picture, color=PROMPT, width=0.85)
+axis.bar(places, answer, bottom=below, color=ANSWER, width=0.85)
+for name, height, colour in (
+    ("picture", picture[-1] / 2, PICTURE),
+    ("prompt", picture[-1] + prompt[-1] / 2, PROMPT),
+    ("answer", 1 - answer[-1] / 2, ANSWER),
+):
+    axis.text(len(words) - 0.4, height, name, va="center", color=colour)
+axis.set_xticks(places, words, rotation=90)
+axis.set(ylabel="share of the looks", xlim=(-0.6, len(words) + 1.6), yticks=(0, 0.5, 1))
+save(figure, "07_looks")
+plt.show()
+
+# %% [markdown]
+# *Figure: a bar for each token of the caption, with the shares of picture, prompt and answer in what was looked at to
+# write it. The first bar has no answer in it, since nothing was written yet.*
+#
+# Over the whole caption the pocket model's looks go to the picture more than half of the time, and to the prompt least.
+# It looks a good deal at its own words too.
 
 # %%
 pocket = cache_bytes(4, 2, 64, 64 + 20, bytes_per_number=4)
@@ -304,17 +388,17 @@ assert (full + sliding) / (2 * full) == 0.75  # at 8,192 tokens, three quarters 
 # %% [markdown]
 # ## Your turn
 #
-# **1.** Which column does a slot of a full ring hold, after `seen` columns?
+# **1.** ★ Bytes that one new token reads from the cache, all layers together, with numbers of 16 bits.
 
 
 # %%
-def column_of(slot: int, seen: int, window: int) -> int: ...
+def bytes_read(layers: int, kv_heads: int, head_dim: int, length: int) -> int: ...
 
 
-check(column_of, ((0, 8, 5), 5), ((2, 8, 5), 7), ((3, 8, 5), 3))
+check(bytes_read, ((18, 1, 256, 376), large), ((1, 1, 1, 1), 4))
 
 # %% [markdown]
-# **2.** How many keys are made without a cache, for a prompt of `p` tokens and `n` new ones?
+# **2.** ★★ How many keys are made without a cache, for a prompt of `p` tokens and `n` new ones?
 
 
 # %%
@@ -326,14 +410,14 @@ check(keys_made, ((0, 100), 4950), ((1, 100), 5050), ((260, 100), 30_950))
 # %% [markdown]
 # (The first new token comes out of reading the prompt once, so step $i$ reads $p + i$ tokens, $i$ from 0.)
 #
-# **3.** Bytes that one new token reads from the cache, all layers together.
+# **3.** ★★★ Which column does a slot of a full ring hold, after `seen` columns?
 
 
 # %%
-def bytes_read(layers: int, kv_heads: int, head_dim: int, length: int) -> int: ...
+def column_of(slot: int, seen: int, window: int) -> int: ...
 
 
-check(bytes_read, ((18, 1, 256, 376), large), ((1, 1, 1, 1), 4))
+check(column_of, ((0, 8, 5), 5), ((2, 8, 5), 7), ((3, 8, 5), 3))
 
 # %% [markdown]
 # Next: all the parts on the table become the voice.

@@ -2,8 +2,9 @@
 # jupyter:
 #   jupytext:
 #     formats: py:percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
-#     display_name: Python 3
+#     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
@@ -33,9 +34,12 @@ from sigma_book.rope import rotary_angles, rotate
 import os
 
 import matplotlib.pyplot as plt
+from transformers import Gemma2Config, Gemma2ForCausalLM, GemmaForCausalLM
+from transformers import GemmaConfig as ReferenceConfig
 
 from sigma_book import load
 from sigma_book.style import ANSWER, GREY, PICTURE, PROMPT, check, save, use_style
+from sigma_book.world import caption, draw_scene, make_scene
 
 use_style()
 _ = torch.manual_seed(0)
@@ -70,7 +74,8 @@ save(figure, "08_stack")
 plt.show()
 
 # %% [markdown]
-# *From ids to scores: table, 18 blocks, a last norm, and the table again.*
+# *Figure: boxes in a row, from ids to scores: table, 18 blocks, a last norm, and the table again. A dashed line joins the
+# two tables: one and the same.*
 #
 # Four things differ from the eyes: another norm, another way to think, positions by rotation, and a mask. We take them one
 # by one.
@@ -222,8 +227,8 @@ figure, axis = plt.subplots(figsize=(4.6, 2.4))
 axis.plot(line, F.gelu(line, approximate="tanh"), color=PICTURE)
 axis.plot(line, F.silu(line), color=PROMPT)
 axis.annotate("gelu: Gemma", (1.4, 1.35), ha="right", color=PICTURE)
-axis.annotate("silu: Llama", (-3.6, -0.55), color=PROMPT)
-axis.set(xlabel="gate before the bend")
+axis.annotate("silu: Llama", (-3.6, -0.65), color=PROMPT)
+axis.set(xlabel="gate before the bend", ylim=(-0.9, 3.1))
 save(figure, "08_bends")
 plt.show()
 gap = (F.gelu(line, approximate="tanh") - F.silu(line)).abs().max().item()
@@ -231,8 +236,8 @@ assert 0.1 < gap < 0.25
 gap
 
 # %% [markdown]
-# *Both curves are zero far left and the line x far right; between, they are up to 0.2 apart.* That is hundreds of times
-# more than the small error of the tanh form in chapter 04.
+# *Figure: both curves are near zero far left and near the line x far right; between, they are up to 0.2 apart.* That is
+# hundreds of times more than the small error of the tanh form in chapter 04.
 #
 # ## Attention in the decoder
 #
@@ -295,7 +300,8 @@ save(figure, "08_caps")
 plt.show()
 
 # %% [markdown]
-# *Small scores pass almost unchanged, large ones never exceed the cap.* A single score can no longer drown all others.
+# *Figure: a straight line, and two curves that leave it and bend to 50 and to 30. Small scores pass almost unchanged,
+# large ones never exceed the cap.* A single score can no longer drown all others.
 #
 # One trap: `post_attention_layernorm` means two things. In Gemma 1 it is the norm *before the GeGLU*. In Gemma 2 it
 # is the norm *after attention*. The name is the same; the place is not.
@@ -443,9 +449,6 @@ def tied_logits(hidden_states: torch.Tensor, weight: torch.Tensor, softcap: floa
 # a causal mask made by hand.
 
 # %%
-from transformers import Gemma2Config, Gemma2ForCausalLM, GemmaForCausalLM
-from transformers import GemmaConfig as ReferenceConfig
-
 sizes = {"hidden_size": 36, "intermediate_size": 50, "num_hidden_layers": 4, "num_attention_heads": 4}
 sizes |= {"num_key_value_heads": 2, "head_dim": 10, "vocab_size": 90}
 two = {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "sliding_window": 5}
@@ -489,8 +492,6 @@ for name, reference_class, reference_config, ours_config in (
 # model reads a scene and the prompt `caption en`; here is what its last token thinks.
 
 # %%
-from sigma_book.world import caption, draw_scene, make_scene
-
 model = load(os.environ.get("SIGMA_BOOK_MODEL"))
 processor, scene = model.processor, make_scene(5)
 batch = processor.prepare([draw_scene(scene)], ["caption en"])
@@ -546,17 +547,7 @@ parts | {"total": total, "share of GeGLU in a block": round(parts["of it GeGLU"]
 #
 # ## Your turn
 #
-# **1.** RMSNorm of a vector, with Gemma's gain `w`.
-
-
-# %%
-def rms_norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor: ...
-
-
-check(rms_norm, ((torch.tensor([3.0, 4.0]), torch.tensor([0.0, 1.0])), torch.tensor([0.8485, 2.2627])))
-
-# %% [markdown]
-# **2.** The soft cap, and what it makes of a score of 1,000.
+# **1.** ★ The soft cap, and what it makes of a score of 1,000.
 
 
 # %%
@@ -566,7 +557,7 @@ def soft_cap(score: float, cap: float) -> float: ...
 check(soft_cap, ((0.0, 30.0), 0.0), ((1000.0, 30.0), 30.0), ((30.0, 30.0), 22.8478))
 
 # %% [markdown]
-# **3.** Does layer `i` of Gemma 2 slide?
+# **2.** ★ Does layer `i` of Gemma 2 slide?
 
 
 # %%
@@ -576,7 +567,7 @@ def slides(i: int) -> bool: ...
 check(slides, ((0,), True), ((1,), False), ((25,), False))
 
 # %% [markdown]
-# **4.** How many parameters would untying the head add to PaliGemma 3B?
+# **3.** ★ How many parameters would untying the head add to PaliGemma 3B?
 
 
 # %%
@@ -584,6 +575,16 @@ def untied_head(vocabulary: int, width: int) -> int: ...
 
 
 check(untied_head, ((257_216, 2048), 526_778_368))
+
+# %% [markdown]
+# **4.** ★★ RMSNorm of a vector, with Gemma's gain `w`.
+
+
+# %%
+def rms_norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor: ...
+
+
+check(rms_norm, ((torch.tensor([3.0, 4.0]), torch.tensor([0.0, 1.0])), torch.tensor([0.8485, 2.2627])))
 
 # %% [markdown]
 # Next: eyes and voice meet.

@@ -2,8 +2,9 @@
 # jupyter:
 #   jupytext:
 #     formats: py:percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
-#     display_name: Python 3
+#     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
@@ -21,6 +22,7 @@
 import io
 import itertools
 import json
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -31,7 +33,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 # %%
 import tempfile
@@ -49,9 +51,10 @@ FOLDER = Path(sigma_book.__file__).parent / "pocket_model"
 # %% [markdown]
 # ## The picture
 #
-# A model knows only what it was trained on. If its pictures were resized in one way and ours in another, or a space is cut
-# off where it was not, nothing fails. The answers get a little worse, and nobody knows why. So this chapter is about being
-# exact.
+# A model knows only what it was trained on. Resize its pictures in another way, or cut off a space where none was cut,
+# and nothing fails. The answers get a little worse, and nobody knows why. So this chapter is about being exact.
+#
+# Two ways lead into the model, one for the picture and one for the text.
 
 # %%
 figure, axis = plt.subplots(figsize=(6.8, 1.8))
@@ -64,7 +67,7 @@ for line, stages in enumerate((("file", "RGB", "square", "-1 to 1"), ("text", "p
             name,
             ha="center",
             va="center",
-            color="white",
+            color="white" if line == 0 else "black",
             bbox={"boxstyle": "round", "fc": colour, "ec": "none"},
         )
         if place:
@@ -77,18 +80,20 @@ axis.text(3.9, -0.5, "batch", ha="center", va="center", bbox={"boxstyle": "round
 axis.set(xlim=(-0.5, 4.3), ylim=(-1.4, 0.4))
 axis.axis("off")
 save(figure, "11_ways")
-plt.show()
 
 # %% [markdown]
-# *Two ways that end in one batch: a file becomes RGB, a square, numbers from -1 to 1; a text becomes pieces, ids, a row.*
+# *Figure: two rows of boxes joined by arrows. Above, a file becomes RGB, a square, numbers from -1 to 1. Below, a text
+# becomes pieces, ids, a row laid out. Both arrive in one box, the batch.*
 #
 # ## Any picture as RGB
 #
-# Files come in many kinds. A telephone stores a portrait lying on its side, with a note that says "turn me". A logo has a
-# transparent ground. A scan has 16 bits a pixel, a print four inks. The model wants three numbers a pixel and nothing else.
+# Files come in many kinds. A telephone stores a portrait lying on its side, with a note that says "turn me". The note is
+# part of the **EXIF** data, a list of remarks that cameras write into the file. A logo has a transparent ground. A scan
+# has 16 bits a pixel, a print four inks. The model wants three numbers a pixel, red, green and blue, from 0 to 255.
 #
-# Our rules: the note (EXIF) is obeyed, what is transparent lies on white, 16 bits are scaled to 8. And a file that is
-# broken or dangerously large says so in a sentence.
+# Our rules: the note is obeyed, what is transparent lies on white, 16 bits are scaled to 8, and of an animation we take
+# the first frame. A file that is broken or dangerously large says so in a sentence. We let the library Pillow unpack
+# the file, and make every complaint of it that sentence.
 
 
 # %%
@@ -99,7 +104,12 @@ def load_image(source: "str | Path | bytes | np.ndarray | Image.Image") -> Image
     Parameters
     ----------
     source : path, bytes, array or PIL image
-        Arrays are (H, W), (H, W, 3) or (H, W, 4); uint8, uint16, or floats from 0 to 1.
+        Arrays are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); uint8, uint16, or floats from 0 to 1.
+
+    Returns
+    -------
+    PIL.Image.Image
+        Mode RGB. Of an animation, the first frame.
 
     Raises
     ------
@@ -107,65 +117,119 @@ def load_image(source: "str | Path | bytes | np.ndarray | Image.Image") -> Image
         If there is no such file.
     ValueError
         If the file is no picture, is cut off, or is too large to be safe; if an array has another shape or type.
+    RuntimeError
+        If the file is there and cannot be opened.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "this picture")
+        return _to_rgb(_unpack(source, "this picture"), "this picture")
     if isinstance(source, bytes | bytearray):
-        return _open(io.BytesIO(source), "these bytes")
+        return _to_rgb(_unpack(io.BytesIO(source), "this picture in bytes"), "this picture in bytes")
     if not isinstance(source, str | Path):
         raise ValueError(f"a picture is a path, bytes, an array or a PIL image, got {type(source).__name__}")
     path = Path(source)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: give the path of a picture")
-    if not path.exists():
-        raise FileNotFoundError(f"no such file: {path}")
-    with path.open("rb") as file:
-        return _open(file, str(path))
+    try:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: give the path of a picture")
+        if not path.exists():
+            raise FileNotFoundError(f"no such file: {path}")
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RuntimeError(
+            f"{str(path):.200} cannot be opened ({error.strerror}): check path and permissions"
+        ) from error
+    with file:
+        return _to_rgb(_unpack(file, str(path)), str(path))
 
 
-def _open(file, name: str) -> Image.Image:
+def _unpack(file: "io.BufferedIOBase | Image.Image", name: str) -> Image.Image:
+    """All pixels of a picture, right side up; one sentence for whatever Pillow raises on the way."""
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks on notes in the file that nobody here reads
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(file) as image:
-                return _to_rgb(image, name)
+            image = file if isinstance(file, Image.Image) else Image.open(file)
+            if image.format == "EPS":  # a program rather than a picture: Pillow would have Ghostscript run it
+                raise UnidentifiedImageError
+            image.load()
+            turn = image.getexif().get(ExifTags.Base.Orientation)
+            return image.transpose(_TURNS[turn]) if turn in _TURNS else image
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise ValueError(
                 f"{name} would unpack to more than {Image.MAX_IMAGE_PIXELS:,} pixels: reduce the picture first"
             ) from error
         except UnidentifiedImageError as error:
             raise ValueError(f"{name} is not a picture that can be read: give a JPEG, PNG, WebP, GIF or BMP") from error
-        except (OSError, SyntaxError, EOFError, IndexError) as error:
+        except Exception as error:  # on damaged files Pillow raises nearly every kind there is
             raise ValueError(f"{name} is damaged or cut off ({error}): get a whole copy of the picture") from error
 
 
+# what the note says: how the camera was held; and what undoes it
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# %% [markdown]
+# Unpacked and the right way up, the picture is in one of Pillow's **modes**. `L` is grey. `P` holds places in a palette,
+# a short list of colours. `RGBA` has a fourth number, **alpha**: how solid a pixel is. `I;16` is 16-bit grey, `F` floats,
+# `CMYK` four inks.
+#
+# Most modes become RGB by one call. Two would go wrong. Of transparency Pillow drops the alpha, and shows colours that
+# nobody was meant to see. Deep grey it cuts off at 255, so that nearly everything is white.
+
+
+# %%
+# | export
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    image.load()
-    image = ImageOps.exif_transpose(image)
+    if 0 in image.size:
+        raise ValueError(f"{name} is {image.width} x {image.height} pixels: expected at least one")
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"{name} has grey values outside 0 to 65535: scale them to 8 or 16 bits first")
-        scale = 1 if image.mode == "F" and values.max() <= 255 else 257
-        return Image.fromarray(np.round(values / scale).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(ground, image).convert("RGB")
+        return _from_deep_grey(image, name)
+    if image.has_transparency_data:
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
+def _from_deep_grey(image: Image.Image, name: str) -> Image.Image:
+    """Whole numbers are taken for 16 bits. For floats white is 1, 255 or 65535, the first that none exceeds."""
+    values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"{name} has grey values outside 0 to 65535: scale them to 8 or 16 bits first")
+    white = 65535
+    if image.mode == "F":
+        white = next(limit for limit in (1, 255, 65535) if values.max() <= limit)
+    elif "transparency" in image.info:  # one grey value that stands for nothing
+        values = np.where(values == image.info["transparency"], white, values)
+    return Image.fromarray(np.round(values / (white / 255)).astype(np.uint8)).convert("RGB")
+
+
+# %% [markdown]
+# An array has no note and no palette. But its numbers may run to 1, to 255 or to 65,535, and only its dtype tells.
+
+
+# %%
+# | export
 def _from_array(array: np.ndarray) -> Image.Image:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or 0 in array.shape:
-        raise ValueError(f"an array of shape {array.shape} is no picture: expected (H, W), (H, W, 3) or (H, W, 4)")
-    if array.dtype == np.uint16:
+        raise ValueError(
+            f"an array of shape {array.shape} is no picture: expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+        )
+    if np.issubdtype(array.dtype, np.uint16):  # of either byte order
         array = np.round(array / 257).astype(np.uint8)
     elif np.issubdtype(array.dtype, np.floating):
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
             raise ValueError("an array of floats must hold numbers from 0 to 1: divide by 255, or give uint8")
-        array = np.round(array * 255).astype(np.uint8)
+        array = np.round(array.astype(np.float64) * 255).astype(np.uint8)
     elif array.dtype != np.uint8:
         raise ValueError(f"an array of {array.dtype} is no picture: expected uint8, uint16, or floats from 0 to 1")
     array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
@@ -189,18 +253,36 @@ figure, axes = plt.subplots(2, 4, figsize=(6.4, 3.5))
 for column, name in zip(axes.T, ("turned.jpg", "clear.png", "deep.png", "inks.jpg"), strict=True):
     with Image.open(folder / name) as stored:
         raw = np.asarray(stored)
-        column[0].imshow(raw if stored.mode != "CMYK" else raw[..., :3], cmap="Greys_r")
+        column[0].imshow(raw[..., :3] if raw.ndim == 3 else raw, cmap="gray", vmin=0, vmax=65535)
         column[0].set_title(f"{name}\n{stored.mode}", fontsize=8)
     column[1].imshow(load_image(folder / name))
     column[0].axis("off")
     column[1].axis("off")
 save(figure, "11_modes")
-plt.show()
-assert load_image(folder / "turned.jpg").size == scene.size
 
 # %% [markdown]
-# *Above, the numbers as they lie in four files: lying on its side, half transparent, in 16-bit grey, in four inks (shown as if
-# three of them were colours). Below, what the model gets.*
+# *Figure: four files, two pictures each. Above, the numbers as they lie in the file: a scene on its side, one shown
+# without its alpha, a 16-bit grey one, and four inks of which three are shown as if they were colours. Below, what the
+# model gets: the scene upright, fading to white, grey, in its colours.*
+#
+# The claims, as asserts. Alpha $a$ from 0 to 255 mixes a colour $c$ with white: $c\,a/255 + 255 - a$. Pillow rounds in a
+# way of its own, so a grey level may be off.
+
+# %%
+assert load_image(folder / "turned.jpg").size == scene.size
+
+with Image.open(folder / "clear.png") as stored:  # one call of Pillow: the alpha is gone
+    assert np.array_equal(np.asarray(stored.convert("RGB")), np.asarray(scene))
+alpha = np.asarray(clear)[..., 3:] / 255
+mixed = np.asarray(scene) * alpha + 255 * (1 - alpha)
+assert np.abs(np.asarray(load_image(folder / "clear.png")) - mixed).max() <= 1
+
+with Image.open(folder / "deep.png") as stored:  # one call of Pillow: all is white
+    assert (np.asarray(stored.convert("RGB")) == 255).all()
+assert np.array_equal(np.asarray(load_image(folder / "deep.png"))[..., 0], np.asarray(scene.convert("L")))
+
+# %% [markdown]
+# Three files that hold no whole picture get a sentence each.
 
 # %%
 (folder / "notes.png").write_text("this is no picture")
@@ -215,8 +297,10 @@ for name in ("notes.png", "half.jpg", "nowhere.png"):
 # ## A smaller square, by hand
 #
 # Making a row of pixels smaller means mixing. Taking every third pixel would drop the others: thin lines vanish, edges
-# get stairs. Instead each new pixel is a weighted mean of those that it covers. *Bicubic* is a shape for the weights: a hump with
-# a small dip on each side, which keeps edges crisp.
+# get stairs. Instead each new pixel is a weighted mean of those that it covers.
+#
+# **Bicubic** is a shape for the weights: a hump, with a small dip below zero on each side, which keeps edges crisp. The
+# hump is as wide as the pixels that melt into one; that is what *antialiasing* means.
 
 
 # %%
@@ -238,28 +322,36 @@ def shrink_naive(row: list[float], size: int) -> list[float]:
     return new
 
 
-row = np.asarray(scene.convert("L"))[60].astype(float)
+row = np.asarray(scene.convert("L"))[76].astype(float)
+assert len(set(row)) > 5  # it crosses two hearts and a triangle
 by_hand = shrink_naive(row.tolist(), 40)
 by_pillow = Image.fromarray(row[None].astype(np.float32)).resize((40, 1), Image.Resampling.BICUBIC)
 assert np.abs(np.array(by_hand) - np.asarray(by_pillow)[0]).max() < 0.01
 
+assert max(by_hand) > row.max() and min(by_hand) < row.min()  # the dips of the hump: a little too far at each edge
+
+centres = (np.arange(40) + 0.5) * len(row) / 40
 figure, axis = plt.subplots(figsize=(6, 2.2))
-axis.plot(np.arange(112), row, color=GREY, lw=1)
-axis.plot((np.arange(40) + 0.5) * 2.8, by_hand, color=PICTURE, marker="o", ms=3, lw=1)
-axis.plot((np.arange(40) + 0.5) * 2.8, row[(np.arange(40) * 2.8).astype(int)], color=PROMPT, lw=0, marker="x", ms=4)
+axis.plot(np.arange(len(row)), row, color=GREY, lw=1)
+axis.plot(centres, by_hand, color=PICTURE, marker="o", ms=3, lw=1)
+axis.plot(centres, row[centres.astype(int)], color=PROMPT, lw=0, marker="x", ms=4)
+axis.text(66, 150, "the row, 112 pixels", color="0.4", size=8)
+axis.text(66, 130, "bicubic, 40 pixels", color=PICTURE, size=8)
+axis.text(66, 110, "single pixels, 40 of 112", color=PROMPT, size=8)
 axis.set(xlabel="place in the row", ylabel="grey")
 save(figure, "11_shrink")
-plt.show()
 
 # %% [markdown]
-# *One row of the picture (grey line), shrunk to 40 pixels: bicubic (blue dots) overshoots a little at edges and stays true to them;
-# taking every third pixel (orange crosses) jumps.*
+# *Figure: the grey values along one row of the scene, a thin line with steps. Forty dots on a line, the bicubic mean, follow
+# the steps and overshoot a little at each edge. Of forty crosses, single pixels of the row, most lie on the upper or the lower
+# level, whatever lay between them.*
 #
 # ## The formula
 #
 # $$ x = \frac{\mathrm{pixel} / 255 - 0.5}{0.5} $$
 #
-# The square is the same for every picture: a wide one is squeezed. PaliGemma was trained so, and boxes count on it.
+# So 0 becomes -1, and 255 becomes 1. The square is the same for every picture: a wide one is squeezed, and nothing is
+# cut away. PaliGemma was trained so, and its boxes count on it.
 
 
 # %%
@@ -278,7 +370,14 @@ def pixels(image: Image.Image, size: int) -> torch.Tensor:
     -------
     torch.Tensor
         (3, S, S), float32.
+
+    Raises
+    ------
+    ValueError
+        If the picture has another mode than RGB.
     """
+    if image.mode != "RGB":
+        raise ValueError(f"the picture has mode {image.mode}, expected RGB: open it with load_image")
     square = image.resize((size, size), Image.Resampling.BICUBIC)
     values = torch.from_numpy(np.array(square)).permute(2, 0, 1).float()  # (3, S, S)
     return values * (1 / 255) / 0.5 - 1.0
@@ -287,8 +386,11 @@ def pixels(image: Image.Image, size: int) -> torch.Tensor:
 # %% [markdown]
 # ## Proof
 #
-# The reference is the Pillow-backed image processor of `transformers`. (Its other one uses torchvision, whose bicubic
-# differs by a grey level here and there.)
+# The reference is the image processor of `transformers`. It has two for SigLIP, and we name the one that resizes with
+# Pillow. The other uses torchvision, whose bicubic differs slightly.
+#
+# Not one grey level differs, from 2 x 2 pixels to shapes that nobody would print. What is left is the last bit of
+# float32, because the two take the steps of the formula in another order.
 
 # %%
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -296,7 +398,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 reference = SiglipImageProcessorPil(size={"height": 112, "width": 112}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 rng = np.random.default_rng(0)
 worst = 0.0
-for width, height in ((112, 112), (640, 480), (31, 200), (2, 2), (300, 299)):
+for width, height in ((112, 112), (640, 480), (31, 200), (2, 2), (300, 299), (1, 500), (3000, 7)):
     noise = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
     expected = reference(noise, return_tensors="pt")["pixel_values"][0]
     worst = max(worst, (pixels(noise, 112) - expected).abs().max().item())
@@ -306,9 +408,12 @@ worst
 # %% [markdown]
 # ## Text: pieces, by hand
 #
-# A tokenizer cuts text into pieces from a list. It starts with single letters and joins neighbours, always the pair
-# that stands first in its table of *merges*, until no pair is left in the table. A space is written as a low line, `▁`, and
-# belongs to the word behind it.
+# A model reads whole numbers, the **ids** of pieces. A **tokenizer** cuts text into pieces from a list; the id of a piece
+# is its place in the list.
+#
+# It starts with single letters and joins neighbours, always the pair that stands first in its table of **merges**, until
+# no pair is left that the table has. The method is called byte pair encoding. A space is written as a low line, `▁`, and
+# is joined like a letter: mostly with the word behind it.
 
 # %%
 table = json.loads((FOLDER / "tokenizer.json").read_text(encoding="utf-8"))["model"]
@@ -329,14 +434,22 @@ def cut_naive(word: str) -> list[str]:
 cut_naive(" star")
 
 # %% [markdown]
-# What is not in the list at all falls back to bytes: every text can be written, if need be a byte at a time.
+# A letter that is not in the list falls back to bytes. The list has 256 pieces for them, `<0x00>` to `<0xFF>`, so every
+# text can be written.
+
+# %%
+assert "é" not in table["vocab"]
+[f"<0x{byte:02X}>" for byte in "é".encode()]
+
+# %% [markdown]
+# Some pieces are never cut: `<loc0001>`, `<seg001>`, `<image>`. They are looked for before anything else. A tokenizer that
+# splits `<loc0001>` into characters makes detection "return nothing"; it is one of the bugs that others shipped.
 #
-# Some pieces are never cut: `<loc0001>`, `<seg001>`, `<image>`. A tokenizer that splits `<loc0001>` into characters makes
-# detection "return nothing"; it is one of the bugs that others shipped.
+# The same holds for `<bos>`, the beginning of a sequence, `<eos>`, its end, and `<pad>`, which only fills a row. One rule
+# to know: typed by a user, these names become the tokens, as in the reference.
 #
-# There are two kinds of tokenizer file. `tokenizer.model` belongs to SentencePiece, `tokenizer.json` to another library.
-# Checkpoints come with both or with one, so we read either. One rule to know: a special name typed by a user, such as
-# `<bos>`, becomes that token, as in the reference.
+# A trained model on disk is called a *checkpoint*. It comes with `tokenizer.model`, a file of the library SentencePiece, or
+# with `tokenizer.json`, of the library tokenizers, or with both. We read either. First the face that both have in common.
 
 
 # %%
@@ -351,9 +464,11 @@ class Tokenizer:
     def __init__(self, backend: "_Json | _Model", files: dict[str, bytes]):
         self._backend = backend
         self.files = files
+        self.vocab_size = len(backend)
         self.pad_id, self.eos_id, self.bos_id = (self.token_id(piece) for piece in ("<pad>", "<eos>", "<bos>"))
         self.image_id = self.token_id("<image>")
-        self._silent = {self.pad_id, self.eos_id, self.bos_id, self.image_id}
+        silent = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<image>")
+        self._silent = {backend.token_to_id(piece) for piece in silent}
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
@@ -384,11 +499,14 @@ class Tokenizer:
             backend = _Json(files[kind]) if kind == "tokenizer.json" else _Model(files[kind])
         except Exception as error:  # both libraries raise bare errors
             raise ValueError(f"{folder / kind} is not a tokenizer that can be read: {error}") from error
-        added = json.loads(files["added_tokens.json"]) if "added_tokens.json" in files else {}
+        if "added_tokens.json" in files:
+            _add_listed(backend, folder / "added_tokens.json")
         # what a plain Gemma tokenizer lacks, in the order in which the reference adds it
         extra = ["<image>", *(f"<loc{i:04d}>" for i in range(1024)), *(f"<seg{i:03d}>" for i in range(128))]
-        backend.add([p for p in sorted(added, key=added.get) if backend.token_to_id(p) is None])
         backend.add([piece for piece in extra if backend.token_to_id(piece) is None])
+        for piece in ("<pad>", "<eos>", "<bos>"):
+            if backend.token_to_id(piece) is None:
+                raise ValueError(f"{folder / kind} has no piece {piece}: expected the tokenizer of a PaliGemma")
         return cls(backend, files)
 
     def token_id(self, piece: str) -> int:
@@ -404,22 +522,80 @@ class Tokenizer:
             raise ValueError(f"the tokenizer has no piece {piece!r}")
         return token
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self._backend)
-
     def encode(self, text: str) -> list[int]:
-        """Ids of a text as it stands: no beginning, no end."""
+        """Ids of a text as it stands: no beginning, no end.
+
+        Raises
+        ------
+        ValueError
+            If the text holds lone surrogates, which are halves of characters and come of bytes that are not UTF-8.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text {text!r:.80} has a lone surrogate at place {error.start}: expected text read as UTF-8"
+            ) from error
         return self._backend.encode(text)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of ids. Pieces of bytes join to characters; pad, bos, eos and image tokens are left out by default."""
+        """Text of ids.
+
+        Pieces of bytes join to characters; where they do not, each byte is a replacement character. Pad, bos, eos, unk,
+        mask and image tokens are left out by default; ids beyond the vocabulary always are, for they say nothing.
+
+        Raises
+        ------
+        ValueError
+            If an id is negative, such as the -100 of labels.
+        """
         ids = [int(token) for token in ids]
+        if ids and min(ids) < 0:
+            raise ValueError(f"{min(ids)} is no token id: expected 0 or more (take the -100 out of labels first)")
+        ids = [token for token in ids if token < self.vocab_size]
         if skip_special_tokens:
             ids = [token for token in ids if token not in self._silent]
         return self._backend.decode(ids)
 
 
+# %% [markdown]
+# Some checkpoints name pieces in a third file that their tokenizer does not know yet. They go behind the others, and must
+# get exactly the ids that the file gives, or the model would look up the wrong rows.
+
+
+# %%
+# | export
+def _add_listed(backend: "_Json | _Model", path: Path) -> None:
+    """Add the pieces that `added_tokens.json` lists, and see that they get the ids it gives."""
+    added = _read_table(path)
+    if not all(type(token) is int for token in added.values()):
+        raise ValueError(f"{path} has an id that is no whole number: expected pieces and their ids")
+    backend.add([piece for piece in sorted(added, key=added.get) if backend.token_to_id(piece) is None])
+    for piece, token in added.items():
+        if backend.token_to_id(piece) != token:
+            raise ValueError(
+                f"{path}: {piece} is {token}, but would become {backend.token_to_id(piece)}: "
+                "the file does not belong to this tokenizer"
+            )
+
+
+def _read_table(path: Path) -> dict:
+    """A JSON file that holds a table."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): get a whole copy of the file") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} holds {type(table).__name__}: expected a JSON object")
+    return table
+
+
+# %% [markdown]
+# The two readers. For `tokenizer.json`, the library does all of it.
+
+
+# %%
+# | export
 class _Json:
     """`tokenizer.json`, through the tokenizers library."""
 
@@ -442,63 +618,83 @@ class _Json:
         return self._library.decode(ids, skip_special_tokens=False)
 
 
+# %% [markdown]
+# SentencePiece takes `<bos>` in a text for letters like any others. So we cut such names out of the text first, and give it what lies
+# between. On the way back, runs of bytes become characters together; a run that is none becomes the sign for "cannot be
+# read", `\ufffd`, once for each byte.
+
+
+# %%
+# | export
 class _Model:
-    """`tokenizer.model`, through SentencePiece; added and control pieces are cut out of the text first."""
+    """`tokenizer.model`, through SentencePiece; added, control and unknown pieces are cut out of the text first."""
 
     def __init__(self, content: bytes):
         self._library = sentencepiece.SentencePieceProcessor(model_proto=content)
         size = self._library.get_piece_size()
         if size == 0:
             raise ValueError("it holds no pieces")
-        cut = [index for index in range(size) if self._library.is_control(index)]
-        self._cut = {self._library.id_to_piece(index): index for index in cut}
-        self._size = size
+        self._pieces = [self._library.id_to_piece(index) for index in range(size)]
+        self._bytes = {index for index in range(size) if self._library.is_byte(index)}
+        cut = [i for i in range(size) if self._library.is_control(i) or self._library.is_unknown(i)]
+        self._cut = {self._pieces[index]: index for index in cut}
 
     def __len__(self) -> int:
-        return self._size
+        return len(self._pieces)
 
     def token_to_id(self, piece: str) -> int | None:
         if piece in self._cut:
             return self._cut[piece]
         index = self._library.piece_to_id(piece)
-        return index if self._library.id_to_piece(index) == piece else None
+        return index if self._pieces[index] == piece else None
 
     def add(self, pieces: list[str]) -> None:
         for piece in pieces:
-            self._cut[piece] = self._size
-            self._size += 1
+            self._cut[piece] = len(self._pieces)
+            self._pieces.append(piece)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        for part in re.split("(" + "|".join(map(re.escape, self._cut)) + ")", text):
+        longest_first = sorted(self._cut, key=len, reverse=True)
+        for part in re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text):
             ids += [self._cut[part]] if part in self._cut else self._library.encode(part)
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        named = {index: piece for piece, index in self._cut.items()}
-        runs = itertools.groupby(ids, key=lambda token: token in named)
-        return "".join(
-            "".join(named[token] for token in run) if is_cut else self._library.decode(list(run))
-            for is_cut, run in runs
-        )
+        text = ""
+        for is_bytes, run in itertools.groupby(ids, key=self._bytes.__contains__):
+            pieces = [self._pieces[token] for token in run]
+            if not is_bytes:
+                text += "".join(pieces).replace("▁", " ")
+                continue
+            try:
+                text += bytes(int(piece[3:5], 16) for piece in pieces).decode("utf-8")  # a piece reads <0x41>
+            except UnicodeDecodeError:
+                text += "\ufffd" * len(pieces)
+        return text
 
 
 # %%
 tokenizer = Tokenizer.from_folder(FOLDER)
 for text in (" star", "detect red star", "<loc0001><loc1023>", "é"):
     ids = tokenizer.encode(text)
-    print(f"{text!r}: {[tokenizer.decode([token]) for token in ids]}")
+    print(f"{text!r}: {ids}")
     assert tokenizer.decode(ids) == text
 assert [table["vocab"][part] for part in cut_naive(" star")] == tokenizer.encode(" star")
+assert tokenizer.encode("<bos>") == [tokenizer.bos_id]
+assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("a<loc0001>")]) == "a<loc0001>"
 
 # %% [markdown]
 # ## Proof
 #
-# Three readers give the same ids: ours from `tokenizer.json`, SentencePiece itself, and `transformers`.
+# Four readers give the same ids: ours from `tokenizer.json`, ours from `tokenizer.model` alone, SentencePiece itself, and
+# `transformers`. The two spellings of é are one letter, and a letter with an accent behind it: they stay two texts.
 
 # %%
 from transformers import AutoTokenizer
 
+(folder / "tokenizer.model").write_bytes((FOLDER / "tokenizer.model").read_bytes())
+other = Tokenizer.from_folder(folder)
 theirs = AutoTokenizer.from_pretrained(FOLDER)
 library = sentencepiece.SentencePieceProcessor(model_file=str(FOLDER / "tokenizer.model"))
 texts = [
@@ -507,34 +703,63 @@ texts = [
     "caption en\n",
     "  two  spaces ",
     "a\n\nb",
-    "é 漢字 🙂",
+    "\t",
+    "é",
+    "e\u0301",
+    "漢字 🙂",
     "مرحبا",
     "<loc0001> cat ; <seg127>",
-    "x" * 500,
 ]
-for text in texts:
-    assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False) == library.encode(text)
+for text in [*texts, "x" * 500]:
+    expected = theirs.encode(text, add_special_tokens=False)
+    assert tokenizer.encode(text) == other.encode(text) == library.encode(text) == expected
+    assert tokenizer.decode(expected) == other.decode(expected) == theirs.decode(expected) == text
+assert len(tokenizer.encode("é")) != len(tokenizer.encode("e\u0301"))
+
+# %% [markdown]
+# And back, for ids that no text gives: half of them bytes at random.
+
+# %%
+byte_ids = [tokenizer.token_id(f"<0x{byte:02X}>") for byte in range(256)]
+broken = 0
+for _ in range(200):
+    ids = [int(rng.choice(byte_ids) if rng.random() < 0.5 else rng.integers(tokenizer.vocab_size)) for _ in range(8)]
+    for skip in (True, False):
+        expected = theirs.decode(ids, skip_special_tokens=skip)
+        assert tokenizer.decode(ids, skip) == other.decode(ids, skip) == expected
+    broken += "\ufffd" in expected
+assert broken > 50
+print(f"{broken} of 200 held bytes that are no character")
 
 # %% [markdown]
 # ## Laid out in a row
 #
-# The order is fixed: `<image>` as often as there are patches, then the beginning `<bos>`, the prompt, and a newline. The newline is
-# the sign that the question is over. For training the answer follows, and `<eos>`.
+# The order is fixed: `<image>` as often as there are patches, then `<bos>`, the prompt, and a newline. The newline is the
+# sign that the question is over. For training the answer follows, and `<eos>`.
+#
+# Prompts of a batch differ in length, and a tensor has no ragged edge. So shorter rows are filled with `<pad>`. For
+# answering it goes to the left: all rows end at the same place, ready to go on. For training it goes to the right.
 
 # %%
 figure, axes = plt.subplots(2, 1, figsize=(7, 1.7))
-draw_tokens(axes[0], ["img", "...", "img", "bos", "caption", "en", "\\n"], ["picture"] * 3 + ["prompt"] * 4)
+draw_tokens(
+    axes[0],
+    ["pad", "pad", "img", "...", "img", "bos", "caption", "en", "\\n"],
+    ["pad"] * 2 + ["picture"] * 3 + ["prompt"] * 4,
+)
 draw_tokens(
     axes[1],
-    ["pad", "img", "...", "img", "bos", "caption", "\\n", "a", "star", "eos"],
-    ["pad"] + ["picture"] * 3 + ["prompt"] * 3 + ["answer"] * 3,
+    ["img", "...", "img", "bos", "caption", "en", "\\n", "a", "star", "eos", "pad"],
+    ["picture"] * 3 + ["prompt"] * 4 + ["answer"] * 3 + ["pad"],
 )
 save(figure, "11_layout")
-plt.show()
 
 # %% [markdown]
-# *Above, a prompt. Below, a shorter one with padding in front and an answer behind.* Padding goes to the left for
-# answering, so that all rows end together, and to the right for training.
+# *Figure: two rows of boxes, coloured by kind. Above, for answering: pads, picture, prompt. Below, for training: picture,
+# prompt, answer, and a pad at the end.*
+#
+# A batch is five tensors. `token_type_ids` says which tokens are answer (1) and which are given (0); chapter 09 made the
+# mask from it. `labels` repeats the answer's ids and holds -100 elsewhere, which the loss of chapter 10 leaves out.
 
 
 # %%
@@ -552,6 +777,11 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
         return replace(self, **moved)
+
+
+# %% [markdown]
+# The processor puts the two ways together. A user's prompt must not contain `<image>`: the reference would take it for a
+# further picture, and everything behind it would slip.
 
 
 # %%
@@ -586,17 +816,24 @@ class Processor:
         """
         folder = Path(folder)
         tokenizer = Tokenizer.from_folder(folder)
-        if not (folder / "config.json").exists():
+        path = folder / "config.json"
+        if not path.exists():
             raise FileNotFoundError(
                 f"no config.json in {folder}: expected a PaliGemma folder in the Hugging Face layout"
             )
-        vision = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vision_config") or {}
-        size, patch = vision.get("image_size", 224), vision.get("patch_size", 14)
+        vision = _read_table(path).get("vision_config") or {}
+        if not isinstance(vision, dict):
+            raise ValueError(f"{path}: vision_config is {vision!r:.80}, expected a table of sizes")
+        sizes = {"image_size": 224, "patch_size": 14} | vision
+        for key in ("image_size", "patch_size"):
+            if type(sizes[key]) is not int or sizes[key] < 1:
+                raise ValueError(f"{path}: {key} is {sizes[key]!r:.80}, expected a whole number, 1 or more")
+        side, num_image_tokens = sizes["image_size"], (sizes["image_size"] // sizes["patch_size"]) ** 2
         for name in ("preprocessor_config.json", "processor_config.json"):
             if (folder / name).exists():
-                settings = json.loads((folder / name).read_text(encoding="utf-8"))
-                _check_settings(settings.get("image_processor", settings), folder / name, size)
-        return cls(tokenizer, size, (size // patch) ** 2)
+                settings = _read_table(folder / name)
+                _check_settings(settings.get("image_processor", settings), folder / name, side, num_image_tokens)
+        return cls(tokenizer, side, num_image_tokens)
 
     def prepare(
         self,
@@ -617,24 +854,23 @@ class Processor:
         Raises
         ------
         ValueError
-            If the lists differ in length, or a prompt contains `<image>`.
+            If the lists differ in length or are empty; if a prompt or suffix contains `<image>` or is no text; if a
+            picture is not RGB.
         """
+        if not len(prompts):
+            raise ValueError("there are no prompts: expected one at least")
         if len(images) != len(prompts) or (suffixes is not None and len(suffixes) != len(prompts)):
             count = "" if suffixes is None else f" and {len(suffixes)} suffixes"
             raise ValueError(f"{len(images)} images, {len(prompts)} prompts{count}: there must be as many of each")
         tokenizer = self.tokenizer
         pictures, rows = [], []
         for index, prompt in enumerate(prompts):
-            if "<image>" in prompt:
-                raise ValueError(
-                    f"prompt {prompt!r} contains <image>: leave it out, the picture's place is set for you"
-                )
-            shown = [images[index]] if isinstance(images[index], Image.Image) else list(images[index])
+            suffix = "" if suffixes is None else suffixes[index]
+            shown = _check_row(prompt, suffix, images[index])
             pictures += [pixels(image, self.image_size) for image in shown]
             prefix = [tokenizer.image_id] * (self.num_image_tokens * len(shown)) + [tokenizer.bos_id]
             prefix += tokenizer.encode(f"{prompt}\n")
-            suffix = [] if suffixes is None else [*tokenizer.encode(suffixes[index]), tokenizer.eos_id]
-            rows.append((prefix, suffix))
+            rows.append((prefix, [] if suffixes is None else [*tokenizer.encode(suffix), tokenizer.eos_id]))
         length = max(len(prefix) + len(suffix) for prefix, suffix in rows)
         ids, mask, types, labels = [], [], [], []
         for prefix, suffix in rows:
@@ -654,87 +890,162 @@ class Processor:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files as they were read, and how pictures are prepared, so that `transformers` reads both."""
+        """Write the tokenizer's files as they were read, and how pictures are prepared; `transformers` reads both.
+
+        Each file is written beside its name and moved into place.
+
+        Raises
+        ------
+        ValueError
+            If `folder` is a file.
+        RuntimeError
+            If the files cannot be written.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self.tokenizer.files.items():
-            (folder / name).write_bytes(content)
-        settings = {
-            "do_convert_rgb": True,
-            "do_normalize": True,
-            "do_rescale": True,
-            "do_resize": True,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
-            "image_processor_type": "SiglipImageProcessor",
-            "image_seq_length": self.num_image_tokens,
-            "processor_class": "PaliGemmaProcessor",
-            "resample": 3,
-            "rescale_factor": 1 / 255,
-            "size": {"height": self.image_size, "width": self.image_size},
-        }
-        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
+        settings = _how_prepared(self.image_size, self.num_image_tokens)
+        settings |= {"do_convert_rgb": True, "image_processor_type": "SiglipImageProcessor"}
+        settings |= {"processor_class": "PaliGemmaProcessor"}
+        content = json.dumps(settings, indent=2, sort_keys=True).encode()
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file: expected a folder to write to, or a name that is free")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, raw in (self.tokenizer.files | {"preprocessor_config.json": content}).items():
+                fresh = folder / f".{name}-{os.getpid()}"
+                try:
+                    fresh.write_bytes(raw)
+                    os.replace(fresh, folder / name)
+                finally:
+                    fresh.unlink(missing_ok=True)
+        except OSError as error:
+            raise RuntimeError(
+                f"{folder} cannot be written ({error.strerror}): check the room and the permissions"
+            ) from error
 
 
-def _check_settings(settings: dict, path: Path, size: int) -> None:
-    wanted = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3, "size": {"height": size, "width": size}}
-    for key, value in wanted.items():
-        if settings.get(key, value) != value:
+def _check_row(prompt: str, suffix: str, images: "Image.Image | Sequence[Image.Image]") -> list[Image.Image]:
+    """The pictures of a row as a list, once it is sure that its texts are texts and its pictures pictures."""
+    for name, text in (("prompt", prompt), ("suffix", suffix)):
+        if not isinstance(text, str):
+            raise ValueError(f"{name} {text!r:.80} is {type(text).__name__}: expected text")
+        if "<image>" in text:
+            raise ValueError(f"{name} {text!r:.80} contains <image>: leave it out, the picture's place is set for you")
+    shown = [images] if isinstance(images, Image.Image) else images
+    if not isinstance(shown, list | tuple) or not shown or not all(isinstance(i, Image.Image) for i in shown):
+        raise ValueError(f"prompt {prompt!r:.80} has no picture: expected an RGB PIL image, or a list of them")
+    return list(shown)
+
+
+# %% [markdown]
+# A checkpoint says in `preprocessor_config.json` how its pictures were prepared. If that is not what we do, the answers
+# would be wrong without a word. So each setting is compared, and a difference is an error that names it.
+
+
+# %%
+# | export
+def _how_prepared(size: int, num_image_tokens: int) -> dict:
+    """What `preprocessor_config.json` says about pictures that are prepared as above."""
+    return {
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_seq_length": num_image_tokens,
+        "image_std": [0.5, 0.5, 0.5],
+        "resample": 3,  # Pillow's number for bicubic
+        "rescale_factor": 1 / 255,
+        "size": {"height": size, "width": size},
+    }
+
+
+def _check_settings(settings: dict, path: Path, size: int, num_image_tokens: int) -> None:
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: image_processor is {settings!r:.80}, expected a table of settings")
+    for key, value in _how_prepared(size, num_image_tokens).items():
+        given = value if settings.get(key) is None else settings[key]
+        if given != value:
             raise ValueError(
-                f"{path}: {key} is {settings[key]!r}, expected {value!r}: another way to prepare pictures is not supported"
+                f"{path}: {key} is {given!r:.80}, expected {value!r}: another way to prepare pictures is not supported"
             )
 
 
 # %% [markdown]
 # ## Proof
 #
-# The whole processor of `transformers`, on a batch with prompts of different lengths.
+# The whole processor of `transformers`, on a batch with prompts of different lengths: first to answer, then to learn.
 
 # %%
-from transformers import AutoProcessor
+from transformers import PaliGemmaProcessor
 
 processor = Processor.from_folder(FOLDER)
-whole = AutoProcessor.from_pretrained(FOLDER)
+whole = PaliGemmaProcessor(SiglipImageProcessorPil.from_pretrained(FOLDER), theirs)
 pictures = [draw_scene(make_scene(seed)) for seed in (1, 2, 3)]
-prompts = ["caption en", "", "answer en is the star left of the ring?"]
-ours = processor.prepare(pictures, prompts)
-expected = whole(
-    images=pictures, text=[f"<image>{p}" for p in prompts], return_tensors="pt", padding=True, padding_side="left"
-)
-assert torch.equal(ours.input_ids, expected["input_ids"])
-assert torch.equal(ours.attention_mask, expected["attention_mask"])
-torch.testing.assert_close(ours.pixel_values, expected["pixel_values"])
+prompts, answers = ["caption en", "", " star left of the ring?\n"], ["a red star", "", "no"]
+texts = [f"<image>{prompt}" for prompt in prompts]
+
+asked = processor.prepare(pictures, prompts)
+expected = whole(images=pictures, text=texts, return_tensors="pt", padding=True, padding_side="left")
+for name in ("input_ids", "attention_mask", "token_type_ids"):
+    assert torch.equal(getattr(asked, name), expected[name])
+assert (asked.pixel_values - expected["pixel_values"]).abs().max() < 1e-6
+
+taught = processor.prepare(pictures, prompts, answers)
+expected = whole(images=pictures, text=texts, suffix=answers, return_tensors="pt", padding=True, padding_side="right")
+for name in ("input_ids", "attention_mask", "token_type_ids", "labels"):
+    assert torch.equal(getattr(taught, name), expected[name])
+taught.labels[0, -6:]
 
 # %% [markdown]
 # ## A look inside
 #
-# How long is a prompt? Letters against tokens, for words that the pocket's tokenizer knows and for some that it does not.
+# Where does the tokenizer cut? Each box is a piece: of the pocket model's tokenizer, or of the one in the folder that
+# `SIGMA_BOOK_MODEL` names.
 
 # %%
-samples = ["caption en", "answer en how many red stars are there?", "what is the dog doing?", "encyclopaedia", "漢字"]
-lengths = {text: (len(text), len(tokenizer.encode(text))) for text in samples}
-for text, (letters, tokens) in lengths.items():
-    print(f"{text!r:46} {letters:3d} letters, {tokens:3d} tokens")
-assert lengths["caption en"][1] == 2 and lengths["漢字"][1] >= 6
+shown = Tokenizer.from_folder(os.environ.get("SIGMA_BOOK_MODEL") or FOLDER)
+samples = ["detect red star", "what is the dog?", "encyclopaedia", "漢字"]
+figure, axes = plt.subplots(len(samples), 1, figsize=(7, 3.0))
+for axis, text in zip(axes, samples, strict=True):
+    pieces = [shown.decode([token]).replace(" ", "▁") for token in shown.encode(text)]
+    draw_tokens(axis, [piece if "\ufffd" not in piece else "byte" for piece in pieces], ["prompt"] * len(pieces))
+    axis.set(xlim=(0, 12))
+save(figure, "11_pieces")
 
 # %% [markdown]
-# A word of its world is one token. A word it never met is nearly one token a letter, and a Chinese sign is three bytes. The
-# real tokenizer has 256,000 pieces and knows most words of many languages.
+# *Figure: four texts as rows of boxes, one for each piece. In the pocket's tokenizer "detect red star" is three boxes. Of
+# "what is the dog?" only the dog falls into letters. "encyclopaedia" is ten boxes of one or two letters, and two Chinese
+# signs are six boxes, each a byte.*
+
+# %%
+lengths = {text: (len(text), len(tokenizer.encode(text))) for text in ("detect red star", "encyclopaedia", "漢字")}
+assert lengths["detect red star"][1] == 3  # words of its world: one token each
+assert lengths["encyclopaedia"] == (13, 10)  # a word it never met: most letters stand alone
+assert lengths["漢字"][1] == len("漢字".encode()) == 6  # not a sign in its list: a token a byte
+lengths
+
+# %% [markdown]
+# The real tokenizer has 256,000 pieces where the pocket's has 1,850: more to store, less to cut.
 #
 # ## The bill
+#
+# The processor learns nothing: no parameters. Its work is the resize, and a product for each pixel. What it makes is small.
 
 # %%
-small, large = 112 * 112 * 3 * 4, 224 * 224 * 3 * 4
-assert large == 602_112
-rows = {"pocket": 64 + 2 + 3, "PaliGemma 3B at 224 px": 256 + 2 + 3, "at 896 px": 4096 + 2 + 3}
-{"bytes of a picture": {"pocket": small, "3B": large}, "tokens of 'caption en'": rows}
+picture_bytes = {size: pixels(scene, size).nbytes for size in (112, 224, 896)}
+assert picture_bytes == {112: 150_528, 224: 602_112, 896: 9_633_792}
+
+words = asked.attention_mask[0].sum().item() - processor.num_image_tokens
+assert words == 4  # of "caption en": bos, two pieces, newline
+rows = {name: patches + words for name, patches in (("pocket", 64), ("3B at 224 px", 256), ("3B at 896 px", 4096))}
+assert all(words / length < 0.06 for length in rows.values())
+rows
 
 # %% [markdown]
-# The picture is nearly all of the prompt.
+# The picture is nearly all of the prompt: of the pocket's 68 tokens, 64.
 #
 # ## Your turn
 #
-# **1.** Bring a grey value from 0 to 255 to the range of the model.
+# **1.** ★ Bring a grey value from 0 to 255 to the range of the model.
 
 
 # %%
@@ -744,7 +1055,7 @@ def to_model(grey: int) -> float: ...
 check(to_model, ((0,), -1.0), ((255,), 1.0), ((51,), -0.6))
 
 # %% [markdown]
-# **2.** A pixel of one colour with `alpha` from 0 to 1, over white: which grey results?
+# **2.** ★ A pixel of one grey with `alpha` from 0 to 1, over white: which grey results?
 
 
 # %%
@@ -754,14 +1065,41 @@ def over_white(grey: float, alpha: float) -> float: ...
 check(over_white, ((0.0, 1.0), 0.0), ((0.0, 0.25), 191.25), ((100.0, 0.0), 255.0))
 
 # %% [markdown]
-# **3.** The length of the longest row, for prompts of these token counts, `n` pictures each, `p` patches a picture.
+# **3.** ★★ The picture was squeezed to a square of `size` pixels, and the model found something there. Bring its box
+# `(left, top, right, bottom)` back to the picture of `width` x `height`.
 
 
 # %%
-def row_length(prompts: list, n: int, p: int) -> int: ...
+def box_back(box: tuple, size: int, width: int, height: int) -> tuple: ...
 
 
-check(row_length, (([2, 7], 1, 256), 265), (([3], 2, 64), 133))
+check(
+    box_back,
+    (((0, 0, 112, 112), 112, 640, 480), (0.0, 0.0, 640.0, 480.0)),
+    (((56, 28, 84, 56), 112, 400, 40), (200.0, 10.0, 300.0, 20.0)),
+)
+
+# %% [markdown]
+# **4.** ★★ How many of the ids that `prepare` makes are pads? `lengths` counts the tokens of each row; `together` rows
+# share a batch, in this order. (Then sort the lengths first. What changes?)
+
+
+# %%
+def pads(lengths: list, together: int) -> int: ...
+
+
+check(pads, (([5, 9, 6, 8], 4), 8), (([5, 9, 6, 8], 2), 6), (([5, 6, 8, 9], 2), 2), (([5, 9, 6], 2), 4))
+
+# %% [markdown]
+# **5.** ★★★ `cut_naive` knows no letter outside the list. Write `to_ids(text)` for any text without special names: letters
+# that `table["vocab"]` lacks become bytes, the rest is joined by `ranks`, and pieces become ids.
+
+
+# %%
+def to_ids(text: str) -> list: ...
+
+
+check(to_ids, *(((text,), tokenizer.encode(text)) for text in (" star", "é", "a red  star é 漢 🙂", "")))
 
 # %% [markdown]
 # Next: twelve gigabytes of numbers, and how to read them.

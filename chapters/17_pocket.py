@@ -2,8 +2,9 @@
 # jupyter:
 #   jupytext:
 #     formats: py:percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
-#     display_name: Python 3
+#     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
@@ -83,7 +84,8 @@ save(figure, "17_stages")
 plt.show()
 
 # %% [markdown]
-# *Two stages, one after the other: eyes, then speech.*
+# *Figure: two stages, one after the other. First the eyes: each patch learns what it shows. Then speech: many questions
+# behind one picture.*
 #
 # ## A tokenizer of its own
 #
@@ -371,7 +373,7 @@ save(figure, "17_muon")
 plt.show()
 
 # %% [markdown]
-# *Two lines over the first minute and a half. AdamW reaches two fifths, Muon nearly all.* It was the largest single gain
+# *Figure: two lines over the first minute and a half. AdamW reaches two fifths, Muon nearly all.* It was the largest single gain
 # in the making of this model.
 #
 # ## Stage 1: eyes
@@ -714,8 +716,8 @@ plt.show()
 assert not mask[0, 0, 64:70, 70:].any()  # the first question does not see the second
 
 # %% [markdown]
-# *A mask as a grid. Rows look, columns are looked at. Everyone sees the picture (left), each question sees itself (two
-# dark squares on the diagonal), answers only backwards.*
+# *Figure: a mask as a grid. Rows look, columns are looked at. Everyone sees the picture (left), each question sees
+# itself (two dark squares on the diagonal), answers only backwards.*
 #
 # **A mistake, and what mended it.** "What colour is the star?" needs two steps: find the star, then say its colour. For
 # minutes the model only guessed among the colours it saw. Then, suddenly, it knew; when that happens is a matter of
@@ -736,8 +738,8 @@ save(figure, "17_naming")
 plt.show()
 
 # %% [markdown]
-# *Grey: without naming, the share stays at guessing for as long as we watched. Orange: with naming it jumps between
-# 150 and 260 steps.* (The early points are scenes of two and three things, where guessing is easier.)
+# *Figure: in grey, without naming, the share stays at guessing for as long as we watched. In orange, with naming, it
+# jumps between 150 and 260 steps.* (The early points are scenes of two and three things, where guessing is easier.)
 #
 # Another mistake: a sharper start, with queries and keys half as large again, learned captions more slowly, not faster.
 #
@@ -763,8 +765,9 @@ plt.show()
 assert plain[:40].mean() < plain[-40:].mean() < plain.max()
 
 # %% [markdown]
-# *The loss starts low, rises fivefold, and at the end has not come back to where it began.* The steps were too large for a model
-# that was nearly done, and its optimizer had forgotten what it knew of each number. We stopped it. The exam had shown
+# *Figure: the loss, each level the mean of ten steps. It starts low, rises more than fivefold, and spends the rest of the
+# stage coming down; the last forty steps are on the mean still above the first forty.* The steps were too large for a
+# model that was nearly done, and its optimizer had forgotten what it knew of each number. We stopped it. The exam had shown
 # meanwhile that the model of stage 2 answers well under the true mask too, though it never met it.
 #
 # ## The exam
@@ -939,7 +942,7 @@ save(figure, "17_curves")
 plt.show()
 
 # %% [markdown]
-# *The loss of the two stages, on a logarithmic scale, each point the mean of 25 steps.*
+# *Figure: the loss of the two stages, on a logarithmic scale, each point the mean of 25 steps.*
 
 # %%
 results = json.loads((home / "results.json").read_text())
@@ -976,7 +979,7 @@ save(figure, "17_captions")
 plt.show()
 
 # %% [markdown]
-# *Three scenes, each with the caption that the model wrote.*
+# *Figure: three scenes, each with the caption that the model wrote.*
 #
 # ## The bill
 #
@@ -995,17 +998,7 @@ print(f"{total_flops / 1e12:.0f} trillion operations; at 100 billion a second, {
 #
 # ## Your turn
 #
-# **1.** How many tokens has a pack of `n` questions of `length` tokens each, and how many have `n` ordinary rows?
-
-
-# %%
-def pack_and_plain(n: int, length: int) -> tuple[int, int]: ...
-
-
-check(pack_and_plain, ((12, 15), (244, 948)), ((1, 15), (79, 79)))
-
-# %% [markdown]
-# **2.** Which share of answers is right if one guesses among `k` colours that are there?
+# **1.** ★ Which share of answers is right if one guesses among `k` colours that are there?
 
 
 # %%
@@ -1015,6 +1008,16 @@ def guessing(k: int) -> float: ...
 check(guessing, ((1,), 1.0), ((4,), 0.25))
 
 # %% [markdown]
-# **3.** (Needs an evening.) Give the world a ninth shape in a copy of chapter 01, and teach a model that knows it.
+# **2.** ★★ How many tokens has a pack of `n` questions of `length` tokens each, and how many have `n` ordinary rows?
+
+
+# %%
+def pack_and_plain(n: int, length: int) -> tuple[int, int]: ...
+
+
+check(pack_and_plain, ((12, 15), (244, 948)), ((1, 15), (79, 79)))
+
+# %% [markdown]
+# **3.** ★★★ (Needs an evening.) Give the world a ninth shape in a copy of chapter 01, and teach a model that knows it.
 #
 # Next: teaching a large model a new thing with very few new numbers.

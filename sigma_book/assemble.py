@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -11,21 +12,23 @@ from sigma_book.generation import (
     Answer,
     Sampling,
     answer_limits,
+    check_beams,
     generate_answers,
     read_stop_ids,
     stream_answer,
     whole_number,
 )
+from sigma_book.locate import AnswerGrammar
 from sigma_book.lora import CONFIG_FILE, POCKET_BASE, adapter_base, load_adapter
 from sigma_book.paligemma import PaliGemma
-from sigma_book.processor import Batch, Processor, load_image
-from sigma_book.qlora import nf4_on_arrival
-from sigma_book.weights import find_folder, load_model, read_config
+from sigma_book.processor import Batch, Processor, Tokenizer, load_image
+from sigma_book.qlora import nf4_on_arrival, quantize_nf4
+from sigma_book.weights import find_folder, load_model, load_npz, read_config
 
 __all__ = ["generate", "load", "read_settings"]
 
 POCKET = Path(__file__).parent / "pocket_model"
-ROWS_AT_ONCE = 32  # longer lists are answered in several batches
+ROWS_AT_ONCE = 32  # longer lists are answered in several batches; a beam counts as a row
 WATCHED = ("*.json", "*.safetensors", "tokenizer.model")  # the files that make a model
 
 _kept: dict[str, tuple[object, PaliGemma]] = {}  # the pocket model and the last other one, for `generate`
@@ -44,8 +47,9 @@ def load(
     Parameters
     ----------
     path_or_hub_id : path, optional
-        A PaliGemma folder in the Hugging Face layout, or the id of one on the hub; None is the pocket model that
-        comes with this package. An adapter's folder is its base with the adapter on it.
+        A PaliGemma folder in the Hugging Face layout, or the id of one on the hub, or big_vision's `.npz` file with
+        a tokenizer in the same folder; None is the pocket model that comes with this package. An adapter's folder is
+        its base with the adapter on it.
     device : str or torch.device
         `auto` is cuda, mps or cpu, in this order.
     dtype : str or torch.dtype
@@ -84,9 +88,16 @@ def load(
         folder, adapter = _base_folder(folder), folder
     if folder == POCKET and dtype == "auto":
         dtype = "float32"
-    read_config(folder)  # a folder of another model is told first
-    processor = Processor.from_folder(folder)
-    model = load_model(folder, device, dtype, nf4_on_arrival() if quantize else None)
+    if folder.suffix == ".npz" and folder.is_file():
+        model = load_npz(folder, device, dtype)
+        folder, vision = folder.parent, model.config.vision
+        processor = Processor(Tokenizer.from_folder(folder), vision.image_size, vision.num_patches)
+        if quantize is not None:
+            quantize_nf4(model)
+    else:
+        read_config(folder)  # a folder of another model is told first
+        processor = Processor.from_folder(folder)
+        model = load_model(folder, device, dtype, nf4_on_arrival() if quantize else None)
     if processor.tokenizer.image_id != model.config.image_token_id:
         raise ValueError(
             f"{folder}: <image> is token {processor.tokenizer.image_id} for the tokenizer and "
@@ -124,8 +135,11 @@ def generate(
     top_p: float = 1.0,
     top_k: int | None = None,
     repetition_penalty: float = 1.0,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
     stop: str | Sequence[str] | None = None,
     seed: int | None = None,
+    grammar: str | None = None,
     stream: bool = False,
     return_logprobs: bool = False,
 ) -> str | list[str] | Answer | list[Answer] | Iterator[str]:
@@ -152,11 +166,17 @@ def generate(
         Draw from this many tokens, at least 1.
     repetition_penalty : float
         Above 1 makes tokens of prompt and answer less likely to come again.
+    num_beams : int
+        Above 1 looks for the most likely answer along so many beginnings at once; temperature must be 0.
+    length_penalty : float
+        Beams are compared by log-probability divided by length to this power; one beam does not use it.
     stop : str or list of str, optional
         Strings that end the answer and are left out of it.
     seed : int, optional
         Row i of a list draws as a call of its own would with `seed + i`. None draws anew each time, or as
         `torch.manual_seed` says.
+    grammar : str, optional
+        `detect` or `segment` allows only tokens that make a well-formed answer of that kind, one box or more.
     stream : bool
         Give an iterator over pieces of the answer; for one picture and one prompt.
     return_logprobs : bool
@@ -181,24 +201,39 @@ def generate(
     A list gives what one call for each row gives: in float32 token for token. In 16 bits sums round differently in
     batches of other sizes, so where two tokens are about equally good, either may come.
     """
-    sampling, stop = read_settings(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
+    sampling, stop = read_settings(
+        max_new_tokens, temperature, top_p, top_k, repetition_penalty, num_beams, length_penalty, stop, seed, grammar
+    )
     pictures, prompts = _rows(image, prompt)
-    if stream and (len(prompts) > 1 or return_logprobs):
+    if stream and (len(prompts) > 1 or return_logprobs or num_beams > 1):
         asked = "log-probabilities" if return_logprobs else f"{len(prompts)} prompts"
+        asked = f"the best of {num_beams} beams, which is known at the end" if num_beams > 1 else asked
         raise ValueError(f"stream=True gives the text of one picture and one prompt, not {asked}: leave it out")
     model = _model(model)
-    batches = _batches(model, pictures, prompts, max_new_tokens)  # all are read before the first is answered
-    options = {"max_new_tokens": max_new_tokens, "stop_ids": getattr(model, "stop_ids", None), "stop": stop}
+    rows_at_once = max(1, ROWS_AT_ONCE // num_beams)
+    batches = _batches(
+        model, pictures, prompts, max_new_tokens, rows_at_once
+    )  # all are read before the first is answered
+    stop_ids = tuple(getattr(model, "stop_ids", None) or [model.config.eos_token_id])
+    options = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "stop": stop}
+    if grammar is not None:
+        options["allow"] = _grammar(model.processor.tokenizer, model.config.text.vocab_size, stop_ids, grammar)
     decode = model.processor.tokenizer.decode
     if stream:
         return stream_answer(model, batches[0], decode, sampling=sampling, **options)
     answers: list[Answer] = []
     for batch in batches:
         shifted = replace(sampling, seed=sampling.seed + len(answers))
-        answers += generate_answers(model, batch, decode, sampling=shifted, **options)
+        beams = {"num_beams": num_beams, "length_penalty": length_penalty}
+        answers += generate_answers(model, batch, decode, sampling=shifted, **beams, **options)
     results = answers if return_logprobs else [answer.text for answer in answers]
     one = not isinstance(image, list | tuple) and isinstance(prompt, str)
     return results[0] if one else results
+
+
+@lru_cache(maxsize=4)  # it looks at every piece of a vocabulary
+def _grammar(tokenizer: Tokenizer, vocab_size: int, stop_ids: tuple[int, ...], task: str) -> AnswerGrammar:
+    return AnswerGrammar(tokenizer, vocab_size, stop_ids, task)
 
 
 def read_settings(
@@ -207,8 +242,11 @@ def read_settings(
     top_p: float,
     top_k: int | None,
     repetition_penalty: float,
+    num_beams: int,
+    length_penalty: float,
     stop: str | Sequence[str] | None,
     seed: int | None,
+    grammar: str | None = None,
 ) -> tuple[Sampling, list[str]]:
     """Check the arguments of `generate` that need no model.
 
@@ -224,6 +262,9 @@ def read_settings(
     """
     whole_number("max_new_tokens", max_new_tokens, least=1)
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
+    check_beams(num_beams, length_penalty, sampling)
+    if grammar not in (None, "detect", "segment"):
+        raise ValueError(f"grammar is {grammar!r}: expected 'detect' or 'segment', or none")
     if seed is None:
         sampling = replace(sampling, seed=int(torch.randint(2**62, ())))
     listed = [] if stop is None else [stop] if isinstance(stop, str) else stop
@@ -268,7 +309,7 @@ def _model(model: PaliGemma | str | Path | None) -> PaliGemma:
     if not isinstance(model, str | Path):
         raise ValueError(f"model is a path, a hub id or a loaded PaliGemma, got {type(model).__name__}")
     folder = find_folder(model)
-    files = sorted(path for pattern in WATCHED for path in folder.glob(pattern))
+    files = [folder] if folder.is_file() else sorted(path for pattern in WATCHED for path in folder.glob(pattern))
     state = (folder.resolve(), [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
     if "last" not in _kept or _kept["last"][0] != state:
         _kept.pop("last", None)  # two models may not fit into memory
@@ -276,15 +317,17 @@ def _model(model: PaliGemma | str | Path | None) -> PaliGemma:
     return _kept["last"][1]
 
 
-def _batches(model: PaliGemma, pictures: list, prompts: list[str], max_new_tokens: int) -> list[Batch]:
-    """Pictures and prompts as batches, each no longer than ROWS_AT_ONCE; the context is checked for all of them."""
+def _batches(
+    model: PaliGemma, pictures: list, prompts: list[str], max_new_tokens: int, rows_at_once: int
+) -> list[Batch]:
+    """Pictures and prompts as batches, each no longer than `rows_at_once`; the context is checked for all of them."""
     opened: dict[int, Image.Image] = {}
     batches = []
-    for start in range(0, len(prompts), ROWS_AT_ONCE):
-        chunk = pictures[start : start + ROWS_AT_ONCE]
+    for start in range(0, len(prompts), rows_at_once):
+        chunk = pictures[start : start + rows_at_once]
         shown = [list(row) if isinstance(row, list | tuple) else [row] for row in chunk]
         images = [[_open(source, opened) for source in row] for row in shown]
-        batch = model.processor.prepare(images, prompts[start : start + ROWS_AT_ONCE])
+        batch = model.processor.prepare(images, prompts[start : start + rows_at_once])
         answer_limits(batch.attention_mask, max_new_tokens, model.config.text.max_position_embeddings)
         batches.append(batch)
         last = shown[-1][-1]

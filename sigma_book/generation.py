@@ -15,18 +15,23 @@ from typing import NamedTuple
 
 import torch
 
+from sigma_book.kv_cache import KVCache
 from sigma_book.paligemma import PaliGemma
 from sigma_book.processor import Batch
 
 __all__ = [
+    "Allow",
     "Answer",
     "AnswerText",
+    "Beam",
     "Pick",
+    "RowSearch",
     "Sampling",
     "answer_limits",
     "apply_temperature",
+    "check_beams",
     "choose",
-    "draw",
+    "draw_one",
     "generate_answers",
     "generate_tokens",
     "keep_top_k",
@@ -34,6 +39,7 @@ __all__ = [
     "penalize_repetition",
     "read_stop_ids",
     "row_generators",
+    "search_beams",
     "seen_tokens",
     "stream_answer",
     "whole_number",
@@ -159,7 +165,7 @@ def row_generators(seed: int | None, rows: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(int(seed) + row) for row in range(rows)]
 
 
-def draw(logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+def draw_one(logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
     """Draw one token for each row of scores (B, V), with one number of each row's generator: (B,).
 
     The probabilities lie end to end on a line from 0 to 1, in the order of the ids; the token in whose stretch the
@@ -188,7 +194,7 @@ def choose(
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:
         logits = keep_top_p(logits, sampling.top_p)
-    return draw(logits, generators)
+    return draw_one(logits, generators)
 
 
 def answer_limits(attention_mask: torch.Tensor, max_new_tokens: int, context: int) -> list[int]:
@@ -220,6 +226,11 @@ def answer_limits(attention_mask: torch.Tensor, max_new_tokens: int, context: in
     return [min(max_new_tokens, context - length) for length in lengths]
 
 
+# Asked before a token is taken, with the answer so far and how many tokens may still come, this one included:
+# a boolean (V,), True for each token that is allowed.
+Allow = Callable[[list[int], int], torch.Tensor]
+
+
 class Pick(NamedTuple):
     """A token that a row took.
 
@@ -241,6 +252,7 @@ def generate_tokens(
     sampling: Sampling | None = None,
     stop_ids: Sequence[int] | None = None,
     is_over: Callable[[int, int], bool] | None = None,
+    allow: Allow | None = None,
 ) -> Iterator[list[Pick]]:
     """Answer a batch, one token a row at each step.
 
@@ -260,6 +272,8 @@ def generate_tokens(
         Tokens that end a row; the end-of-sequence token of the config by default.
     is_over : callable, optional
         Asked with (row, token) after each pick that is no stop token; True ends the row.
+    allow : callable, optional
+        Which tokens may come next, see `Allow`.
 
     Yields
     ------
@@ -278,28 +292,24 @@ def generate_tokens(
     rows, prompt_length = batch.input_ids.shape
     limits = answer_limits(batch.attention_mask, max_new_tokens, model.config.text.max_position_embeddings)
     generators = row_generators(sampling.seed, rows)
-    batch = batch.to(model.device)
-
-    room = prompt_length + max(limits)
-    caches = model.language_model.new_caches(rows, room)
-    mask = batch.attention_mask.new_ones(rows, room)  # (B, S): columns of the answer are never padding
-    mask[:, :prompt_length] = batch.attention_mask
-    features = model.encode_images(batch.pixel_values)  # (N, P, D)
-    logits = model.prefill(batch.input_ids, features, batch.attention_mask, caches)  # (B, V)
-    seen = seen_tokens(batch.input_ids, batch.attention_mask, logits.shape[-1])  # (B, V)
+    logits, seen, mask, caches = _read_prompts(model, batch, max(limits))
+    answers: list[list[int]] = [[] for _ in range(rows)]
     live = list(range(rows))
 
     for step in range(max(limits)):
-        if not logits.isfinite().all():
-            raise RuntimeError(
-                f"the model's scores hold inf or nan in {str(logits.dtype).removeprefix('torch.')}: its weights are "
-                "damaged, or overflow in float16; load it with dtype='bfloat16' or dtype='float32'"
-            )
-        logits = logits.float()
-        tokens = choose(logits, sampling, seen, generators)  # (B,)
+        logits = _finite(logits)
+        steered = logits
+        if allow is not None:
+            steered = logits.clone()
+            for row in live:
+                may = allow(answers[row], limits[row] - step).to(logits.device)  # (V,)
+                steered[row] = logits[row].masked_fill(~may, -math.inf)
+        tokens = choose(steered, sampling, seen, generators)  # (B,)
         logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)  # (B,)
         chosen, measured = tokens.tolist(), logprobs.tolist()
         picks = [Pick(row, chosen[row], measured[row]) for row in live]
+        for row, token, _ in picks:
+            answers[row].append(token)
         live = [
             row
             for row, token, _ in picks
@@ -315,11 +325,200 @@ def generate_tokens(
         logits = model.decode(tokens[:, None], mask[:, : prompt_length + step + 1], caches)
 
 
+def _read_prompts(
+    model: PaliGemma, batch: Batch, most_new_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[KVCache]]:
+    """Read a batch once: scores (B, V), seen tokens (B, V), the mask of all columns to come (B, S), filled caches."""
+    batch = batch.to(model.device)
+    rows, prompt_length = batch.input_ids.shape
+    room = prompt_length + most_new_tokens
+    caches = model.language_model.new_caches(rows, room)
+    mask = batch.attention_mask.new_ones(rows, room)  # (B, S): columns of the answer are never padding
+    mask[:, :prompt_length] = batch.attention_mask
+    features = model.encode_images(batch.pixel_values)  # (N, P, D)
+    logits = model.prefill(batch.input_ids, features, batch.attention_mask, caches)  # (B, V)
+    return logits, seen_tokens(batch.input_ids, batch.attention_mask, logits.shape[-1]), mask, caches
+
+
+def _finite(logits: torch.Tensor) -> torch.Tensor:
+    """Scores in float32, or a RuntimeError if they are not finite."""
+    if not logits.isfinite().all():
+        raise RuntimeError(
+            f"the model's scores hold inf or nan in {str(logits.dtype).removeprefix('torch.')}: its weights are "
+            "damaged, or overflow in float16; load it with dtype='bfloat16' or dtype='float32'"
+        )
+    return logits.float()
+
+
 def seen_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Which tokens a row has read: boolean (B, V). Padding was not read; ids without a score are left out."""
     seen = torch.zeros(len(input_ids), vocab_size + 1, dtype=torch.bool, device=input_ids.device)
     ids = input_ids.masked_fill(attention_mask == 0, vocab_size).clamp(max=vocab_size)  # the last column is thrown away
     return seen.scatter_(-1, ids, True)[:, :vocab_size]
+
+
+class Beam(NamedTuple):
+    """An answer, or the beginning of one.
+
+    Parameters
+    ----------
+    tokens : list of int
+        So far, the stop token included.
+    logprobs : list of float
+        Of each token, in the model's own distribution.
+    total : float
+        What beams compete by: the sum of `logprobs`, each changed by the repetition penalty, if there is one.
+    score : float
+        `total` divided by a power of the length: what ended beams compete by.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    total: float
+    score: float
+
+
+class RowSearch:
+    """The search for one answer: beams that run, and beams that have ended.
+
+    Parameters
+    ----------
+    width : int
+        How many beams run, and how many ended ones are kept.
+    length_penalty : float
+        The power of the length by which the sum of log-probabilities is divided.
+    limit : int
+        Most tokens of an answer.
+    is_end : callable
+        Whether a list of tokens is a whole answer.
+    """
+
+    def __init__(self, width: int, length_penalty: float, limit: int, is_end: Callable[[list[int]], bool]):
+        self.width, self.length_penalty, self.limit, self.is_end = width, length_penalty, limit, is_end
+        self.running = [Beam([], [], 0.0, 0.0)]
+        self.ended: list[Beam] = []
+
+    def advance(self, totals: torch.Tensor, logprobs: torch.Tensor, count: int) -> list[int]:
+        """Take one step, from the sums (R, V) of all continuations of the running beams.
+
+        Parameters
+        ----------
+        totals, logprobs : torch.Tensor
+            (R, V): the sum that each continuation would have, -inf if it is not allowed, and its last summand.
+        count : int
+            How many of the best continuations to look at: enough to go on if the best have all ended.
+
+        Returns
+        -------
+        list of int
+            For each beam that runs now, which of those before it goes on with; empty when the search is over.
+        """
+        best = totals.flatten().topk(min(count, totals.numel()))
+        parents, grown = [], []
+        for rank, (total, place) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
+            parent, token = divmod(place, totals.shape[-1])
+            if total == -math.inf or len(grown) == self.width:
+                break
+            tokens = [*self.running[parent].tokens, token]
+            measured = [*self.running[parent].logprobs, logprobs[parent, token].item()]
+            beam = Beam(tokens, measured, total, total / len(tokens) ** self.length_penalty)
+            if len(tokens) < self.limit and not self.is_end(tokens):
+                parents.append(parent)
+                grown.append(beam)
+            elif rank < self.width:
+                self.ended.append(beam)
+        self.ended = sorted(self.ended, key=lambda beam: -beam.score)[: self.width]
+        full = len(self.ended) == self.width
+        if full and grown and grown[0].score <= self.ended[-1].score:
+            parents, grown = [], []
+        self.running = grown
+        return parents
+
+
+@torch.no_grad()
+def search_beams(
+    model: PaliGemma,
+    batch: Batch,
+    *,
+    num_beams: int,
+    length_penalty: float = 1.0,
+    max_new_tokens: int = 100,
+    repetition_penalty: float = 1.0,
+    stop_ids: Sequence[int] | None = None,
+    is_over: Callable[[list[int]], bool] | None = None,
+    allow: Allow | None = None,
+) -> list[Beam]:
+    """The best answer to every row of a batch that beam search finds.
+
+    The rules are those of `transformers` with `early_stopping=False`. An answer that is reached at the limit counts
+    as ended there.
+
+    Parameters
+    ----------
+    model, batch, max_new_tokens, stop_ids, allow
+        As in `generate_tokens`.
+    num_beams : int
+        How many beginnings run side by side.
+    length_penalty : float
+        Answers are compared by the sum of their log-probabilities, divided by their length to this power.
+    repetition_penalty : float
+        As in `Sampling`; it changes log-probabilities here, as it does in `transformers`.
+    is_over : callable, optional
+        Asked with the tokens of a beam that has no stop token; True ends it.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As `generate_tokens`.
+    """
+    stop_ids = {model.config.eos_token_id} if stop_ids is None else set(stop_ids)
+    prompt_length = batch.input_ids.shape[1]
+    limits = answer_limits(batch.attention_mask, max_new_tokens, model.config.text.max_position_embeddings)
+    logits, seen, mask, caches = _read_prompts(model, batch, max(limits))
+
+    def is_end(tokens: list[int]) -> bool:
+        return tokens[-1] in stop_ids or (is_over is not None and is_over(tokens))
+
+    searches = [RowSearch(num_beams, length_penalty, limit, is_end) for limit in limits]
+    live, step, most = searches, 0, num_beams * (1 + max(1, len(stop_ids)))
+    while True:
+        logprobs = _finite(logits).log_softmax(-1)  # (N, V), N beams of all rows
+        steered = logprobs if repetition_penalty == 1 else penalize_repetition(logprobs, seen, repetition_penalty)
+        beams = [(search, beam) for search in live for beam in search.running]
+        if allow is not None:
+            may = torch.stack([allow(beam.tokens, search.limit - step) for search, beam in beams])  # (N, V)
+            steered = steered.masked_fill(~may.to(steered.device), -math.inf)
+        totals = steered + steered.new_tensor([beam.total for _, beam in beams])[:, None]
+        lines, start = [], 0
+        for search in live:
+            end = start + len(search.running)
+            lines += [start + parent for parent in search.advance(totals[start:end], logprobs[start:end], most)]
+            start = end
+        live = [search for search in live if search.running]
+        if not live:
+            return [search.ended[0] for search in searches]
+        if lines != list(range(start)):
+            kept = torch.tensor(lines, device=mask.device)
+            mask, seen = mask[kept], seen[kept]
+            for cache in caches:
+                cache.select(kept)
+        tokens = mask.new_tensor([[beam.tokens[-1]] for search in live for beam in search.running])  # (N, 1)
+        seen = seen.scatter(-1, tokens, True)
+        step += 1
+        logits = model.decode(tokens, mask[:, : prompt_length + step], caches)
+
+
+def check_beams(num_beams: int, length_penalty: float, sampling: Sampling) -> None:
+    """Raise a ValueError if this cannot be searched: a width below 1, a penalty that is no number, drawn tokens."""
+    whole_number("num_beams", num_beams, least=1)
+    number = isinstance(length_penalty, numbers.Real) and not isinstance(length_penalty, bool)
+    if not number or not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty is {length_penalty!r}: expected a finite number")
+    if num_beams > 1 and not sampling.greedy:
+        raise ValueError(
+            f"num_beams is {num_beams} and temperature {sampling.temperature}: beams look for the best answer and "
+            "draw nothing, so leave one of the two out"
+        )
 
 
 class AnswerText:
@@ -412,22 +611,49 @@ def generate_answers(
     *,
     max_new_tokens: int = 100,
     sampling: Sampling | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
     stop_ids: Sequence[int] | None = None,
     stop: Sequence[str] = (),
+    allow: Allow | None = None,
 ) -> list[Answer]:
     """Answer every row of a batch, in text.
 
     Parameters
     ----------
-    model, batch, max_new_tokens, sampling, stop_ids
+    model, batch, max_new_tokens, sampling, stop_ids, allow
         As in `generate_tokens`.
     decode : callable
         Token ids to text.
+    num_beams, length_penalty
+        As in `search_beams`; with one beam the answer is drawn or greedy, as `sampling` says.
     stop : sequence of str
         Strings that end an answer, left out of it.
+
+    Raises
+    ------
+    ValueError
+        If several beams are to be drawn: `check_beams`.
     """
-    stop_ids = [model.config.eos_token_id] if stop_ids is None else stop_ids
+    sampling = Sampling() if sampling is None else sampling
+    check_beams(num_beams, length_penalty, sampling)
     texts = [AnswerText(decode, stop) for _ in batch.input_ids]
+    if num_beams > 1:
+        beams = search_beams(
+            model,
+            batch,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            max_new_tokens=max_new_tokens,
+            repetition_penalty=sampling.repetition_penalty,
+            stop_ids=stop_ids,
+            is_over=lambda tokens: any(end in decode(tokens) for end in stop),
+            allow=allow,
+        )
+        for text, beam in zip(texts, beams):
+            for token in beam.tokens:
+                text.push(token)
+        return [Answer(text.finish(), beam.tokens, beam.logprobs) for text, beam in zip(texts, beams)]
     answers = [Answer("", [], []) for _ in batch.input_ids]
     for picks in generate_tokens(
         model,
@@ -436,6 +662,7 @@ def generate_answers(
         sampling=sampling,
         stop_ids=stop_ids,
         is_over=lambda row, token: texts[row].push(token),
+        allow=allow,
     ):
         for row, token, logprob in picks:
             answers[row].tokens.append(token)
@@ -452,6 +679,7 @@ def stream_answer(
     sampling: Sampling | None = None,
     stop_ids: Sequence[int] | None = None,
     stop: Sequence[str] = (),
+    allow: Allow | None = None,
 ) -> Iterator[str]:
     """Answer a batch of one row in pieces of settled text; joined, they are what `generate_answers` gives."""
     text = AnswerText(decode, stop)
@@ -462,6 +690,7 @@ def stream_answer(
         sampling=sampling,
         stop_ids=stop_ids,
         is_over=lambda row, token: text.push(token),
+        allow=allow,
     ):
         if piece := text.take():
             yield piece

@@ -6,26 +6,67 @@ Tangled from chapters/14_locate.py: edit there, then run python -m sigma_book.ta
 """
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torch.nn import functional as F
 
-from sigma_book.processor import load_image
+from sigma_book.processor import Tokenizer, load_image
+from sigma_book.weights import read_npz_array, read_npz_header
 
-__all__ = ["BINS", "Box", "Detection", "compare_boxes", "draw_boxes", "encode_box", "encode_boxes", "iou", "parse"]
+__all__ = [
+    "BINS",
+    "MASKS_VARIABLE",
+    "MASK_CODES",
+    "MASK_SIDE",
+    "MASK_TOKENS",
+    "AnswerGrammar",
+    "Box",
+    "Detection",
+    "MaskResidual",
+    "MaskVAE",
+    "compare_boxes",
+    "cut_mask",
+    "describe",
+    "draw",
+    "draw_boxes",
+    "encode_box",
+    "encode_boxes",
+    "iou",
+    "load_mask_vae",
+    "parse",
+    "paste_mask",
+    "run_lengths",
+]
 
 BINS = 1024
+MASK_TOKENS, MASK_CODES = 16, 128  # seg tokens of a mask, and how many different ones there are
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class Detection:
-    """A named box: (y_min, x_min, y_max, x_max) in pixels of the picture that was asked about."""
+    """A named box, and perhaps a mask.
+
+    Parameters
+    ----------
+    label : str
+    box : (y_min, x_min, y_max, x_max)
+        In pixels of the picture that was asked about.
+    codes : tuple of int
+        The 16 numbers, 0 to 127, of the seg tokens of a `segment` answer; empty where there is no mask.
+    """
 
     label: str
     box: Box
+    codes: tuple[int, ...] = ()
 
 
 def encode_box(box: Box, height: int, width: int) -> str:
@@ -62,31 +103,45 @@ def _check_size(height: int, width: int) -> None:
         raise ValueError(f"a picture has a height and a width above 0, got {height} and {width}")
 
 
-def encode_boxes(boxes: Sequence[Box], labels: Sequence[str], height: int, width: int) -> str:
+def encode_boxes(
+    boxes: Sequence[Box],
+    labels: Sequence[str],
+    height: int,
+    width: int,
+    codes: Sequence[Sequence[int]] | None = None,
+) -> str:
     """Named boxes as PaliGemma writes them: four loc tokens and a label each, ` ; ` between them.
+
+    With masks, 16 seg tokens stand between the loc tokens and the label.
 
     Parameters
     ----------
     boxes : sequence of (y_min, x_min, y_max, x_max)
         In pixels.
     labels : sequence of str
-        One for each box. Runs of white space become one space.
+        One for each box, not empty. Runs of white space become one space.
     height, width : int
         Of the picture, in pixels.
+    codes : sequence, optional
+        The 16 codes of each mask, as `MaskVAE.encode` gives them.
 
     Raises
     ------
     ValueError
-        If boxes and labels differ in number, a box is wrong (see `encode_box`), or a label holds `;` or something
-        that reads like a loc or seg token.
+        If boxes, labels and codes differ in number, a box is wrong (see `encode_box`), a mask has not 16 codes from 0
+        to 127, or a label is empty, or holds `;` or something that reads like a loc or seg token.
     """
-    if len(boxes) != len(labels):
-        raise ValueError(f"{len(boxes)} boxes and {len(labels)} labels: there must be as many of each")
+    if len(boxes) != len(labels) or (codes is not None and len(codes) != len(boxes)):
+        masks = "" if codes is None else f" and {len(codes)} masks"
+        raise ValueError(f"{len(boxes)} boxes and {len(labels)} labels{masks}: there must be as many of each")
     parts = []
-    for box, label in zip(boxes, labels, strict=True):
-        if ";" in label or _LIKE_TOKEN.search(label):
-            raise ValueError(f"label {label!r} could not be read back: leave out ';', '<loc' and '<seg'")
-        parts.append(" ".join([encode_box(box, height, width), *label.split()]))
+    for box, label, mask in zip(boxes, labels, codes or [()] * len(boxes), strict=True):
+        if not label.split() or ";" in label or _LIKE_TOKEN.search(label):
+            raise ValueError(f"label {label!r} could not be read back: give a word, without ';', '<loc' and '<seg'")
+        if codes is not None and (len(mask) != MASK_TOKENS or not all(0 <= code < MASK_CODES for code in mask)):
+            raise ValueError(f"a mask is {MASK_TOKENS} codes from 0 to {MASK_CODES - 1}, got {list(mask)!r:.100}")
+        segs = "".join(f"<seg{code:03d}>" for code in mask)
+        parts.append(" ".join([encode_box(box, height, width) + segs, *label.split()]))
     return " ; ".join(parts)
 
 
@@ -103,8 +158,8 @@ def parse(answer: str, height: int, width: int) -> tuple[list[Detection], list[s
     """Read an answer to `detect` or `segment`: what can be read, and sentences about what could not.
 
     A bin becomes bin / 1023 of the edge. Of more than four loc tokens in a row the first four are the box. A box without
-    a label is kept, with an empty label; one that ends before it begins, or has a bin above 1023, is dropped. The seg
-    tokens of a `segment` answer are left aside.
+    a label is kept, with an empty label; one that ends before it begins, or has a bin above 1023, is dropped. Sixteen seg
+    tokens behind the loc tokens are a mask; of more the first sixteen, and fewer leave the box without one.
 
     Parameters
     ----------
@@ -147,12 +202,22 @@ def parse(answer: str, height: int, width: int) -> tuple[list[Detection], list[s
 
 def _read_row(row: str, after: str, height: int, width: int) -> tuple[Detection | None, list[str]]:
     bins = [int(index) for index in re.findall(r"<loc([0-9]{4})>", row)]
-    codes = re.findall(r"<seg[0-9]{3}>", row + after)
+    segs = re.findall(r"<seg([0-9]{3})>", row[row.rindex("<loc") :])  # a mask stands behind the last loc token
+    stray = len(re.findall(r"<seg[0-9]{3}>", row + after)) - len(segs)
+    codes = tuple(map(int, segs[:MASK_TOKENS]))
     label = " ".join(_LIKE_TOKEN.sub(" ", after).split())
-    broken = [token for token in _LIKE_TOKEN.findall(after) if token not in codes]
+    broken = [token for token in _LIKE_TOKEN.findall(after) if not re.fullmatch(r"<seg[0-9]{3}>", token)]
     said = []
-    if codes:
-        said.append(f"holds {_count(len(codes), 'seg token')}: left aside, boxes are read here")
+    if len(segs) > MASK_TOKENS:
+        said.append(
+            f"has {len(segs)} seg tokens, a mask takes {MASK_TOKENS}: the first {MASK_TOKENS} were read, the rest was dropped"
+        )
+    if 0 < len(codes) < MASK_TOKENS or max(codes, default=0) >= MASK_CODES:
+        what = _count(len(codes), "seg token") if len(codes) < MASK_TOKENS else f"a seg token above {MASK_CODES - 1}"
+        said.append(f"has {what}, a mask takes {MASK_TOKENS} from 0 to {MASK_CODES - 1}: dropped")
+        codes = ()
+    if stray:
+        said.append(f"holds {_count(stray, 'seg token')} where no mask stands: dropped")
     if broken:
         said.append(f"holds {', '.join(map(repr, broken))}, which is no loc or seg token: dropped")
     if len(bins) < 4:
@@ -166,7 +231,7 @@ def _read_row(row: str, after: str, height: int, width: int) -> tuple[Detection 
     )
     if bottom < top or right < left:
         return None, [*said, "ends before it begins: dropped"]
-    return Detection(label, (top, left, bottom, right)), said if label else [*said, "has no label"]
+    return Detection(label, (top, left, bottom, right), codes), said if label else [*said, "has no label"]
 
 
 def _short(text: str) -> str:
@@ -176,6 +241,87 @@ def _short(text: str) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+class AnswerGrammar:
+    """Says which tokens may come next in an answer to `detect` or `segment`: an `allow` for chapter 13's loops.
+
+    An answer is one or more items with ` ; ` between them. An item is four loc tokens, of which the box does not end
+    before it begins, for `segment` 16 seg tokens, and a label of ordinary pieces that is not empty. However few tokens
+    may come, the answer is whole when they are used up. `parse` has nothing to remark on such an answer.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+    vocab_size : int
+        V, how many scores the model gives.
+    stop_ids : sequence of int
+        Tokens that end an answer.
+    task : str
+        `detect` or `segment`.
+
+    Raises
+    ------
+    ValueError
+        If the task is another one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: Sequence[int], task: str):
+        if task not in ("detect", "segment"):
+            raise ValueError(f"grammar is {task!r}: expected 'detect' or 'segment'")
+        self.task = task
+        self.head = 4 + (MASK_TOKENS if task == "segment" else 0)  # tokens of an item before its label
+        self.shortest = self.head + 1
+        locs = [tokenizer.token_id(f"<loc{index:04d}>") for index in range(BINS)]
+        segs = [tokenizer.token_id(f"<seg{code:03d}>") for code in range(MASK_CODES)]
+        marks = {*locs, *segs, *stop_ids, tokenizer.image_id}
+        pieces = {token: tokenizer.decode([token]) for token in range(vocab_size) if token not in marks}
+        words = [token for token, piece in pieces.items() if piece.isprintable() and not set(piece) & set("<;\ufffd")]
+        words = [token for token in words if pieces[token]]
+        self._spoken = {token for token in words if pieces[token].strip()}  # pieces that make a label alone
+        between = tokenizer.encode("<loc0000> ; <loc0000>")[1:-1]
+        start = next(place for place, token in enumerate(between) if ";" in pieces[token])
+        self._lead, self._separator = between[:start], between[start:]  # a space may come as a piece of its own
+        self._vocab_size = vocab_size
+        self._locs, self._bin_of = torch.tensor(locs), {token: index for index, token in enumerate(locs)}
+        self._segs, self._words = self._only(segs), self._only(words)
+        self._must_speak, self._end = self._only(list(self._spoken)), self._only(list(stop_ids))
+
+    def _only(self, tokens: list[int] | torch.Tensor) -> torch.Tensor:
+        allowed = torch.zeros(self._vocab_size, dtype=torch.bool)
+        allowed[tokens] = True
+        return allowed
+
+    def __call__(self, answer: list[int], left: int) -> torch.Tensor:
+        """The tokens that may come behind an answer, if `left` more may come: boolean (V,).
+
+        Raises
+        ------
+        ValueError
+            If not even one item fits.
+        """
+        begun = [place for place, token in enumerate(answer) if token == self._separator[0]]
+        start = begun[-1] + len(self._separator) if begun else 0
+        if start > len(answer):
+            return self._only([self._separator[len(answer) - start]])
+        item = answer[start:]
+        if not answer and left < self.shortest:
+            raise ValueError(
+                f"an answer to {self.task} takes {self.shortest} tokens or more, and there is room for {left}: "
+                "raise max_new_tokens, or shorten the prompt"
+            )
+        if len(item) < 4:
+            least = self._bin_of[item[-2]] if len(item) >= 2 else 0
+            return self._only(self._locs[least:])
+        if len(item) < self.head:
+            return self._segs
+        if self._spoken.isdisjoint(item[self.head :]):
+            return self._must_speak if left == 1 else self._words
+        allowed = self._words | self._end
+        led = answer[len(answer) - len(self._lead) :] == self._lead
+        if led and left >= len(self._separator) + self.shortest:
+            allowed[self._separator[0]] = True
+        return allowed
 
 
 def iou(first: Box, second: Box) -> float:
@@ -192,38 +338,26 @@ def iou(first: Box, second: Box) -> float:
 def _best_pairing(scores: Sequence[Sequence[float]]) -> list[int]:
     """For each row its column, no column twice, with the largest sum of scores; rows must not outnumber columns.
 
-    The Hungarian method with potentials (Kuhn 1955, Munkres 1957). A row's and a column's potential never add up to less
-    than their score, and add up to just that where the two are paired; each new row takes the cheapest way to a free
-    column, and the rows along that way each move over by one.
+    The Hungarian method (Kuhn 1955): rows come one by one, each along the chain of moves that gains most.
     """
-    num_rows, num_columns = len(scores), len(scores[0]) if scores else 0
-    row_potential, column_potential = [max(row) for row in scores], [0.0] * num_columns
-    row_of: list[int | None] = [None] * num_columns
-    for new_row in range(num_rows):
-        cost, came_from = [math.inf] * num_columns, [-1] * num_columns  # of the best way to each column
-        done: list[int] = []
-        row, column, reached = new_row, -1, 0.0
-        while True:
-            for other in set(range(num_columns)).difference(done):
-                slack = reached + row_potential[row] + column_potential[other] - scores[row][other]
-                if slack < cost[other]:
-                    cost[other], came_from[other] = slack, column
-            column = min(set(range(num_columns)).difference(done), key=cost.__getitem__)
-            reached = cost[column]
-            if row_of[column] is None:
-                break
-            done.append(column)
-            row = row_of[column]
-        row_potential[new_row] -= reached
-        for other in done:
-            row_potential[row_of[other]] -= reached - cost[other]
-            column_potential[other] += reached - cost[other]
-        while column >= 0:  # walk back: each column takes the row of the one before it
-            before = came_from[column]
-            row_of[column] = row_of[before] if before >= 0 else new_row
-            column = before
-    column_of = {row: column for column, row in enumerate(row_of) if row is not None}
-    return [column_of[row] for row in range(num_rows)]
+    row_of: dict[int, int] = {}  # the row that each paired column has
+    for new_row, values in enumerate(scores):
+        gain, pushed_from = list(values), {}  # of the best chain that ends in each column, and the column before
+        better = True
+        while better:
+            better = False
+            for column, row in row_of.items():
+                for other, value in enumerate(scores[row]):
+                    moved = gain[column] - scores[row][column] + value
+                    if moved > gain[other] + 1e-12:  # more than the rounding of sums
+                        gain[other], pushed_from[other], better = moved, column, True
+        column = max(set(range(len(values))) - row_of.keys(), key=gain.__getitem__)
+        while column in pushed_from:
+            row_of[column] = row_of[pushed_from[column]]
+            column = pushed_from[column]
+        row_of[column] = new_row
+    column_of = {row: column for column, row in row_of.items()}
+    return [column_of[row] for row in range(len(scores))]
 
 
 def compare_boxes(found: Sequence[Box], truth: Sequence[Box], threshold: float = 0.5) -> tuple[bool, float]:
@@ -256,8 +390,184 @@ def _paired_sum(scores: list[list[float]]) -> float:
     return sum(row[column] for row, column in zip(scores, _best_pairing(scores), strict=True))
 
 
-def draw_boxes(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
-    """A copy of a picture with named boxes on it, readable on light and on dark ground.
+MASK_SIDE = 64  # a mask is coded as a square of so many pixels
+
+
+def cut_mask(mask: torch.Tensor, box: Box) -> torch.Tensor:
+    """What a mask holds inside a box, as the encoder wants it.
+
+    Parameters
+    ----------
+    mask : torch.Tensor
+        Boolean (H, W), of the whole picture.
+    box : (y_min, x_min, y_max, x_max)
+        In pixels; its edges are rounded.
+
+    Returns
+    -------
+    torch.Tensor
+        Float32 (64, 64), -1 outside the shape and 1 inside.
+
+    Raises
+    ------
+    ValueError
+        If the mask is no boolean (H, W), or the box is not four finite numbers.
+    """
+    if mask.dtype != torch.bool or mask.dim() != 2:
+        raise ValueError(f"a mask is boolean, (H, W), got {mask.dtype} of shape {list(mask.shape)}")
+    left, top, right, bottom = _pixels_of(box, mask.shape[1], mask.shape[0])
+    inside = mask[top : bottom + 1, left : right + 1].float()
+    return 2 * _resize(inside, MASK_SIDE, MASK_SIDE) - 1
+
+
+def paste_mask(square: torch.Tensor, box: Box, height: int, width: int) -> torch.Tensor:
+    """A decoded mask (64, 64) stretched over its box: boolean (H, W), True where the stretched value is above 0."""
+    left, top, right, bottom = _pixels_of(box, width, height)
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    stretched = _resize(square.float(), bottom + 1 - top, right + 1 - left)
+    mask[top : bottom + 1, left : right + 1] = stretched > 0
+    return mask
+
+
+def _pixels_of(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
+    """First and last column and row of a box, all inside the picture."""
+    if len(box) != 4 or not all(math.isfinite(edge) for edge in box):
+        raise ValueError(f"a box is four finite numbers (y_min, x_min, y_max, x_max), got {tuple(box)}")
+    top, bottom = sorted((box[0], box[2]))
+    left, right = sorted((box[1], box[3]))
+    first = (round(min(max(left, 0), width - 1)), round(min(max(top, 0), height - 1)))
+    last = (round(min(max(right, 0), width)) - 1, round(min(max(bottom, 0), height)) - 1)
+    return *first, max(first[0], last[0]), max(first[1], last[1])
+
+
+def _resize(values: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Float32 (H, W) to another size by Pillow: bilinear, averaging where it shrinks."""
+    resized = Image.fromarray(values.numpy()).resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(resized))
+
+
+class MaskResidual(nn.Module):
+    """Three convolutions (3 x 3, 3 x 3, 1 x 1) whose result is added to what went in."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 1),
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features + self.net(features)
+
+
+class MaskVAE(nn.Module):
+    """Masks of 64 x 64 pixels to 16 codes, and back.
+
+    Parameters
+    ----------
+    down, up : sequence of int
+        Widths of the four convolutions that shrink a mask; and of the five that a mask is painted through.
+    code_width : int
+        Numbers in one of the 128 codes.
+
+    References
+    ----------
+    van den Oord et al. 2017, "Neural Discrete Representation Learning"; big_vision, evaluators/proj/paligemma/transfers/
+    segmentation.py (decoder) and pp/proj/paligemma/segmentation.py (encoder).
+    """
+
+    def __init__(self, down: Sequence[int], up: Sequence[int], code_width: int):
+        super().__init__()
+        encoder: list[nn.Module] = []
+        for before, after in zip((1, *down), down):
+            encoder += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
+        encoder += [MaskResidual(down[-1]), MaskResidual(down[-1]), nn.Conv2d(down[-1], code_width, 1)]
+        decoder: list[nn.Module] = [
+            nn.Conv2d(code_width, up[0], 1),
+            nn.ReLU(),
+            MaskResidual(up[0]),
+            MaskResidual(up[0]),
+        ]
+        for before, after in zip(up, up[1:]):
+            decoder += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
+        self.encoder = nn.Sequential(*encoder)
+        self.decoder = nn.Sequential(*decoder, nn.Conv2d(up[-1], 1, 1))
+        self._vq_vae = nn.Module()  # named as in the file
+        self._vq_vae._embedding = nn.Parameter(torch.zeros(MASK_CODES, code_width))
+
+    @torch.no_grad()
+    def encode(self, masks: torch.Tensor) -> torch.Tensor:
+        """Masks (N, 64, 64), -1 to 1, to codes (N, 16), row by row of a 4 x 4 grid."""
+        features = self.encoder(masks[:, None]).flatten(2).transpose(1, 2)  # (N, 16, code_width)
+        return torch.cdist(features, self._vq_vae._embedding.expand(len(masks), -1, -1)).argmin(-1)
+
+    @torch.no_grad()
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (N, 16) to masks (N, 64, 64), about -1 outside and 1 inside."""
+        features = self._vq_vae._embedding[codes]  # (N, 16, code_width)
+        return self.decoder(features.transpose(1, 2).unflatten(2, (4, 4)))[:, 0]
+
+    def codes_of(self, mask: torch.Tensor, box: Box) -> tuple[int, ...]:
+        """The 16 codes of what a boolean mask (H, W) holds inside a box; see `cut_mask`."""
+        return tuple(self.encode(cut_mask(mask, box)[None])[0].tolist())
+
+    def mask_of(self, detection: Detection, height: int, width: int) -> torch.Tensor:
+        """The mask of a detection with codes, boolean (H, W), in a picture of that size; see `paste_mask`."""
+        return paste_mask(self.decode(torch.tensor([detection.codes]))[0], detection.box, height, width)
+
+
+MASKS_VARIABLE = "SIGMA_BOOK_MASKS"  # environment variable: where vae-oid.npz lies
+_MASKS_MISSING = (
+    "seg tokens become masks, and masks seg tokens, by vae-oid.npz, which is not part of this package: big_vision "
+    f"publishes it at gs://big_vision/paligemma/vae-oid.npz; give its path, or set {MASKS_VARIABLE} to it"
+)
+
+
+def load_mask_vae(path: str | Path | None = None) -> MaskVAE:
+    """The networks between masks and seg tokens, from big_vision's file `vae-oid.npz`.
+
+    Parameters
+    ----------
+    path : path, optional
+        The file; without it the environment variable SIGMA_BOOK_MASKS says where it is.
+
+    Raises
+    ------
+    FileNotFoundError
+        If no file is named, or there is none of that name.
+    ValueError
+        If the file is damaged, or its arrays are not those of the two networks.
+    """
+    path = path or os.environ.get(MASKS_VARIABLE)
+    if path is None:
+        raise FileNotFoundError(_MASKS_MISSING)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}; {_MASKS_MISSING}")
+    header = {name: shape for name, (shape, _) in read_npz_header(path).items()}
+    try:
+        down = [header[f"encoder.{layer}.weight"][0] for layer in (0, 2, 4, 6)]
+        up = [header["decoder.0.weight"][0], *(header[f"decoder.{layer}.weight"][1] for layer in (4, 6, 8, 10))]
+        _, code_width = header["_vq_vae._embedding"]
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{path} lacks {error}: expected the arrays of big_vision's vae-oid.npz") from error
+    with torch.device("meta"):
+        vae = MaskVAE(down, up, code_width)
+    for name, tensor in vae.state_dict().items():
+        if header.get(name) != tuple(tensor.shape):
+            found = f"has the shape {list(header[name])}" if name in header else "is missing"
+            raise ValueError(f"{path}: array {name} {found}, expected {list(tensor.shape)}")
+    arrays = {name: read_npz_array(path, name).float() for name in vae.state_dict()}
+    vae.load_state_dict(arrays, assign=True)
+    return vae.eval().requires_grad_(False)
+
+
+def draw_boxes(
+    image: Image.Image, detections: Sequence[Detection], masks: Sequence[torch.Tensor | None] | None = None
+) -> Image.Image:
+    """A copy of a picture with named boxes and masks on it, readable on light and on dark ground.
 
     Boxes are clipped to the picture. A label goes over its box, or into it, or under it, where it hides no other label; it
     is cut if it is too long, and left out where the picture is too small for a letter. Letters that Pillow's own font lacks
@@ -269,6 +579,8 @@ def draw_boxes(image: Image.Image, detections: Sequence[Detection]) -> Image.Ima
         Of any mode. It becomes RGB as the processor makes it, turned as its EXIF says.
     detections : sequence of Detection
         In pixels of that upright picture.
+    masks : sequence, optional
+        For each detection a boolean (H, W), or None.
 
     Returns
     -------
@@ -278,11 +590,14 @@ def draw_boxes(image: Image.Image, detections: Sequence[Detection]) -> Image.Ima
     Raises
     ------
     ValueError
-        If a box is not four finite numbers.
+        If a box is not four finite numbers, or masks and detections differ in number.
     """
     picture = load_image(image).copy()
-    canvas = ImageDraw.Draw(picture)
     line = max(1, round(min(picture.size) / 200))
+    for number, (_, mask) in enumerate(zip(detections, masks or [None] * len(detections), strict=True)):
+        if mask is not None:
+            _paint_mask(picture, mask, _COLOURS[number % len(_COLOURS)], line)
+    canvas = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=max(9, round(min(picture.size) / 24)))
     plates: list[tuple[int, int, int, int]] = []
     frames = []
@@ -302,15 +617,13 @@ def draw_boxes(image: Image.Image, detections: Sequence[Detection]) -> Image.Ima
 _COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7")
 
 
-def _pixels_of(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
-    """First and last column and row of a box, all inside the picture."""
-    if len(box) != 4 or not all(math.isfinite(edge) for edge in box):
-        raise ValueError(f"a box is four finite numbers (y_min, x_min, y_max, x_max), got {tuple(box)}")
-    top, bottom = sorted((box[0], box[2]))
-    left, right = sorted((box[1], box[3]))
-    first = (round(min(max(left, 0), width - 1)), round(min(max(top, 0), height - 1)))
-    last = (round(min(max(right, 0), width)) - 1, round(min(max(bottom, 0), height)) - 1)
-    return *first, max(first[0], last[0]), max(first[1], last[1])
+def _paint_mask(picture: Image.Image, mask: torch.Tensor, colour: str, line: int) -> None:
+    """Lay a colour over a mask, half transparent, with a full rim inside its edge and a black one outside."""
+    reach = {"kernel_size": 2 * line + 1, "stride": 1, "padding": line}
+    around = (F.max_pool2d(mask.float()[None], **reach)[0] > 0) & ~mask
+    rim = (F.max_pool2d(1 - mask.float()[None], **reach)[0] > 0) & mask
+    for paint, cover in (("black", 255 * around), (colour, 115 * mask + 140 * rim)):
+        picture.paste(paint, mask=Image.fromarray(cover.to(torch.uint8).numpy()))
 
 
 def _draw_label(canvas, size, font, line, colour, frame, label, plates) -> None:
@@ -337,3 +650,82 @@ def _draw_label(canvas, size, font, line, colour, frame, label, plates) -> None:
 
 def _touch(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> bool:
     return one[0] <= other[2] and other[0] <= one[2] and one[1] <= other[3] and other[1] <= one[3]
+
+
+def draw(image: str | Path | Image.Image, answer: str, vae: MaskVAE | None = None) -> Image.Image:
+    """A picture with the boxes, masks and labels of an answer to `detect` or `segment`.
+
+    Parameters
+    ----------
+    image : picture
+        Anything that `load_image` takes.
+    answer : str
+        As the model gave it; what cannot be read is left out.
+    vae : MaskVAE, optional
+        Makes masks of seg tokens; `load_mask_vae()` by default, and only where there are any.
+
+    Returns
+    -------
+    PIL.Image.Image
+        RGB, of the size of the upright picture. One whose shorter side is below 100 pixels is enlarged, each pixel to a
+        square of pixels, so that labels can be read and hide nothing.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such picture; or if the answer holds masks and there is no file to decode them.
+    ValueError
+        If the picture cannot be read.
+    """
+    picture = load_image(image)
+    shorter, longer = sorted(picture.size)
+    if shorter < 100:
+        times = max(1, min(math.ceil(200 / shorter), 2000 // longer))
+        picture = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+    found, _ = parse(answer, picture.height, picture.width)
+    if vae is None and any(detection.codes for detection in found):
+        vae = load_mask_vae()
+    masks = [vae.mask_of(thing, picture.height, picture.width) if thing.codes else None for thing in found]
+    return draw_boxes(picture, found, masks)
+
+
+def describe(answer: str, height: int, width: int, vae: MaskVAE | None = None) -> dict:
+    """An answer to `detect` or `segment` as plain values, ready for JSON.
+
+    Parameters
+    ----------
+    answer : str
+    height, width : int
+        Of the picture, in pixels.
+    vae : MaskVAE, optional
+        With it, masks are decoded.
+
+    Returns
+    -------
+    dict
+        `width` and `height`; `things`, a list with `label`, `x_min`, `y_min`, `x_max`, `y_max` (floats, in pixels from
+        the upper left corner), and where there is a mask `codes` (16 numbers) and, with `vae`, `mask` (COCO's run
+        lengths: `size` [H, W] and `counts`, column by column, beginning with pixels outside); `remarks`, sentences
+        about what could not be read.
+    """
+    found, remarks = parse(answer, height, width)
+    things = []
+    for detection in found:
+        edges = dict(zip(("y_min", "x_min", "y_max", "x_max"), detection.box))
+        thing = {"label": detection.label} | {name: edges[name] for name in ("x_min", "y_min", "x_max", "y_max")}
+        if detection.codes:
+            thing["codes"] = list(detection.codes)
+            if vae is not None:
+                counts = run_lengths(vae.mask_of(detection, height, width))
+                thing["mask"] = {"size": [height, width], "counts": counts}
+        things.append(thing)
+    if vae is None and any(detection.codes for detection in found):
+        remarks = [*remarks, f"Masks are given by their codes alone: {_MASKS_MISSING}."]
+    return {"width": width, "height": height, "things": things, "remarks": remarks}
+
+
+def run_lengths(mask: torch.Tensor) -> list[int]:
+    """A boolean (H, W) as COCO writes it: lengths of runs, column by column, the first one of pixels outside."""
+    flat = torch.cat([torch.tensor([False]), mask.t().flatten()])
+    edges = (flat[1:] != flat[:-1]).nonzero()[:, 0].tolist()
+    return [end - start for start, end in zip([0, *edges], [*edges, mask.numel()])]

@@ -5,6 +5,7 @@ How do eyes, projector and voice become one model?
 Tangled from chapters/10_paligemma.py: edit there, then run python -m sigma_book.tangle.
 """
 
+import math
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -105,6 +106,9 @@ class PaliGemmaConfig:
         if values.get("model_type") != "paligemma":
             raise ValueError(f"model_type is {values.get('model_type')!r}: expected 'paligemma'")
         text, vision = values.get("text_config"), values.get("vision_config")
+        for key, part in (("text_config", text), ("vision_config", vision)):
+            if part is not None and not isinstance(part, dict):
+                raise ValueError(f"{key} is {part!r}: expected a table of keys and values")
         text = dict(TEXT_WHEN_ABSENT if text is None else text)
         vision = dict(VISION_WHEN_ABSENT if vision is None else vision)
         kind = text.get("model_type", "gemma")
@@ -117,7 +121,7 @@ class PaliGemmaConfig:
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         _expect(rope, "text_config.rope_parameters", "rope_type", ("default",))
         _expect(rope, "text_config.rope_parameters", "type", ("default",))
-        text["rope_theta"] = float(rope.get("rope_theta", text.get("rope_theta", 10_000.0)))
+        text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta", 10_000.0))
         if kind == "gemma2":
             _expect(text, "text_config", "hidden_activation", ("gelu_pytorch_tanh",))
             text["four_norms"] = True
@@ -145,14 +149,16 @@ class PaliGemmaConfig:
 
     def _check(self) -> None:
         """Raise a ValueError that names the key if the sizes cannot be built."""
-        sizes = {f"text_config.{name}": getattr(self.text, name) for name in TEXT_DEFAULTS["gemma"]}
-        sizes |= {f"vision_config.{name}": getattr(self.vision, name) for name in VISION_WHEN_ABSENT}
-        for key, value in sizes.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{key} is {value!r}: expected a whole number, 1 or more")
+        sizes = {}
+        for where, part in (("text_config", self.text), ("vision_config", self.vision)):
+            for field in fields(part):
+                sizes[f"{where}.{field.name}"] = value = getattr(part, field.name)
+                if (wanted := _wanted(field.type, value)) is not None:
+                    raise ValueError(f"{where}.{field.name} is {value!r}: expected {wanted}")
         for key in ("image_token_id", "pad_token_id", "bos_token_id", "eos_token_id"):
-            if not isinstance(getattr(self, key), int):
-                raise ValueError(f"{key} is {getattr(self, key)!r}: expected one token id, a whole number")
+            value = getattr(self, key)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{key} is {value!r}: expected one token id, a whole number")
         for whole, part in (
             ("text_config.num_attention_heads", "text_config.num_key_value_heads"),
             ("vision_config.hidden_size", "vision_config.num_attention_heads"),
@@ -206,6 +212,21 @@ _ONLY_GEMMA_2 = (
     "sliding_window",
     "layer_types",
 )
+
+
+def _wanted(kind: type, value: object) -> str | None:
+    """What a value of a field's type has to be, in words; None if this one is so."""
+    whole = type(value) is int and value >= 1
+    number = type(value) in (int, float) and 0 < value < math.inf
+    rules = {
+        int: (whole, "a whole number, 1 or more"),
+        int | None: (whole or value is None, "a whole number, 1 or more, or null"),
+        float: (number, "a number above 0"),
+        float | None: (number or value is None, "a number above 0, or null"),
+        bool: (type(value) is bool, "true or false"),
+    }
+    fits, words = rules.get(kind, (True, ""))
+    return None if fits else words
 
 
 def _expect(values: dict, where: str, key: str, allowed: tuple) -> None:

@@ -8,6 +8,7 @@ Tangled from chapters/11_processor.py: edit there, then run python -m sigma_book
 import io
 import itertools
 import json
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 __all__ = ["Batch", "Processor", "Tokenizer", "load_image", "pixels"]
 
@@ -29,7 +30,12 @@ def load_image(source: "str | Path | bytes | np.ndarray | Image.Image") -> Image
     Parameters
     ----------
     source : path, bytes, array or PIL image
-        Arrays are (H, W), (H, W, 3) or (H, W, 4); uint8, uint16, or floats from 0 to 1.
+        Arrays are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); uint8, uint16, or floats from 0 to 1.
+
+    Returns
+    -------
+    PIL.Image.Image
+        Mode RGB. Of an animation, the first frame.
 
     Raises
     ------
@@ -37,65 +43,103 @@ def load_image(source: "str | Path | bytes | np.ndarray | Image.Image") -> Image
         If there is no such file.
     ValueError
         If the file is no picture, is cut off, or is too large to be safe; if an array has another shape or type.
+    RuntimeError
+        If the file is there and cannot be opened.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "this picture")
+        return _to_rgb(_unpack(source, "this picture"), "this picture")
     if isinstance(source, bytes | bytearray):
-        return _open(io.BytesIO(source), "these bytes")
+        return _to_rgb(_unpack(io.BytesIO(source), "this picture in bytes"), "this picture in bytes")
     if not isinstance(source, str | Path):
         raise ValueError(f"a picture is a path, bytes, an array or a PIL image, got {type(source).__name__}")
     path = Path(source)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: give the path of a picture")
-    if not path.exists():
-        raise FileNotFoundError(f"no such file: {path}")
-    with path.open("rb") as file:
-        return _open(file, str(path))
+    try:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: give the path of a picture")
+        if not path.exists():
+            raise FileNotFoundError(f"no such file: {path}")
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RuntimeError(
+            f"{str(path):.200} cannot be opened ({error.strerror}): check path and permissions"
+        ) from error
+    with file:
+        return _to_rgb(_unpack(file, str(path)), str(path))
 
 
-def _open(file, name: str) -> Image.Image:
+def _unpack(file: "io.BufferedIOBase | Image.Image", name: str) -> Image.Image:
+    """All pixels of a picture, right side up; one sentence for whatever Pillow raises on the way."""
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks on notes in the file that nobody here reads
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(file) as image:
-                return _to_rgb(image, name)
+            image = file if isinstance(file, Image.Image) else Image.open(file)
+            if image.format == "EPS":  # a program rather than a picture: Pillow would have Ghostscript run it
+                raise UnidentifiedImageError
+            image.load()
+            turn = image.getexif().get(ExifTags.Base.Orientation)
+            return image.transpose(_TURNS[turn]) if turn in _TURNS else image
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise ValueError(
                 f"{name} would unpack to more than {Image.MAX_IMAGE_PIXELS:,} pixels: reduce the picture first"
             ) from error
         except UnidentifiedImageError as error:
             raise ValueError(f"{name} is not a picture that can be read: give a JPEG, PNG, WebP, GIF or BMP") from error
-        except (OSError, SyntaxError, EOFError, IndexError) as error:
+        except Exception as error:  # on damaged files Pillow raises nearly every kind there is
             raise ValueError(f"{name} is damaged or cut off ({error}): get a whole copy of the picture") from error
 
 
+# what the note says: how the camera was held; and what undoes it
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    image.load()
-    image = ImageOps.exif_transpose(image)
+    if 0 in image.size:
+        raise ValueError(f"{name} is {image.width} x {image.height} pixels: expected at least one")
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"{name} has grey values outside 0 to 65535: scale them to 8 or 16 bits first")
-        scale = 1 if image.mode == "F" and values.max() <= 255 else 257
-        return Image.fromarray(np.round(values / scale).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(ground, image).convert("RGB")
+        return _from_deep_grey(image, name)
+    if image.has_transparency_data:
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _from_deep_grey(image: Image.Image, name: str) -> Image.Image:
+    """Whole numbers are taken for 16 bits. For floats white is 1, 255 or 65535, the first that none exceeds."""
+    values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"{name} has grey values outside 0 to 65535: scale them to 8 or 16 bits first")
+    white = 65535
+    if image.mode == "F":
+        white = next(limit for limit in (1, 255, 65535) if values.max() <= limit)
+    elif "transparency" in image.info:  # one grey value that stands for nothing
+        values = np.where(values == image.info["transparency"], white, values)
+    return Image.fromarray(np.round(values / (white / 255)).astype(np.uint8)).convert("RGB")
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or 0 in array.shape:
-        raise ValueError(f"an array of shape {array.shape} is no picture: expected (H, W), (H, W, 3) or (H, W, 4)")
-    if array.dtype == np.uint16:
+        raise ValueError(
+            f"an array of shape {array.shape} is no picture: expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+        )
+    if np.issubdtype(array.dtype, np.uint16):  # of either byte order
         array = np.round(array / 257).astype(np.uint8)
     elif np.issubdtype(array.dtype, np.floating):
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
             raise ValueError("an array of floats must hold numbers from 0 to 1: divide by 255, or give uint8")
-        array = np.round(array * 255).astype(np.uint8)
+        array = np.round(array.astype(np.float64) * 255).astype(np.uint8)
     elif array.dtype != np.uint8:
         raise ValueError(f"an array of {array.dtype} is no picture: expected uint8, uint16, or floats from 0 to 1")
     array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
@@ -116,7 +160,14 @@ def pixels(image: Image.Image, size: int) -> torch.Tensor:
     -------
     torch.Tensor
         (3, S, S), float32.
+
+    Raises
+    ------
+    ValueError
+        If the picture has another mode than RGB.
     """
+    if image.mode != "RGB":
+        raise ValueError(f"the picture has mode {image.mode}, expected RGB: open it with load_image")
     square = image.resize((size, size), Image.Resampling.BICUBIC)
     values = torch.from_numpy(np.array(square)).permute(2, 0, 1).float()  # (3, S, S)
     return values * (1 / 255) / 0.5 - 1.0
@@ -132,9 +183,11 @@ class Tokenizer:
     def __init__(self, backend: "_Json | _Model", files: dict[str, bytes]):
         self._backend = backend
         self.files = files
+        self.vocab_size = len(backend)
         self.pad_id, self.eos_id, self.bos_id = (self.token_id(piece) for piece in ("<pad>", "<eos>", "<bos>"))
         self.image_id = self.token_id("<image>")
-        self._silent = {self.pad_id, self.eos_id, self.bos_id, self.image_id}
+        silent = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<image>")
+        self._silent = {backend.token_to_id(piece) for piece in silent}
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
@@ -165,11 +218,14 @@ class Tokenizer:
             backend = _Json(files[kind]) if kind == "tokenizer.json" else _Model(files[kind])
         except Exception as error:  # both libraries raise bare errors
             raise ValueError(f"{folder / kind} is not a tokenizer that can be read: {error}") from error
-        added = json.loads(files["added_tokens.json"]) if "added_tokens.json" in files else {}
+        if "added_tokens.json" in files:
+            _add_listed(backend, folder / "added_tokens.json")
         # what a plain Gemma tokenizer lacks, in the order in which the reference adds it
         extra = ["<image>", *(f"<loc{i:04d}>" for i in range(1024)), *(f"<seg{i:03d}>" for i in range(128))]
-        backend.add([p for p in sorted(added, key=added.get) if backend.token_to_id(p) is None])
         backend.add([piece for piece in extra if backend.token_to_id(piece) is None])
+        for piece in ("<pad>", "<eos>", "<bos>"):
+            if backend.token_to_id(piece) is None:
+                raise ValueError(f"{folder / kind} has no piece {piece}: expected the tokenizer of a PaliGemma")
         return cls(backend, files)
 
     def token_id(self, piece: str) -> int:
@@ -185,20 +241,65 @@ class Tokenizer:
             raise ValueError(f"the tokenizer has no piece {piece!r}")
         return token
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self._backend)
-
     def encode(self, text: str) -> list[int]:
-        """Ids of a text as it stands: no beginning, no end."""
+        """Ids of a text as it stands: no beginning, no end.
+
+        Raises
+        ------
+        ValueError
+            If the text holds lone surrogates, which are halves of characters and come of bytes that are not UTF-8.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text {text!r:.80} has a lone surrogate at place {error.start}: expected text read as UTF-8"
+            ) from error
         return self._backend.encode(text)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of ids. Pieces of bytes join to characters; pad, bos, eos and image tokens are left out by default."""
+        """Text of ids.
+
+        Pieces of bytes join to characters; where they do not, each byte is a replacement character. Pad, bos, eos, unk,
+        mask and image tokens are left out by default; ids beyond the vocabulary always are, for they say nothing.
+
+        Raises
+        ------
+        ValueError
+            If an id is negative, such as the -100 of labels.
+        """
         ids = [int(token) for token in ids]
+        if ids and min(ids) < 0:
+            raise ValueError(f"{min(ids)} is no token id: expected 0 or more (take the -100 out of labels first)")
+        ids = [token for token in ids if token < self.vocab_size]
         if skip_special_tokens:
             ids = [token for token in ids if token not in self._silent]
         return self._backend.decode(ids)
+
+
+def _add_listed(backend: "_Json | _Model", path: Path) -> None:
+    """Add the pieces that `added_tokens.json` lists, and see that they get the ids it gives."""
+    added = _read_table(path)
+    if not all(type(token) is int for token in added.values()):
+        raise ValueError(f"{path} has an id that is no whole number: expected pieces and their ids")
+    backend.add([piece for piece in sorted(added, key=added.get) if backend.token_to_id(piece) is None])
+    for piece, token in added.items():
+        if backend.token_to_id(piece) != token:
+            raise ValueError(
+                f"{path}: {piece} is {token}, but would become {backend.token_to_id(piece)}: "
+                "the file does not belong to this tokenizer"
+            )
+
+
+def _read_table(path: Path) -> dict:
+    """A JSON file that holds a table."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): get a whole copy of the file") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} holds {type(table).__name__}: expected a JSON object")
+    return table
 
 
 class _Json:
@@ -224,44 +325,51 @@ class _Json:
 
 
 class _Model:
-    """`tokenizer.model`, through SentencePiece; added and control pieces are cut out of the text first."""
+    """`tokenizer.model`, through SentencePiece; added, control and unknown pieces are cut out of the text first."""
 
     def __init__(self, content: bytes):
         self._library = sentencepiece.SentencePieceProcessor(model_proto=content)
         size = self._library.get_piece_size()
         if size == 0:
             raise ValueError("it holds no pieces")
-        cut = [index for index in range(size) if self._library.is_control(index)]
-        self._cut = {self._library.id_to_piece(index): index for index in cut}
-        self._size = size
+        self._pieces = [self._library.id_to_piece(index) for index in range(size)]
+        self._bytes = {index for index in range(size) if self._library.is_byte(index)}
+        cut = [i for i in range(size) if self._library.is_control(i) or self._library.is_unknown(i)]
+        self._cut = {self._pieces[index]: index for index in cut}
 
     def __len__(self) -> int:
-        return self._size
+        return len(self._pieces)
 
     def token_to_id(self, piece: str) -> int | None:
         if piece in self._cut:
             return self._cut[piece]
         index = self._library.piece_to_id(piece)
-        return index if self._library.id_to_piece(index) == piece else None
+        return index if self._pieces[index] == piece else None
 
     def add(self, pieces: list[str]) -> None:
         for piece in pieces:
-            self._cut[piece] = self._size
-            self._size += 1
+            self._cut[piece] = len(self._pieces)
+            self._pieces.append(piece)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        for part in re.split("(" + "|".join(map(re.escape, self._cut)) + ")", text):
+        longest_first = sorted(self._cut, key=len, reverse=True)
+        for part in re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text):
             ids += [self._cut[part]] if part in self._cut else self._library.encode(part)
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        named = {index: piece for piece, index in self._cut.items()}
-        runs = itertools.groupby(ids, key=lambda token: token in named)
-        return "".join(
-            "".join(named[token] for token in run) if is_cut else self._library.decode(list(run))
-            for is_cut, run in runs
-        )
+        text = ""
+        for is_bytes, run in itertools.groupby(ids, key=self._bytes.__contains__):
+            pieces = [self._pieces[token] for token in run]
+            if not is_bytes:
+                text += "".join(pieces).replace("▁", " ")
+                continue
+            try:
+                text += bytes(int(piece[3:5], 16) for piece in pieces).decode("utf-8")  # a piece reads <0x41>
+            except UnicodeDecodeError:
+                text += "\ufffd" * len(pieces)
+        return text
 
 
 @dataclass(frozen=True)
@@ -309,17 +417,24 @@ class Processor:
         """
         folder = Path(folder)
         tokenizer = Tokenizer.from_folder(folder)
-        if not (folder / "config.json").exists():
+        path = folder / "config.json"
+        if not path.exists():
             raise FileNotFoundError(
                 f"no config.json in {folder}: expected a PaliGemma folder in the Hugging Face layout"
             )
-        vision = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vision_config") or {}
-        size, patch = vision.get("image_size", 224), vision.get("patch_size", 14)
+        vision = _read_table(path).get("vision_config") or {}
+        if not isinstance(vision, dict):
+            raise ValueError(f"{path}: vision_config is {vision!r:.80}, expected a table of sizes")
+        sizes = {"image_size": 224, "patch_size": 14} | vision
+        for key in ("image_size", "patch_size"):
+            if type(sizes[key]) is not int or sizes[key] < 1:
+                raise ValueError(f"{path}: {key} is {sizes[key]!r:.80}, expected a whole number, 1 or more")
+        side, num_image_tokens = sizes["image_size"], (sizes["image_size"] // sizes["patch_size"]) ** 2
         for name in ("preprocessor_config.json", "processor_config.json"):
             if (folder / name).exists():
-                settings = json.loads((folder / name).read_text(encoding="utf-8"))
-                _check_settings(settings.get("image_processor", settings), folder / name, size)
-        return cls(tokenizer, size, (size // patch) ** 2)
+                settings = _read_table(folder / name)
+                _check_settings(settings.get("image_processor", settings), folder / name, side, num_image_tokens)
+        return cls(tokenizer, side, num_image_tokens)
 
     def prepare(
         self,
@@ -340,24 +455,23 @@ class Processor:
         Raises
         ------
         ValueError
-            If the lists differ in length, or a prompt contains `<image>`.
+            If the lists differ in length or are empty; if a prompt or suffix contains `<image>` or is no text; if a
+            picture is not RGB.
         """
+        if not len(prompts):
+            raise ValueError("there are no prompts: expected one at least")
         if len(images) != len(prompts) or (suffixes is not None and len(suffixes) != len(prompts)):
             count = "" if suffixes is None else f" and {len(suffixes)} suffixes"
             raise ValueError(f"{len(images)} images, {len(prompts)} prompts{count}: there must be as many of each")
         tokenizer = self.tokenizer
         pictures, rows = [], []
         for index, prompt in enumerate(prompts):
-            if "<image>" in prompt:
-                raise ValueError(
-                    f"prompt {prompt!r} contains <image>: leave it out, the picture's place is set for you"
-                )
-            shown = [images[index]] if isinstance(images[index], Image.Image) else list(images[index])
+            suffix = "" if suffixes is None else suffixes[index]
+            shown = _check_row(prompt, suffix, images[index])
             pictures += [pixels(image, self.image_size) for image in shown]
             prefix = [tokenizer.image_id] * (self.num_image_tokens * len(shown)) + [tokenizer.bos_id]
             prefix += tokenizer.encode(f"{prompt}\n")
-            suffix = [] if suffixes is None else [*tokenizer.encode(suffixes[index]), tokenizer.eos_id]
-            rows.append((prefix, suffix))
+            rows.append((prefix, [] if suffixes is None else [*tokenizer.encode(suffix), tokenizer.eos_id]))
         length = max(len(prefix) + len(suffix) for prefix, suffix in rows)
         ids, mask, types, labels = [], [], [], []
         for prefix, suffix in rows:
@@ -377,32 +491,73 @@ class Processor:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files as they were read, and how pictures are prepared, so that `transformers` reads both."""
+        """Write the tokenizer's files as they were read, and how pictures are prepared; `transformers` reads both.
+
+        Each file is written beside its name and moved into place.
+
+        Raises
+        ------
+        ValueError
+            If `folder` is a file.
+        RuntimeError
+            If the files cannot be written.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self.tokenizer.files.items():
-            (folder / name).write_bytes(content)
-        settings = {
-            "do_convert_rgb": True,
-            "do_normalize": True,
-            "do_rescale": True,
-            "do_resize": True,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
-            "image_processor_type": "SiglipImageProcessor",
-            "image_seq_length": self.num_image_tokens,
-            "processor_class": "PaliGemmaProcessor",
-            "resample": 3,
-            "rescale_factor": 1 / 255,
-            "size": {"height": self.image_size, "width": self.image_size},
-        }
-        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
+        settings = _how_prepared(self.image_size, self.num_image_tokens)
+        settings |= {"do_convert_rgb": True, "image_processor_type": "SiglipImageProcessor"}
+        settings |= {"processor_class": "PaliGemmaProcessor"}
+        content = json.dumps(settings, indent=2, sort_keys=True).encode()
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file: expected a folder to write to, or a name that is free")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, raw in (self.tokenizer.files | {"preprocessor_config.json": content}).items():
+                fresh = folder / f".{name}-{os.getpid()}"
+                try:
+                    fresh.write_bytes(raw)
+                    os.replace(fresh, folder / name)
+                finally:
+                    fresh.unlink(missing_ok=True)
+        except OSError as error:
+            raise RuntimeError(
+                f"{folder} cannot be written ({error.strerror}): check the room and the permissions"
+            ) from error
 
 
-def _check_settings(settings: dict, path: Path, size: int) -> None:
-    wanted = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3, "size": {"height": size, "width": size}}
-    for key, value in wanted.items():
-        if settings.get(key, value) != value:
+def _check_row(prompt: str, suffix: str, images: "Image.Image | Sequence[Image.Image]") -> list[Image.Image]:
+    """The pictures of a row as a list, once it is sure that its texts are texts and its pictures pictures."""
+    for name, text in (("prompt", prompt), ("suffix", suffix)):
+        if not isinstance(text, str):
+            raise ValueError(f"{name} {text!r:.80} is {type(text).__name__}: expected text")
+        if "<image>" in text:
+            raise ValueError(f"{name} {text!r:.80} contains <image>: leave it out, the picture's place is set for you")
+    shown = [images] if isinstance(images, Image.Image) else images
+    if not isinstance(shown, list | tuple) or not shown or not all(isinstance(i, Image.Image) for i in shown):
+        raise ValueError(f"prompt {prompt!r:.80} has no picture: expected an RGB PIL image, or a list of them")
+    return list(shown)
+
+
+def _how_prepared(size: int, num_image_tokens: int) -> dict:
+    """What `preprocessor_config.json` says about pictures that are prepared as above."""
+    return {
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_seq_length": num_image_tokens,
+        "image_std": [0.5, 0.5, 0.5],
+        "resample": 3,  # Pillow's number for bicubic
+        "rescale_factor": 1 / 255,
+        "size": {"height": size, "width": size},
+    }
+
+
+def _check_settings(settings: dict, path: Path, size: int, num_image_tokens: int) -> None:
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: image_processor is {settings!r:.80}, expected a table of settings")
+    for key, value in _how_prepared(size, num_image_tokens).items():
+        given = value if settings.get(key) is None else settings[key]
+        if given != value:
             raise ValueError(
-                f"{path}: {key} is {settings[key]!r}, expected {value!r}: another way to prepare pictures is not supported"
+                f"{path}: {key} is {given!r:.80}, expected {value!r}: another way to prepare pictures is not supported"
             )

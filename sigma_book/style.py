@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import metadata
+from numbers import Real
 from pathlib import Path
 
 import matplotlib
@@ -87,7 +88,8 @@ def draw_tokens(axis: Axes, tokens: Sequence[str], kinds: Sequence[str]) -> None
     """Draw a row of tokens as boxes, coloured by kind: picture, prompt, answer or pad."""
     for place, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
         axis.add_patch(matplotlib.patches.Rectangle((place, 0), 0.92, 1, color=KINDS[kind], alpha=0.85, lw=0))
-        axis.text(place + 0.46, 0.5, token, ha="center", va="center", fontsize=8, color="white")
+        ink = "black" if kind == "prompt" else "white"  # white is hard to read on orange
+        axis.text(place + 0.46, 0.5, token, ha="center", va="center", fontsize=8, color=ink)
     axis.set(xlim=(0, len(tokens)), ylim=(-0.1, 1.1))
     axis.set_aspect("equal")
     axis.axis("off")
@@ -113,14 +115,15 @@ def check(function: Callable, *cases: tuple[tuple, object]) -> None:
         shown = ", ".join(_short(argument) for argument in arguments)
         try:
             got = function(*arguments)
-        except Exception as error:  # a reader's code may fail in any way
+            if got is None or got is ...:
+                print(f"{name}: not yet. {name}({shown}) should give {_short(expected)}.")
+                return
+            if not _same(got, expected):
+                answer = f"should give {_short(expected)}, yours gives {_short(got)}"
+                print(f"{name}({shown}) {answer}.{_hint(got, expected)}")
+                return
+        except Exception as error:  # a reader's code may fail in any way, and so may what it returns
             print(f"{name}({shown}) stopped: {type(error).__name__}: {error}")
-            return
-        if got is None or got is ...:
-            print(f"{name}: not yet. {name}({shown}) should give {_short(expected)}.")
-            return
-        if not _same(got, expected):
-            print(f"{name}({shown}) should give {_short(expected)}, yours gives {_short(got)}.{_hint(got, expected)}")
             return
     print(f"{name}: right, on {len(cases)} case{'s' if len(cases) > 1 else ''}.")
 
@@ -139,8 +142,10 @@ def _same(got: object, expected: object) -> bool:
             and got.shape == expected.shape
             and torch.allclose(got.double(), expected.double(), rtol=1e-4, atol=1e-6)
         )
+    if isinstance(got, torch.Tensor):
+        return got.numel() == 1 and isinstance(expected, int | float) and _same(got.item(), expected)
     if isinstance(expected, float):
-        return isinstance(got, int | float) and math.isclose(got, expected, rel_tol=1e-4, abs_tol=1e-9)
+        return isinstance(got, Real) and math.isclose(got, expected, rel_tol=1e-4, abs_tol=1e-9)
     if isinstance(expected, list | tuple):
         return (
             isinstance(got, list | tuple)
@@ -158,6 +163,6 @@ def _hint(got: object, expected: object) -> str:
             return f" The shapes differ: {tuple(got.shape)} against {tuple(expected.shape)}."
         return f" The largest difference is {(got.double() - expected.double()).abs().max().item():.3g}."
     number = isinstance(expected, int | float) and not isinstance(expected, bool)
-    if number and isinstance(got, int | float) and expected and got:
+    if number and isinstance(got, Real) and expected and got:
         return f" Yours is {got / expected:.4g} times that."
     return ""

@@ -9,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import jupytext
 import pytest
 
 import sigma_book
@@ -17,6 +18,7 @@ from sigma_book import tangle
 PACKAGE = Path(sigma_book.__file__).parent
 CHECKOUT = PACKAGE.parent
 CHAPTERS = sorted((CHECKOUT / "chapters").glob("*.py"))
+SETTINGS = "lab/settings/overrides.d/sigma_book.json"  # a file of our own: overrides.json is the user's
 NAMES = [
     "00_tour",
     "01_world",
@@ -38,6 +40,7 @@ NAMES = [
     "17_pocket",
     "18_lora",
     "19_qlora",
+    "20_evaluation",
 ]
 
 
@@ -73,6 +76,7 @@ def test_a_chapter_opens_as_the_house_says(path):
     assert "\n# Next: " in text, "one line on what comes next"
     assert "check(" in text, "exercises that answer at once"
     assert "—" not in text
+    assert jupytext.writes(jupytext.read(path), "py:percent") == text  # saving it in JupyterLab leaves it as it is
 
 
 def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -117,11 +121,11 @@ def test_chapters_run_against_this_checkout_or_say_so(small_book):
 
 
 def test_jupyterlab_opens_chapters_as_notebooks():
-    settings = json.loads((CHECKOUT / "jupyter" / "lab" / "settings" / "overrides.json").read_text())
+    settings = json.loads((CHECKOUT / "jupyter" / SETTINGS).read_text())
     assert settings["@jupyterlab/docmanager-extension:plugin"]["defaultViewers"]["python"] == "Jupytext Notebook"
     extension = Path(sys.prefix) / "share" / "jupyter" / "labextensions" / "jupyterlab-jupytext"
     assert any("Jupytext Notebook" in path.read_text() for path in extension.rglob("*.js"))
-    assert (Path(sys.prefix) / "share" / "jupyter" / "lab" / "settings" / "overrides.json").exists()
+    assert (Path(sys.prefix) / "share" / "jupyter" / SETTINGS).exists()
 
 
 @pytest.mark.network
@@ -137,5 +141,5 @@ def test_the_wheel_carries_book_and_model(tmp_path):
         assert f"sigma_book/chapters/{name}.py" in names
     for name in ("model.safetensors", "config.json", "tokenizer.model", "tokenizer.json", "README.md", "results.json"):
         assert f"sigma_book/pocket_model/{name}" in names
-    assert any(name.endswith("share/jupyter/lab/settings/overrides.json") for name in names)
+    assert any(name.endswith(f"share/jupyter/{SETTINGS}") for name in names)
     assert wheel.stat().st_size < 8_000_000

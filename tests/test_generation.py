@@ -16,13 +16,14 @@ from sigma_book.generation import (
     AnswerText,
     Sampling,
     answer_limits,
-    draw,
+    draw_one,
     generate_answers,
     generate_tokens,
     keep_top_k,
     keep_top_p,
     read_stop_ids,
     row_generators,
+    search_beams,
     seen_tokens,
     stream_answer,
 )
@@ -42,7 +43,7 @@ def tokenizer(tokenizer_folder):
 def test_draw_follows_the_probabilities():
     logits = torch.tensor([[0.0, 1.0, -math.inf, 2.0], [5.0, -math.inf, -math.inf, -math.inf]])
     generators = row_generators(0, 2)
-    drawn = torch.stack([draw(logits, generators) for _ in range(4000)])  # (4000, 2)
+    drawn = torch.stack([draw_one(logits, generators) for _ in range(4000)])  # (4000, 2)
     shares = torch.bincount(drawn[:, 0], minlength=4) / 4000
     assert shares[2] == 0 and (drawn[:, 1] == 0).all()
     assert (shares - logits[0].softmax(-1)).abs().max() < 5 * 0.5 / 4000**0.5  # five standard deviations at most
@@ -53,8 +54,8 @@ def test_rows_draw_from_their_own_generators():
     together = row_generators(7, 3)
     alone = [row_generators(7 + row, 1) for row in range(3)]
     for _ in range(20):
-        expected = torch.cat([draw(logits[row : row + 1], alone[row]) for row in range(3)])
-        assert torch.equal(draw(logits, together), expected)
+        expected = torch.cat([draw_one(logits[row : row + 1], alone[row]) for row in range(3)])
+        assert torch.equal(draw_one(logits, together), expected)
 
 
 def test_no_seed_follows_torch():
@@ -239,6 +240,95 @@ def test_stop_ids_from_the_folder(tmp_path):
         path.write_text(content)
         with pytest.raises(ValueError, match="generation_config.json"):
             read_stop_ids(tmp_path, 1)
+
+
+# beams; tests/parity/test_beams.py has the comparison with the reference
+
+
+def every_sentence(model, batch, words, length):
+    """The log-probability of every sequence of these words, by reading each as a whole."""
+    sentences = list(itertools.product(words, repeat=length))
+    ids = torch.cat([batch.input_ids.repeat(len(sentences), 1), torch.tensor(sentences)], dim=1)
+    types = torch.cat([batch.token_type_ids.repeat(len(sentences), 1), torch.ones(len(sentences), length)], dim=1)
+    pixels = batch.pixel_values.repeat(len(sentences), 1, 1, 1)
+    with torch.no_grad():
+        scores = model(ids, pixels, torch.ones_like(ids), types)[:, -length - 1 : -1].log_softmax(-1)
+    totals = scores.gather(-1, ids[:, -length:, None]).sum((1, 2))
+    return dict(zip(sentences, totals.tolist()))
+
+
+def test_wide_beams_find_the_most_likely_of_all(tiny_model, pictures):
+    words = [5, 9, 77, 300, 1000]
+    allowed = torch.zeros(tiny_model.config.text.vocab_size, dtype=torch.bool)
+    allowed[words] = True
+    for picture, prompt in zip(pictures, PROMPTS[:4]):
+        batch = batch_of(tiny_model, [picture], [prompt])
+        totals = every_sentence(tiny_model, batch, words, 4)
+        ask = {"max_new_tokens": 4, "stop_ids": [], "allow": lambda tokens, left: allowed}
+        [beam] = search_beams(tiny_model, batch, num_beams=5**3, **ask)
+        best = max(totals, key=totals.get)
+        assert tuple(beam.tokens) == best
+        assert beam.total == pytest.approx(totals[best], abs=1e-4)
+        assert sum(beam.logprobs) == pytest.approx(beam.total, abs=1e-5)
+        [narrow] = search_beams(tiny_model, batch, num_beams=2, **ask)
+        assert narrow.total <= beam.total + 1e-5
+
+
+def test_allow_sees_the_answer_and_the_room(tiny_model, pictures):
+    """Greedy, drawn and with beams: asked with what was said in this very beam, and with the row's own room."""
+    batch = batch_of(tiny_model, pictures[:2], ["x" * 60, "x"])
+    limits = answer_limits(batch.attention_mask, 50, tiny_model.config.text.max_position_embeddings)
+    assert limits[0] < limits[1] == 50
+    everything = torch.ones(tiny_model.config.text.vocab_size, dtype=torch.bool)
+    for options in ({}, {"sampling": Sampling(temperature=1.0, seed=0)}, {"num_beams": 2}):
+        asked = set()
+
+        def allow(tokens, left, asked=asked):
+            assert len(tokens) + left in limits
+            asked.add((tuple(tokens), left))
+            return everything
+
+        answers = generate_answers(tiny_model, batch, str, max_new_tokens=50, stop_ids=[], allow=allow, **options)
+        assert [len(answer.tokens) for answer in answers] == limits
+        for answer, limit in zip(answers, limits):
+            for step in range(limit):
+                assert (tuple(answer.tokens[:step]), limit - step) in asked
+        free = generate_answers(tiny_model, batch, str, max_new_tokens=50, stop_ids=[], **options)
+        assert [answer.tokens for answer in free] == [answer.tokens for answer in answers]
+
+
+def test_what_is_not_allowed_is_not_said(tiny_model, pictures):
+    batch = batch_of(tiny_model, pictures[:3], PROMPTS[:3])
+    even = torch.arange(tiny_model.config.text.vocab_size) % 2 == 0
+    for options in ({}, {"sampling": Sampling(temperature=2.0, top_k=5, seed=0)}, {"num_beams": 3}):
+        for answer in generate_answers(tiny_model, batch, str, allow=lambda tokens, left: even, **options):
+            assert answer.tokens and all(token % 2 == 0 for token in answer.tokens)
+            assert all(-math.inf < logprob < 0 for logprob in answer.logprobs)
+
+
+def test_beams_end_when_nothing_more_is_allowed(tiny_model, pictures):
+    """One way through: all other continuations are forbidden, so fewer beams run than were asked for."""
+    path = [40, 50, 1]
+    masks = torch.nn.functional.one_hot(torch.tensor(path), tiny_model.config.text.vocab_size).bool()
+    batch = batch_of(tiny_model, pictures[:2], PROMPTS[:2])
+    beams = search_beams(tiny_model, batch, num_beams=4, allow=lambda tokens, left: masks[len(tokens)])
+    assert [beam.tokens for beam in beams] == [path, path]
+
+
+def test_stop_strings_end_beams(tiny_model, pictures):
+    ask = {"model": tiny_model, "max_new_tokens": 12, "num_beams": 3}
+    free = generate(pictures, PROMPTS, **ask)
+    stop = free[0][4:6]
+    for text in generate(pictures, PROMPTS, stop=stop, **ask):
+        assert stop not in text
+
+
+def test_long_lists_with_beams(tiny_model, pictures):
+    prompts = [f"{'x' * (n % 5)} {n}" for n in range(20)]
+    ask = {"model": tiny_model, "max_new_tokens": 4, "num_beams": 4}
+    together = generate(pictures[0], prompts, **ask)
+    for n in (0, 7, 8, 19):
+        assert together[n] == generate(pictures[0], prompts[n], **ask)
 
 
 # text
@@ -469,6 +559,14 @@ def test_stop_ids_come_from_generation_config(copy_folder, tiny_folder, pictures
         ({"top_p": 0}, "top_p is 0"),
         ({"top_k": 0}, "top_k is 0"),
         ({"seed": -1}, "seed is -1"),
+        ({"num_beams": 0}, "num_beams is 0: expected a whole number, 1 or more"),
+        ({"num_beams": -1}, "num_beams is -1"),
+        ({"num_beams": 2.0}, "num_beams is 2.0"),
+        ({"num_beams": True}, "num_beams is True"),
+        ({"length_penalty": math.nan}, "length_penalty is nan"),
+        ({"length_penalty": "1"}, "length_penalty is '1'"),
+        ({"num_beams": 2, "temperature": 0.5}, "num_beams is 2 and temperature 0.5"),
+        ({"num_beams": 2, "stream": True}, "stream=True.*best of 2 beams"),
         ({"stop": ""}, "stop is ''"),
         ({"stop": 5}, "stop is 5"),
         ({"stop": ["a", 5]}, "stop is "),

@@ -11,7 +11,8 @@ from PIL import Image
 
 from sigma_book.locate import Detection, compare_boxes, draw_boxes, encode_boxes, iou, parse
 
-GOOD = "<loc0100><loc0200><loc0300><loc0400> cat"
+BOX = "<loc0100><loc0200><loc0300><loc0400>"
+GOOD = f"{BOX} cat"
 
 
 @pytest.mark.parametrize("size", [1, 112, 224, 333, 4000])
@@ -61,7 +62,14 @@ def test_several_boxes_keep_their_order_and_labels():
         (f"look: {GOOD}", ["cat"], ["'look:'"]),
         ("<loc1024><loc0200><loc0300><loc0400> cat", [], ["above 1023"]),
         (f"{GOOD} <seg003>", ["cat"], ["seg"]),
-        ("<loc0100><loc0200><loc0300><loc0400>" + "<seg001>" * 16 + " cat", ["cat"], ["seg"]),
+        (BOX + "<seg001>" * 16 + " cat", ["cat"], []),
+        (BOX + "<seg001>" * 15 + " cat", ["cat"], ["15 seg tokens, a mask takes 16"]),
+        (BOX + "<seg001>" * 17 + " cat", ["cat"], ["17 seg tokens", "first 16 were read"]),
+        (BOX + "<seg001>" * 15 + "<seg128> cat", ["cat"], ["a seg token above 127"]),
+        (BOX + "<seg001>" * 16, [""], ["no label"]),
+        ("<loc0100><seg001><loc0200><loc0300><loc0400> cat", ["cat"], ["1 seg token where no mask stands"]),
+        ("<loc0100><seg001><loc0200><loc0300> cat", [], ["3 loc tokens", "1 seg token"]),
+        ("<seg001>" * 16 + " cat", [], ["no loc token"]),
         (f"{GOOD} ; ", ["cat"], ["Part 2 is empty"]),
         (f"{GOOD};{GOOD}", ["cat", "cat"], []),
     ],
@@ -81,7 +89,31 @@ def test_no_text_breaks_the_reader(text):
     assert all(isinstance(remark, str) for remark in remarks)
 
 
+@given(st.lists(st.tuples(*[st.integers(0, 1023)] * 4, st.lists(st.integers(0, 127), min_size=16, max_size=16))))
+def test_masks_survive_the_way_to_text_and_back(things):
+    boxes = [(min(y), min(x), max(y), max(x)) for a, b, c, d, _ in things for y, x in [((a, c), (b, d))]]
+    codes, labels = [row[4] for row in things], [f"thing {number}" for number in range(len(things))]
+    text = encode_boxes(boxes, labels, 1023, 1023, codes)
+    found, remarks = parse(text, 1023, 1023)
+    assert remarks == ([] if things else ["The answer is empty."])
+    assert [(d.label, d.box, list(d.codes)) for d in found] == list(zip(labels, boxes, codes))
+
+
+@pytest.mark.parametrize("codes", [[], [1] * 15, [1] * 17, [1] * 15 + [128], [1] * 15 + [-1]])
+def test_codes_that_are_no_mask(codes):
+    with pytest.raises(ValueError, match="a mask is 16 codes from 0 to 127"):
+        encode_boxes([(0, 0, 1, 1)], ["x"], 10, 10, [codes])
+
+
+@pytest.mark.parametrize("label", ["", "  ", "a;b", "<loc0001>", "x <seg1", "<loc"])
+def test_labels_that_could_not_be_read_back(label):
+    with pytest.raises(ValueError, match="could not be read back"):
+        encode_boxes([(0, 0, 1, 1)], [label], 10, 10)
+
+
 def test_boxes_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="1 boxes and 1 labels and 2 masks"):
+        encode_boxes([(0, 0, 1, 1)], ["x"], 10, 10, [[1] * 16] * 2)
     with pytest.raises(ValueError, match="as many"):
         encode_boxes([(0, 0, 1, 1)], [], 10, 10)
     with pytest.raises(ValueError, match="ends before it begins"):
@@ -123,6 +155,15 @@ def test_pairing_is_the_best_of_all():
         good, mean = compare_boxes(found, truth)
         assert mean == pytest.approx(best / 3)
         assert not good or len(found) == 3
+
+
+def test_many_boxes_are_paired():
+    """Sixty boxes, each moved a little, in another order: pairing them back is the best that can be done."""
+    rng = random.Random(0)
+    truth = [(y * 20, x * 20, y * 20 + 10, x * 20 + 10) for y in range(6) for x in range(10)]
+    found = [(y0 + 1, x0, y1 + 1, x1) for y0, x0, y1, x1 in truth]
+    rng.shuffle(found)
+    assert compare_boxes(found, truth) == (True, pytest.approx(9 / 11))
 
 
 def test_one_too_many_is_not_right():

@@ -1,11 +1,15 @@
 """The whole model: configuration, where logits are computed, the loss. `tests/parity` compares its numbers."""
 
+import copy
 import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import sigma_book
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig, count_parameters
 
 TEXT = {
@@ -205,3 +209,31 @@ def test_shared_parameters_count_once():
     config = PaliGemmaConfig.from_dict(values(tie_word_embeddings=False))
     tied = PaliGemma(PaliGemmaConfig.from_dict(values()))
     assert count_parameters(PaliGemma(config)) - count_parameters(tied) == 50 * 20
+
+
+POCKET_CONFIG = json.loads((Path(sigma_book.__file__).parent / "pocket_model" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("bad", [None, "x", -1, [], True, math.nan], ids=repr)
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [
+        ("text_config", "max_position_embeddings"),
+        ("text_config", "rms_norm_eps"),
+        ("text_config", "vocab_size"),
+        ("vision_config", "num_channels"),
+        ("vision_config", "layer_norm_eps"),
+    ],
+)
+def test_a_size_that_is_none_is_named(part, key, bad):
+    values = copy.deepcopy(POCKET_CONFIG)
+    values[part][key] = bad
+    with pytest.raises(ValueError, match=rf"{part}\.{key} is .*: expected a"):
+        PaliGemmaConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("bad", ["x", -1, [], True], ids=repr)
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_a_part_that_is_no_table_is_named(part, bad):
+    with pytest.raises(ValueError, match=f"{part} is .*: expected a table"):
+        PaliGemmaConfig.from_dict(POCKET_CONFIG | {part: bad})

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sigma_book import tangle as command
 from sigma_book.tangle import TangleError, read_book, read_chapter, tangle
 
 HEAD = "# %% [markdown]\n# # A title\n#\n# *A question?*\n\n"
@@ -49,9 +50,20 @@ def test_private_names_stay_out_of_the_public_list(book):
         ({"c05_rope": cell("def broken(:")}, ("05_rope.py, cell 2", "does not parse")),
         ({"crope": cell("x = 1")}, ("rope.py", "number")),
         ({"c05_Rope": cell("x = 1")}, ("05_Rope.py", "number")),
-        ({"c01_rope": cell("x = 1"), "c02_rope": cell("y = 1")}, ("02_rope.py", "01_rope.py")),
+        ({"c05_rope": cell("x = 1") + cell("%matplotlib inline")}, ("05_rope.py, cell 3", "does not parse")),
+        ({"c01_rope": cell("x = 1"), "c02_rope": cell("y = 1")}, ("02_rope.py", "module", "01_rope.py")),
+        ({"c05_rope": cell("x = 1"), "c05_gqa": cell("y = 1")}, ("number 5", "05_rope.py", "05_gqa.py")),
         ({"c01_a": cell("x = 1"), "c02_b": cell("x = 2")}, ("02_b.py, cell 2", "x", "01_a.py, cell 2")),
         ({"c01_a": cell("x = 1") + cell("def x(): ...")}, ("01_a.py, cell 3", "x", "01_a.py, cell 2")),
+        ({"c01_a": cell("def x(): ..."), "c02_b": cell("class x: ...")}, ("02_b.py, cell 2", "x", "01_a.py, cell 2")),
+        (
+            {"c01_a": cell("x = 1"), "c02_b": cell("for x in range(3): ...")},
+            ("02_b.py, cell 2", "x", "01_a.py, cell 2"),
+        ),
+        ({"c01_a": cell("x = 1"), "c02_b": cell("if True:\n    x: int = 2")}, ("02_b.py, cell 2", "01_a.py, cell 2")),
+        ({"c01_a": cell("_x = 1"), "c02_b": cell("_x, y = 2, 3")}, ("02_b.py, cell 2", "_x", "01_a.py, cell 2")),
+        ({"c01_a": cell("x = 1"), "c02_b": cell("from a import x as y\nx += y")}, ("02_b.py, cell 2", "x")),
+        ({"c01_a": cell("from sigma_book.a import x")}, ("01_a.py, cell 2", "sigma_book.a")),
         ({"c01_a": cell("from sigma_book.b import y"), "c02_b": cell("y = 1")}, ("01_a.py, cell 2", "sigma_book.b")),
         ({"c01_a": cell("def f():\n    import sigma_book.assemble")}, ("01_a.py, cell 2", "assemble")),
         ({"c01_a": cell("from sigma_book import load")}, ("01_a.py, cell 2", "load")),
@@ -82,3 +94,46 @@ def test_a_chapter_without_a_question_is_refused(tmp_path):
     (tmp_path / "01_a.py").write_text("# %% [markdown]\n# # Only a title\n\n" + cell("x = 1"))
     with pytest.raises(TangleError, match="question"):
         read_book(tmp_path)
+
+
+def test_what_is_not_a_new_name_may_stand_in_two_chapters(book):
+    first = cell("import math\n\n\ndef f(x):\n    y = [z for z in x]\n    return y")
+    second = cell("import math\n\nfrom sigma_book.a import f") + cell("def g(x):\n    y = f(x)\n    math.tau = y")
+    chapters = read_book(book(c01_a=first, c02_b=second))
+    assert '__all__ = ["f"]' in tangle(chapters[0]) and '__all__ = ["g"]' in tangle(chapters[1])
+
+
+def test_where_ruff_does_not_run_the_chapter_is_named(book, monkeypatch, tmp_path):
+    chapter = read_chapter(book(c01_a=cell("import math")) / "01_a.py")
+    (tmp_path / "ruff.py").write_text("raise SystemExit('no ruff here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(TangleError, match="01_a.py: ruff.*no ruff here"):
+        tangle(chapter)
+
+
+def test_the_command_checks_writes_and_names_what_differs(book, monkeypatch, capsys, tmp_path):
+    """On a small book of its own."""
+    package = tmp_path / "package"
+    package.mkdir()
+    folder = book(c01_a=cell("import math") + cell("x = math.pi"), c02_b=cell("from sigma_book.a import x"))
+    chapters = read_book(folder)
+    monkeypatch.setattr(command, "PACKAGE", package)
+    monkeypatch.setattr(command, "read_book", lambda: chapters)
+    assert command.main(["--check"]) == 1
+    assert capsys.readouterr().err.count("differs from chapters/0") == 2
+    assert not list(package.iterdir()), "a check writes nothing"
+    assert command.main(["b"]) == 0
+    assert [path.name for path in package.iterdir()] == ["b.py"]
+    assert command.main([]) == 0 and command.main(["--check"]) == 0
+    (package / "old.py").write_text((package / "a.py").read_text().replace("01_a", "01_old"))
+    (package / "cli.py").write_text('"""By hand."""\nNAME = "Tangled from chapters/"\n')
+    (package / "b.py").write_text("x = 2\n")
+    capsys.readouterr()
+    assert command.main(["--check"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "sigma_book/b.py differs from chapters/02_b.py",
+        "sigma_book/old.py has no chapter",
+    ]
+    with pytest.raises(SystemExit) as left:
+        command.main(["nosuch"])
+    assert left.value.code == 1 and capsys.readouterr().err == "no chapter gives nosuch\n"

@@ -939,3 +939,10 @@ def test_saving_converts_one_tensor_at_a_time(peaks, big_folders):
 def test_loading_speaks_only_when_slow(folder, capsys):
     load_model(folder, "cpu")
     assert capsys.readouterr() == ("", "")
+
+
+def test_loading_does_not_wake_the_compiler():
+    """Random numbers for a model on the meta device would import torch._dynamo: more than a second, for nothing."""
+    code = "import sys, sigma_book; sigma_book.load(); print('torch._dynamo' in sys.modules, 'sympy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False"], done.stderr
