@@ -913,8 +913,8 @@ plt.show()
 #
 # Sixteen numbers tell a shape well enough. But each tile was chosen alone, so edges do not quite meet. PaliGemma goes one
 # step further. A small network of convolutions looks at the whole mask and makes 16 vectors of it; the nearest codes are
-# sent; a second network paints the mask from the 16 codes at once. All three were learned together, on the outlines of a
-# large collection of photographs.
+# sent; a second network paints the mask from the 16 codes at once. Both networks and the codes were learned together, from
+# many masks.
 #
 # ## The real networks
 #
@@ -1308,10 +1308,10 @@ plt.show()
 #
 # ## A look inside
 #
-# What the pocket model points at, in three scenes. A number over each picture says how well its boxes fit.
+# What the pocket model (or the one in `SIGMA_BOOK_MODEL`) points at, in three scenes. A number over each picture says how well its boxes fit.
 
 # %%
-model = load()
+model = load(os.environ.get("SIGMA_BOOK_MODEL"))
 figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.8))
 for axis, (seed, kind) in zip(axes, ((155, "red star"), (155, "brown heart"), (5, "purple heart")), strict=True):
     scene = make_scene(seed)
