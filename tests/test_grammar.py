@@ -125,6 +125,7 @@ def test_a_right_answer_is_allowed(tokenizer, tmp_path, task, backend):
         tokens = [*tokenizer.encode(text), tokenizer.eos_id]
         for place, token in enumerate(tokens):
             assert grammar(tokens[:place], len(tokens) - place)[token], (text, place, tokenizer.decode([token]))
+        assert not grammar(tokens[:-1], 50)[tokenizer.token_id("<unk>")]
         with_end = grammar(tokens[:-1], 1)
         assert with_end[tokenizer.eos_id] and not with_end[grammar._separator[0]]
 
@@ -189,6 +190,7 @@ def test_through_the_public_face(tiny_model, pictures):
         for task in TASKS:
             together = generate(pictures[:3], "detect cat", grammar=task, **ask, **options)
             assert all(check(text, task) for text in together)
+            assert together[0] == generate(pictures[0], "detect cat", grammar=task, **ask, **options)
     assert "".join(generate(pictures[0], "x", grammar="detect", stream=True, **ask)) == generate(
         pictures[0], "x", grammar="detect", **ask
     )
