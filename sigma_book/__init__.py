@@ -10,16 +10,31 @@ if TYPE_CHECKING:
     from sigma_book.assemble import generate, load
     from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
     from sigma_book.processor import Processor
+    from sigma_book.runs import evaluate, finetune
+    from sigma_book.training import TrainingConfig
 
 __version__ = "0.1.0"
-__all__ = ["PaliGemma", "PaliGemmaConfig", "Processor", "__version__", "generate", "load"]
+__all__ = [
+    "PaliGemma",
+    "PaliGemmaConfig",
+    "Processor",
+    "TrainingConfig",
+    "__version__",
+    "evaluate",
+    "finetune",
+    "generate",
+    "load",
+]
 
 _MODULES = {
     "load": "assemble",
     "generate": "assemble",
+    "evaluate": "runs",
+    "finetune": "runs",
     "PaliGemma": "paligemma",
     "PaliGemmaConfig": "paligemma",
     "Processor": "processor",
+    "TrainingConfig": "training",
 }
 
 

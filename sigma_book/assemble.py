@@ -19,8 +19,10 @@ from sigma_book.generation import (
     whole_number,
 )
 from sigma_book.locate import AnswerGrammar
+from sigma_book.lora import CONFIG_FILE, POCKET_BASE, adapter_base, load_adapter
 from sigma_book.paligemma import PaliGemma
 from sigma_book.processor import Batch, Processor, Tokenizer, load_image
+from sigma_book.qlora import nf4_on_arrival, quantize_nf4
 from sigma_book.weights import find_folder, load_model, load_npz, read_config
 
 __all__ = ["generate", "load", "read_settings"]
@@ -33,7 +35,12 @@ _kept: dict[str, tuple[object, PaliGemma]] = {}  # the pocket model and the last
 
 
 def load(
-    path_or_hub_id: str | Path | None = None, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+    path_or_hub_id: str | Path | None = None,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
+    adapter: str | Path | None = None,
 ) -> PaliGemma:
     """Load a model with its processor.
 
@@ -41,12 +48,18 @@ def load(
     ----------
     path_or_hub_id : path, optional
         A PaliGemma folder in the Hugging Face layout, or the id of one on the hub, or big_vision's `.npz` file with
-        a tokenizer in the same folder; None is the pocket model that comes with this package.
+        a tokenizer in the same folder; None is the pocket model that comes with this package. An adapter's folder is
+        its base with the adapter on it.
     device : str or torch.device
         `auto` is cuda, mps or cpu, in this order.
     dtype : str or torch.dtype
         float32, bfloat16 or float16. `auto` is the file's, but float32 on a CPU without bf16 units, and for the
         pocket model.
+    quantize : str, optional
+        "nf4" stores the decoder's linear maps in four bits as they come from the file; `dtype` is what it computes in.
+    adapter : path, optional
+        A LoRA adapter in PEFT's format, a folder or an id on the hub. It stays beside the weights: `merge_lora` of
+        `sigma_book.lora` adds it to them.
 
     Returns
     -------
@@ -58,24 +71,33 @@ def load(
     FileNotFoundError
         If the folder or one of its files is missing.
     ValueError
-        If a file is damaged, or describes another model; if device or dtype is unknown.
+        If a file is damaged, or describes another model; if device, dtype or `quantize` is unknown; if the adapter is
+        for another model.
     RuntimeError
         If the device is not there, or the hub does not give the files.
     """
-    if path_or_hub_id is None:
-        folder, dtype = POCKET, "float32" if dtype == "auto" else dtype
-    else:
-        if not isinstance(path_or_hub_id, str | Path):
-            raise ValueError(f"a model is a path or a hub id, got {type(path_or_hub_id).__name__}")
-        folder = find_folder(path_or_hub_id)
+    if quantize not in (None, "nf4"):
+        raise ValueError(f"quantize is {quantize!r}: expected 'nf4', or nothing")
+    for given, what in ((path_or_hub_id, "a model"), (adapter, "an adapter")):
+        if given is not None and not isinstance(given, str | Path):
+            raise ValueError(f"{what} is a path or a hub id, got {type(given).__name__}")
+    folder = POCKET if path_or_hub_id is None else find_folder(path_or_hub_id)
+    if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+        if adapter is not None:
+            raise ValueError(f"{folder} is an adapter itself: give its base as the model, and one adapter")
+        folder, adapter = _base_folder(folder), folder
+    if folder == POCKET and dtype == "auto":
+        dtype = "float32"
     if folder.suffix == ".npz" and folder.is_file():
         model = load_npz(folder, device, dtype)
         folder, vision = folder.parent, model.config.vision
         processor = Processor(Tokenizer.from_folder(folder), vision.image_size, vision.num_patches)
+        if quantize is not None:
+            quantize_nf4(model)
     else:
         read_config(folder)  # a folder of another model is told first
         processor = Processor.from_folder(folder)
-        model = load_model(folder, device, dtype)
+        model = load_model(folder, device, dtype, nf4_on_arrival() if quantize else None)
     if processor.tokenizer.image_id != model.config.image_token_id:
         raise ValueError(
             f"{folder}: <image> is token {processor.tokenizer.image_id} for the tokenizer and "
@@ -83,7 +105,24 @@ def load(
         )
     model.processor = processor
     model.stop_ids = read_stop_ids(folder, model.config.eos_token_id)
+    if adapter is not None:
+        load_adapter(model, find_folder(adapter))
     return model
+
+
+def _base_folder(adapter: Path) -> Path:
+    """The folder of the model that an adapter was made for."""
+    name = adapter_base(adapter)
+    if name is None:
+        raise ValueError(f"{adapter / CONFIG_FILE} names no base model: load that, with this folder as its adapter")
+    if name == POCKET_BASE:
+        return POCKET
+    try:
+        return find_folder(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{adapter / CONFIG_FILE} was made for {name}: {error}; or give its base yourself"
+        ) from error
 
 
 def generate(

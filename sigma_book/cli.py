@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"sigma-book: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("sigma-book: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"sigma-book: {interrupt or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
 
@@ -74,6 +74,8 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype", metavar="T", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
     )
+    command.add_argument("--quantize", metavar="Q", help="nf4 stores the decoder in 4 bits (default: as stored)")
+    command.add_argument("--adapter", metavar="DIR", help="folder or hub id of a LoRA adapter for the model")
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -98,7 +100,13 @@ def _generate(options: argparse.Namespace) -> None:
     if options.save is not None:
         _check_picture_name(options.save)
     vae = load_mask_vae(options.masks) if options.masks or os.environ.get(MASKS_VARIABLE) else None
-    model = load(options.model, device=options.device, dtype=options.dtype)
+    model = load(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        adapter=options.adapter,
+    )
     answer = generate(image, options.prompt, model=model, stream=options.stream, **settings)
     if options.stream:
         pieces = []
@@ -146,6 +154,39 @@ def _save_picture(picture, path: Path) -> None:
         fresh.unlink(missing_ok=True)
 
 
+def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--task", metavar="T", required=True, help="caption, vqa, count or detect")
+    command.add_argument("--data", metavar="FILE", required=True, help="JSONL or JSON: rows, COCO, or VQAv2 questions")
+    command.add_argument("--out", metavar="DIR", required=True, help="folder of this run; the same again goes on")
+    command.add_argument("--model", metavar="DIR", help="folder or hub id of a PaliGemma (default: the pocket model)")
+    command.add_argument("--annotations", metavar="FILE", help="the answers of VQAv2")
+    command.add_argument("--root", metavar="DIR", help="where paths of pictures begin (default: the file's folder)")
+    command.add_argument(
+        "--form", metavar="F", default="auto", help="what FILE is, in place of looking (default: auto)"
+    )
+    command.add_argument("--answers", metavar="FILE", help="score these answers, in the official form, without a model")
+    command.add_argument("--official", action="store_true", help="also write results.json in the official form")
+    command.add_argument("--batch-size", metavar="N", type=int, default=16, help="answered together (default: 16)")
+    command.add_argument("--max-new-tokens", metavar="N", type=int, default=100, help="longest answer (default: 100)")
+    command.add_argument("--num-examples", metavar="N", type=int, help="take the first N only (default: all)")
+    command.add_argument("--device", metavar="D", default="auto", help="auto, cuda, cuda:0, mps or cpu (default: auto)")
+    command.add_argument(
+        "--dtype", metavar="T", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from sigma_book.evaluation import score_table
+    from sigma_book.runs import evaluate
+
+    settings = {name: value for name, value in vars(options).items() if name not in ("run", "task", "data", "out")}
+    print(score_table(options.task, evaluate(options.task, options.data, options.out, **settings)))
+    print(f"written: {', '.join(str(Path(options.out) / name) for name in EVALUATION_FILES)}", file=sys.stderr)
+
+
+EVALUATION_FILES = ("answers.jsonl", "scores.json", "worst.html")
+
+
 def _pocket_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder that the model is written to")
     command.add_argument("--seed", metavar="S", type=int, default=0, help="of data and weights (default: 0)")
@@ -157,9 +198,116 @@ def _pocket(options: argparse.Namespace) -> None:
     train_pocket(options.out, seed=options.seed)
 
 
+def _data_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", metavar="FILE", help="JSONL or JSON: rows, COCO, or the questions of VQAv2")
+    command.add_argument("--root", metavar="DIR", help="where paths of pictures begin (default: the file's folder)")
+    command.add_argument("--annotations", metavar="FILE", help="the answers of VQAv2")
+    command.add_argument(
+        "--form", metavar="F", default="auto", help="what FILE is, in place of looking (default: auto)"
+    )
+    command.add_argument("--model", metavar="DIR", help="whose tokens and context count (default: the pocket model)")
+    command.add_argument("--out", metavar="DIR", type=Path, help="where pictures and lists go (default: NAME_survey)")
+
+
+def _data(options: argparse.Namespace) -> None:
+    from sigma_book.assemble import POCKET
+    from sigma_book.data import read_examples, survey, write_survey
+    from sigma_book.processor import Processor
+    from sigma_book.weights import find_folder, read_config
+
+    examples = read_examples(options.file, form=options.form, root=options.root, annotations=options.annotations)
+    how = "found by looking" if options.form == "auto" else "as asked"
+    print(f"{options.file}: form {examples.form}, {how}", file=sys.stderr)
+    for remark in examples.remarks:
+        print(f"{options.file}: {remark}", file=sys.stderr)
+    folder = POCKET if options.model is None else find_folder(options.model)
+    context = read_config(folder).text.max_position_embeddings
+    found = survey(examples, Processor.from_folder(folder), context)
+    print("\n".join(found.lines()))
+    out = options.out or Path(f"{Path(options.file).stem}_survey")
+    for path in write_survey(found, examples, out):
+        print(f"written: {path}", file=sys.stderr)
+
+
+# options of `train` that are fields of TrainingConfig: flag, field, its type (None: a switch), help
+TRAINING_OPTIONS = (
+    ("--method", "method", str, "full, lora or qlora (default: full)"),
+    ("--max-steps", "max_steps", int, "stop after N steps"),
+    ("--epochs", "epochs", int, "show every example N times (default: once, if --max-steps says nothing)"),
+    ("--batch-size", "batch_size", int, "examples in a batch (default: 8)"),
+    ("--accumulate", "accumulate", int, "batches in a step (default: 1)"),
+    ("--learning-rate", "learning_rate", float, "the highest (default: 1e-5)"),
+    ("--vision-rate", "vision_rate", float, "the same for the vision tower alone"),
+    ("--projector-rate", "projector_rate", float, "the same for the projector alone"),
+    ("--decoder-rate", "decoder_rate", float, "the same for the decoder alone"),
+    ("--schedule", "schedule", str, "how the rate falls: cosine or linear (default: cosine)"),
+    ("--warmup", "warmup", float, "steps in which it rises; below 1 a share of all steps (default: 0.05)"),
+    ("--weight-decay", "weight_decay", float, "of AdamW (default: 0)"),
+    ("--clip", "clip", float, "longest gradient (default: 1)"),
+    ("--optimizer", "optimizer", str, "adamw or adamw8bit (default: adamw)"),
+    ("--dtype", "dtype", str, "of products: float32, bfloat16, float16 (default: auto, bfloat16 on cuda)"),
+    ("--recompute", "recompute", None, "keep no activations inside blocks: less memory, more time"),
+    ("--seed", "seed", int, "of the order of the data and of dropout (default: 0)"),
+)
+
+
+def _train_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data", metavar="FILE", required=True, help="what to learn: JSONL, COCO or VQAv2")
+    command.add_argument("--out", metavar="DIR", type=Path, help="folder of the run; needed unless --dry-run")
+    command.add_argument("--model", metavar="DIR", help="folder or hub id to begin from (default: the pocket model)")
+    command.add_argument("--form", metavar="F", default="auto", help="what FILE is, in place of looking")
+    command.add_argument("--root", metavar="DIR", help="where paths of pictures begin (default: the file's folder)")
+    command.add_argument("--annotations", metavar="FILE", help="the answers of VQAv2")
+    for flag, field, kind, text in TRAINING_OPTIONS:
+        kinds = {"action": "store_true"} if kind is None else {"type": kind, "metavar": "X" if kind is float else "N"}
+        if kind is str:
+            kinds["metavar"] = "NAME"
+        command.add_argument(flag, dest=field, default=argparse.SUPPRESS, help=text, **kinds)
+    command.add_argument("--freeze", metavar="PART", nargs="+", default=[], help="vision, projector or decoder")
+    command.add_argument("--evaluate", metavar="FILE", help="examples that are not learned from")
+    command.add_argument(
+        "--evaluate-every", metavar="N", type=int, help="ask them every N steps, not at both ends alone"
+    )
+    command.add_argument("--evaluate-limit", metavar="N", type=int, default=200, help="ask so many (default: 200)")
+    command.add_argument("--save-every", metavar="N", type=int, default=500, help="steps between saves (default: 500)")
+    command.add_argument("--keep", metavar="N", type=int, default=3, help="checkpoints that stay (default: 3)")
+    command.add_argument("--workers", metavar="N", type=int, default=0, help="processes that read ahead (default: 0)")
+    command.add_argument(
+        "--on-error", metavar="DO", default="stop", help="at a broken row: stop or skip (default: stop)"
+    )
+    command.add_argument(
+        "--truncate", action="store_true", help="cut rows that are too long, in place of refusing them"
+    )
+    command.add_argument("--device", metavar="D", default="auto", help="auto, cuda, cuda:0, mps or cpu (default: auto)")
+    command.add_argument("--wandb", metavar="PROJECT", help="follow the run with Weights & Biases")
+    command.add_argument("--dry-run", action="store_true", help="print what a step would cost, and write nothing")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from sigma_book.runs import estimate, finetune
+    from sigma_book.training import TrainingConfig
+
+    given = {field: getattr(options, field) for _, field, _, _ in TRAINING_OPTIONS if hasattr(options, field)}
+    config = TrainingConfig(freeze=tuple(options.freeze), **given)
+    common = ("model", "form", "root", "annotations", "truncate", "device")
+    arguments = {name: getattr(options, name) for name in common}
+    if options.dry_run:
+        bill, seconds = estimate(options.data, config, **arguments)
+        print("\n".join(bill.lines()))
+        print(f"a step       {'more memory than is free' if seconds is None else f'{seconds:.2f} s'}")
+        return
+    if options.out is None:
+        raise ValueError("--out is missing: give the folder of the run, or --dry-run to write nothing")
+    rest = ("evaluate", "evaluate_every", "evaluate_limit", "save_every", "keep", "workers", "on_error", "wandb")
+    print(finetune(options.data, options.out, config, **arguments, **{name: getattr(options, name) for name in rest}))
+
+
 # name, one line of help, what adds its arguments, what runs it
 COMMANDS = (
     ("generate", "answer a prompt about a picture", _generate_arguments, _generate),
+    ("data", "look at a file of examples before training on it", _data_arguments, _data),
+    ("train", "teach a model what a file of examples says", _train_arguments, _train),
+    ("evaluate", "ask a model a whole data set and score its answers", _evaluate_arguments, _evaluate),
     ("pocket", "teach the pocket model from nothing", _pocket_arguments, _pocket),
 )
 

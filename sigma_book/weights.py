@@ -13,7 +13,7 @@ import shutil
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -337,7 +337,12 @@ class _Unfilled(TorchFunctionMode):
         return function(*arguments, **(options or {}))
 
 
-def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> PaliGemma:
+def load_model(
+    folder: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    place: Callable[[PaliGemma, str, torch.Tensor], dict[str, torch.Tensor]] | None = None,
+) -> PaliGemma:
     """A checkpoint as a model that is ready to answer: in eval mode, and frozen until `model.requires_grad_(True)`.
 
     The modules are built without memory, on the meta device, and each tensor takes its place straight from the
@@ -352,6 +357,9 @@ def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: s
         goes before an index of shards.
     device, dtype
         As `pick_device` and `pick_dtype` read them; the stored dtype is the one that most bytes have.
+    place : callable, optional
+        Takes the model, a name and its tensor as it comes from the file, may put another module in its place, and
+        gives what that module's state dict wants to have. Without it, each tensor goes where its name says.
 
     Raises
     ------
@@ -378,11 +386,12 @@ def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: s
     with tqdm(total=sum(sizes.values()), desc="loading", unit="B", unit_scale=True, delay=1.0) as bar:
         for name in sorted(sizes, key=sizes.get, reverse=True):  # the largest while there is still room
             path, stored_name, entry = places[name]
-            stays = device.type == "cpu" and DTYPES[entry["dtype"]] == dtype
+            stays = place is None and device.type == "cpu" and DTYPES[entry["dtype"]] == dtype
             if stays and path not in windows:
                 windows[path] = _map_file(path)  # one window for all that stays
             tensor = _read_tensor(windows[path] if stays else _map_file(path), stored_name)
-            tensors[name] = tensor.to(device=device, dtype=dtype)
+            tensor = tensor.to(device=device, dtype=dtype)
+            tensors |= {name: tensor} if place is None else place(model, name, tensor)
             del tensor
             bar.update(sizes[name])
     model.load_state_dict(tensors, strict=True, assign=True)
@@ -541,13 +550,20 @@ def save_model(
     Raises
     ------
     ValueError
-        If `folder` is a file, the dtype is unknown, or `max_shard_bytes` is below 1.
+        If `folder` is a file, the dtype is unknown, `max_shard_bytes` is below 1, or the model has an adapter beside
+        its weights or weights in fewer bits.
     RuntimeError
         If the files cannot be written.
     """
     folder = Path(folder)
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}: expected 1 or more")
+    with torch.device("meta"):
+        plain = PaliGemma(model.config).state_dict().keys()
+    if changed := sorted(model.state_dict().keys() ^ plain):
+        raise ValueError(
+            f"this model is not a plain PaliGemma ({_some(changed)}): merge its adapter, or save that alone"
+        )
     weight = model.language_model.embed_tokens.weight
     dtype = pick_dtype(weight.dtype if dtype is None else dtype, weight.dtype, weight.device)
     shards: list[dict[str, torch.Tensor]] = [{}]

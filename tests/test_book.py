@@ -38,6 +38,9 @@ NAMES = [
     "15_data",
     "16_training",
     "17_pocket",
+    "18_lora",
+    "19_qlora",
+    "20_evaluation",
 ]
 
 

@@ -1,0 +1,478 @@
+"""Whole runs, put together: fine-tuning a model on a file, and evaluating one. Thin; the ideas stay in the chapters."""
+
+import json
+import os
+import random
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from sigma_book.assemble import POCKET, generate, load
+from sigma_book.data import Batches, Example, Examples, read_examples
+from sigma_book.evaluation import (
+    EVALUATION_TASKS,
+    AnswerFile,
+    answer_examples,
+    answer_from,
+    answer_speed,
+    claim_run,
+    read_official,
+    write_official,
+    write_report,
+)
+from sigma_book.generation import whole_number
+from sigma_book.paligemma import PaliGemma
+from sigma_book.processor import Processor
+from sigma_book.training import (
+    AUTOCAST,
+    Bill,
+    Checkpoints,
+    Progress,
+    TrainingConfig,
+    adamw_by_part,
+    answer_loss,
+    answer_tokens,
+    blocks_of,
+    claim_folder,
+    draw_losses,
+    examine,
+    file_checksum,
+    free_bytes,
+    freeze_parts,
+    recompute_activations,
+    remark,
+    train,
+    training_bill,
+    write_whole,
+)
+from sigma_book.weights import find_folder, pick_device, read_config, save_model
+
+__all__ = ["estimate", "evaluate", "finetune"]
+
+
+def finetune(
+    data: str | Path,
+    out: str | Path,
+    config: TrainingConfig | None = None,
+    *,
+    model: str | Path | None = None,
+    form: str = "auto",
+    root: str | Path | None = None,
+    annotations: str | Path | None = None,
+    evaluate: str | Path | None = None,
+    evaluate_every: int | None = None,
+    evaluate_limit: int = 200,
+    save_every: int = 500,
+    keep: int = 3,
+    workers: int = 0,
+    on_error: str = "stop",
+    truncate: bool = False,
+    wandb: str | None = None,
+    device: str | torch.device = "auto",
+) -> Path:
+    """Teach a model what a file of examples says; called again with the same arguments, go on where it stopped.
+
+    Parameters
+    ----------
+    data : path
+        What `read_examples` takes, with `form`, `root` and `annotations`.
+    out : path
+        The folder of the run: `log.csv`, `checkpoints/`, `evaluations.json`, `best/`, `losses.png`, and at the end
+        the model in `final/`.
+    config : TrainingConfig, optional
+        Everything that decides the numbers.
+    model : path or hub id, optional
+        What to begin from; the pocket model by default.
+    evaluate : path, optional
+        Examples that are not learned from, in the same form: asked before the first step, after the last, and every
+        `evaluate_every` steps between; at most `evaluate_limit` of them. The best model so far stands in `best/`.
+    save_every, keep : int
+        A checkpoint after so many steps; so many stay.
+    workers, on_error, truncate
+        As in `Batches`; rows that are left out are listed in `skipped.jsonl`.
+    wandb : str, optional
+        A project of Weights & Biases that follows the run.
+    device : str or torch.device
+        auto, cuda, mps or cpu.
+
+    Returns
+    -------
+    Path
+        The folder `final`.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError, RuntimeError
+        As `load`, `read_examples`, `Batches`, `claim_folder` and `train`; the sentence says what to do.
+    KeyboardInterrupt
+        After Ctrl-C; the run is saved.
+    """
+    out, config = Path(out), config or TrainingConfig()
+    for name, value in (("save_every", save_every), ("keep", keep), ("evaluate_limit", evaluate_limit)):
+        whole_number(name, value, least=1)
+    if evaluate_every is not None:
+        whole_number("evaluate_every", evaluate_every, least=1)
+    source = {"form": form, "root": root, "annotations": annotations}
+    examples = _examples(data, source)
+    held_out = None if evaluate is None else _sample(_examples(evaluate, source), evaluate_limit)
+    device = pick_device(device)
+    config = _settled(config, device)
+    files = {"data": data, "annotations": annotations, "evaluate": evaluate}
+    identity = {"model": _model_mark(model)} | {name: _file_mark(path) for name, path in files.items() if path}
+    claim_folder(out, identity | asdict(config))
+    final, steps = out / "final", _steps(config, len(examples))
+    if final.is_dir():
+        remark(f"{out} is finished: the model of its last step stands in {final}; give another folder for a new run")
+        return final
+    torch.manual_seed(config.seed)
+    random.seed(config.seed)
+    learner, write = _learner(model, config, device)
+    optimizers = [adamw_by_part(learner, config)]
+    checkpoints = Checkpoints(out / "checkpoints", learner, optimizers, every=save_every, keep=keep)
+    follower = None if wandb is None else _Follower(wandb, out, identity | asdict(config))
+    progress = checkpoints.restore()  # last, so that the random numbers are those of the checkpoint
+    if progress.step:
+        remark(f"going on after step {progress.step} of {steps}")
+    batches = Batches(
+        examples,
+        learner.processor,
+        config.batch_size,
+        config.seed,
+        epochs=None if on_error == "skip" else config.epochs,  # what is left out is made up for
+        workers=workers,
+        on_error=on_error,
+        skipped=out / "skipped.jsonl" if on_error == "skip" else None,
+        max_length=learner.config.text.max_position_embeddings,
+        truncate=truncate,
+        start=progress.data,
+    )
+    look = partial(_look, out, learner, held_out, config, progress, write, follower)
+    if held_out and progress.step == 0:
+        remark(f"before: {look(0)}")
+    train(
+        learner,
+        lambda one: answer_loss(learner, one.batch.to(device)),
+        batches,
+        optimizers,
+        steps=steps,
+        warmup=config.warmup_steps(steps),
+        schedule=config.schedule,
+        clip=config.clip,
+        accumulate=config.accumulate,
+        count=lambda one: answer_tokens(one.batch),
+        autocast=AUTOCAST[config.dtype],
+        log=out / "log.csv",
+        report_every=evaluate_every or steps,
+        report=look if held_out else None,
+        each=None if follower is None else follower.step,
+        progress=progress,
+        checkpoints=checkpoints,
+    )
+    if held_out and progress.notes[-1]["step"] != steps:
+        remark(f"after: {look(steps)}")
+    for count, what in (
+        (batches.num_skipped, f"left out and listed in {out / 'skipped.jsonl'}"),
+        (batches.num_truncated, "cut"),
+    ):
+        if count:
+            remark(f"{count} rows were {what}")
+    try:
+        draw_losses(progress, out / "losses.png")
+    except ImportError:
+        remark("no picture of the losses: install matplotlib (pip install 'sigma-book[book]')")
+    if follower is not None:
+        follower.run.finish()
+    write_whole(final, write)
+    return final
+
+
+def _examples(path: str | Path, source: dict) -> Examples:
+    """Open a file of examples, and say what it was taken for."""
+    examples = read_examples(path, **source)
+    for text in (f"{len(examples):,} examples of the form {examples.form}", *examples.remarks):
+        remark(f"{path}: {text}")
+    return examples
+
+
+def _sample(examples: Examples, limit: int) -> list[Example]:
+    """The same few of a file each time, from all over it."""
+    chosen = random.Random(0).sample(range(len(examples)), min(limit, len(examples)))
+    return [examples[index] for index in chosen]
+
+
+def _settled(config: TrainingConfig, device: torch.device) -> TrainingConfig:
+    """The configuration with nothing left to chance or to the machine."""
+    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    epochs = 1 if config.epochs is None and config.max_steps is None else config.epochs
+    return replace(config, dtype=dtype, epochs=epochs)
+
+
+def _steps(config: TrainingConfig, examples: int) -> int:
+    """How many steps the run has."""
+    if config.epochs is None:
+        return config.max_steps
+    batches = config.epochs * -(-examples // config.batch_size)
+    steps = -(-batches // config.accumulate)
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def _file_mark(path: str | Path) -> str:
+    """What tells a file from another: its name, its size and its checksum."""
+    path = Path(path)
+    return f"{path.name}, {path.stat().st_size:,} bytes, CRC-32 {file_checksum(path):08x}"
+
+
+def _model_mark(model: str | Path | None) -> str:
+    folder = POCKET if model is None else find_folder(model)
+    weights = sorted(folder.glob("model*.safetensors"))
+    size = sum(path.stat().st_size for path in weights)
+    most = 1 << 24  # the first 16 MiB of each file: a large model is not read twice
+    marks = [file_checksum(path, most) for path in (folder / "config.json", *weights)]
+    return f"{folder.resolve().name}, {size:,} bytes, CRC-32 {' '.join(f'{mark:08x}' for mark in marks)}"
+
+
+def _learner(
+    model: str | Path | None, config: TrainingConfig, device: torch.device
+) -> tuple[PaliGemma, Callable[[Path], None]]:
+    """A model that is ready to learn by the method of a run, and what writes it into a folder that is there."""
+    if config.method != "full":
+        raise ValueError(f"method is {config.method!r}: this version trains with method full alone")
+    learner = load(model, device=device, dtype="float32")
+    for parameter in learner.parameters():
+        parameter.data = parameter.data.clone()  # not a window into the file
+    freeze_parts(learner, config.freeze)
+    if config.recompute:
+        recompute_activations(blocks_of(learner))
+
+    def write(folder: Path) -> None:
+        save_model(learner, folder)
+        learner.processor.save(folder)
+
+    return learner.train(), write
+
+
+class _Follower:
+    """Sends steps and evaluations to Weights & Biases, as one run even if it is started several times."""
+
+    def __init__(self, project: str, out: Path, config: dict):
+        try:
+            import wandb
+        except ImportError as error:
+            raise RuntimeError("--wandb needs the package wandb: pip install wandb, or leave it out") from error
+        mark = out / "wandb-id.txt"
+        if not mark.exists():
+            mark.write_text(uuid.uuid4().hex[:8])
+        name = mark.read_text().strip()
+        self.run = wandb.init(project=project, dir=str(out), id=name, name=out.name, resume="allow", config=config)
+
+    def step(self, row: list[float]) -> None:
+        step, loss, norm, rate, tokens, _ = row
+        self.run.log({"loss": loss, "gradient_norm": norm, "rate": rate, "tokens": tokens}, step=int(step) + 1)
+
+    def note(self, found: dict) -> None:
+        self.run.log({"held_out/loss": found["loss"], "held_out/exact": found["exact"]}, step=found["step"])
+
+
+def _look(
+    out: Path,
+    model: PaliGemma,
+    held_out: list[Example],
+    config: TrainingConfig,
+    progress: Progress,
+    write: Callable[[Path], None],
+    follower: _Follower | None,
+    step: int,
+) -> str:
+    """Examine a model, note it, and keep it if it is the best so far; gives a line and some answers."""
+    found = {"step": step} | examine(model, model.processor, held_out, autocast=AUTOCAST[config.dtype])
+    former = [note["loss"] for note in progress.notes if note["step"] > 0]
+    if step > 0 and found["loss"] < min(former, default=float("inf")):
+        write_whole(out / "best", write)
+    progress.notes.append(found)
+    draft = out / ".evaluations.json"
+    draft.write_text(json.dumps(progress.notes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(draft, out / "evaluations.json")
+    if follower is not None:
+        follower.note(found)
+    answers = [f"  {one['prefix']}: {one['answer']!r}, truth {one['suffix']!r}" for one in found["answers"]]
+    line = f"loss {found['loss']:.4f}, {found['exact']:.1%} of {found['asked']} answers exact"
+    return "\n".join([line, *answers])
+
+
+def estimate(
+    data: str | Path,
+    config: TrainingConfig | None = None,
+    *,
+    model: str | Path | None = None,
+    form: str = "auto",
+    root: str | Path | None = None,
+    annotations: str | Path | None = None,
+    truncate: bool = False,
+    device: str | torch.device = "auto",
+) -> tuple[Bill, float | None]:
+    """What `finetune` with these arguments would cost, without writing anything.
+
+    Returns
+    -------
+    Bill
+        Parameters, bytes and operations of a step, of the longest of the first 32 batches.
+    float or None
+        Seconds of a step: three are taken in memory, and the last two timed. None if the memory that is free would
+        not hold them.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError, RuntimeError
+        As `finetune`.
+    """
+    config, device = config or TrainingConfig(), pick_device(device)
+    config = _settled(config, device)
+    folder = POCKET if model is None else find_folder(model)
+    sizes, processor = read_config(folder), Processor.from_folder(folder)
+    examples = _examples(data, {"form": form, "root": root, "annotations": annotations})
+    batches = Batches(
+        examples,
+        processor,
+        config.batch_size,
+        config.seed,
+        epochs=config.epochs,
+        max_length=sizes.text.max_position_embeddings,
+        truncate=truncate,
+    )
+    few = [one.batch for _, one in zip(range(32), batches, strict=False)]
+    longest = max(few, key=lambda batch: batch.input_ids.numel())
+    bill = training_bill(sizes, config, longest, partial(_shape_learner, config), device)
+    if (free := free_bytes(device)) is not None and bill.bytes > free:
+        return bill, None
+    learner, _ = _learner(model, config, device)
+    progress = Progress()
+    train(
+        learner,
+        lambda batch: answer_loss(learner, batch.to(device)),
+        [longest] * (3 * config.accumulate),
+        [adamw_by_part(learner, config)],
+        steps=3,
+        warmup=1,
+        accumulate=config.accumulate,
+        count=answer_tokens,
+        autocast=AUTOCAST[config.dtype],
+        label="trial",
+        progress=progress,
+    )
+    return bill, (progress.rows[2][-1] - progress.rows[0][-1]) / 2
+
+
+def _shape_learner(config: TrainingConfig, model: PaliGemma) -> None:
+    """Make a model of shapes alone learn as `_learner` would."""
+    freeze_parts(model, config.freeze)
+
+
+def evaluate(
+    task: str,
+    data: str | Path,
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
+    form: str = "auto",
+    annotations: str | Path | None = None,
+    root: str | Path | None = None,
+    answers: str | Path | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 100,
+    num_examples: int | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    official: bool = False,
+) -> dict:
+    """Ask a model a whole data set, greedily, and score its answers.
+
+    Parameters
+    ----------
+    task : str
+        `caption`, `vqa`, `count` or `detect`.
+    data : path
+        What `read_examples` takes, with `form`, `annotations` and `root`.
+    out : path
+        A folder for this run alone: `answers.jsonl`, `scores.json`, `worst.html` and `run.json`. Called again with the
+        same arguments, a run that was stopped goes on behind its last answer.
+    model : path, optional
+        What `load` takes, with `device` and `dtype`; the pocket model by default.
+    answers : path, optional
+        Score the answers in this file of the official form, and ask no model.
+    batch_size : int
+        Pictures that are answered together.
+    max_new_tokens : int
+        Longest answer.
+    num_examples : int, optional
+        Take the first so many examples only.
+    official : bool
+        Also write `results.json`, in the official form of the task.
+
+    Returns
+    -------
+    dict
+        The scores, as in `scores.json`.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of its range, the data does not fit the task, or the folder holds another run.
+    FileNotFoundError, RuntimeError
+        As `load` and `read_examples`.
+    """
+    if task not in EVALUATION_TASKS:
+        raise ValueError(f"task is {task!r}: expected one of {', '.join(EVALUATION_TASKS)}")
+    whole_number("batch_size", batch_size, least=1)
+    whole_number("max_new_tokens", max_new_tokens, least=1)
+    if num_examples is not None:
+        whole_number("num_examples", num_examples, least=1)
+    examples = read_examples(data, form=form, root=root, annotations=annotations)
+    if task == "caption" and examples.form == "coco-captions":
+        examples = read_examples(data, form=examples.form, root=root, per_image=True)
+    _fits_task(task, examples.form, data, annotations)
+    run = {"task": task, "data": _full(data), "bytes": Path(data).stat().st_size, "form": examples.form}
+    run |= {"annotations": _full(annotations), "root": _full(root)}
+    if answers is None:
+        run |= {"model": _full(model) or "pocket", "dtype": str(dtype), "max_new_tokens": max_new_tokens}
+    else:
+        answer = answer_from(task, read_official(task, answers, examples, num_examples))
+        run |= {"answers": _full(answers), "changed": Path(answers).stat().st_mtime_ns}
+    out = claim_run(out, run)
+    path = out / "answers.jsonl"
+    if answers is None:
+        waiting = AnswerFile(path).next_index() < min(len(examples), num_examples or len(examples))
+        answer = _asker(load(model, device=device, dtype=dtype) if waiting else None, max_new_tokens)
+    records = answer_examples(task, examples, answer, path, batch_size=batch_size, most=num_examples)
+    if official:
+        write_official(task, records, out / "results.json")
+    speed = {} if answers else answer_speed(records)
+    return write_report(task, records, out, f"{task}: {Path(data).name}", speed)
+
+
+def _fits_task(task: str, form: str, data: str | Path, annotations: str | Path | None) -> None:
+    """Say at once what would only be seen in the scores."""
+    if form == "vqav2" and annotations is None:
+        raise ValueError(f"{data} holds questions only: give the file with their answers as annotations")
+    words = ("vqa", "vqav2")
+    fitting = {"caption": ("text", "coco-captions"), "detect": ("coco-detect",), "vqa": words, "count": words}
+    if form not in (*fitting[task], "prefix"):
+        raise ValueError(f"{data} is of the form {form}, which the task {task} cannot use")
+
+
+def _full(path: str | Path | None) -> str | None:
+    """A path that means the same from any folder; the id of a model on the hub stays as it is."""
+    return None if path is None else str(Path(path).resolve()) if Path(path).exists() else str(path)
+
+
+def _asker(model: PaliGemma | None, max_new_tokens: int) -> Callable[[list[Example]], list[str]]:
+    """A function from examples to answers."""
+
+    def ask(examples: list[Example]) -> list[str]:
+        pictures, prompts = [example.image for example in examples], [example.prefix for example in examples]
+        return generate(pictures, prompts, model=model, max_new_tokens=max_new_tokens)
+
+    return ask
