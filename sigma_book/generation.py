@@ -414,13 +414,14 @@ class RowSearch:
             For each beam that runs now, which of those before it goes on with; empty when the search is over.
         """
         best = totals.flatten().topk(min(count, totals.numel()))
+        summands = logprobs.flatten()[best.indices].tolist()
         parents, grown = [], []
         for rank, (total, place) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
             parent, token = divmod(place, totals.shape[-1])
             if total == -math.inf or len(grown) == self.width:
                 break
             tokens = [*self.running[parent].tokens, token]
-            measured = [*self.running[parent].logprobs, logprobs[parent, token].item()]
+            measured = [*self.running[parent].logprobs, summands[rank]]
             beam = Beam(tokens, measured, total, total / len(tokens) ** self.length_penalty)
             if len(tokens) < self.limit and not self.is_end(tokens):
                 parents.append(parent)
@@ -512,8 +513,8 @@ def check_beams(num_beams: int, length_penalty: float, sampling: Sampling) -> No
     """Raise a ValueError if this cannot be searched: a width below 1, a penalty that is no number, drawn tokens."""
     whole_number("num_beams", num_beams, least=1)
     number = isinstance(length_penalty, numbers.Real) and not isinstance(length_penalty, bool)
-    if not number or not math.isfinite(length_penalty):
-        raise ValueError(f"length_penalty is {length_penalty!r}: expected a finite number")
+    if not number or not -50 <= length_penalty <= 50:  # a power of thousands must stay a number
+        raise ValueError(f"length_penalty is {length_penalty!r}: expected a number from -50 to 50")
     if num_beams > 1 and not sampling.greedy:
         raise ValueError(
             f"num_beams is {num_beams} and temperature {sampling.temperature}: beams look for the best answer and "

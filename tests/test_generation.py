@@ -564,6 +564,7 @@ def test_stop_ids_come_from_generation_config(copy_folder, tiny_folder, pictures
         ({"num_beams": 2.0}, "num_beams is 2.0"),
         ({"num_beams": True}, "num_beams is True"),
         ({"length_penalty": math.nan}, "length_penalty is nan"),
+        ({"length_penalty": 1e6}, "length_penalty is 1000000.0: expected a number from -50 to 50"),
         ({"length_penalty": "1"}, "length_penalty is '1'"),
         ({"num_beams": 2, "temperature": 0.5}, "num_beams is 2 and temperature 0.5"),
         ({"num_beams": 2, "stream": True}, "stream=True.*best of 2 beams"),
