@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,7 @@ from sigma_book.evaluation import (
 from sigma_book.generation import whole_number
 from sigma_book.lora import CONFIG_FILE, DECODER_LINEARS, LoraConfig, add_lora, find_linears, save_adapter
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
-from sigma_book.processor import Processor
+from sigma_book.processor import Processor, Tokenizer
 from sigma_book.qlora import nf4_bytes
 from sigma_book.training import (
     AUTOCAST,
@@ -52,7 +54,7 @@ from sigma_book.training import (
     training_bill,
     write_whole,
 )
-from sigma_book.weights import find_folder, pick_device, read_config, save_model
+from sigma_book.weights import find_folder, pick_device, read_config, read_npz_config, save_model
 
 __all__ = ["estimate", "evaluate", "finetune"]
 
@@ -127,56 +129,88 @@ def finetune(
     files = {"data": data, "annotations": annotations, "evaluate": evaluate}
     identity = {"model": _model_mark(model)} | {name: _file_mark(path) for name, path in files.items() if path}
     claim_folder(out, identity | asdict(config))
-    final, steps = out / "final", _steps(config, len(examples))
-    if final.is_dir():
-        remark(f"{out} is finished: the model of its last step stands in {final}; give another folder for a new run")
+    with _alone(out):
+        final, steps = out / "final", _steps(config, len(examples))
+        if final.is_dir():
+            remark(
+                f"{out} is finished: the model of its last step stands in {final}; give another folder for a new run"
+            )
+            return final
+        for rest in (*out.glob(".best-*"), *out.glob(".final-*")):
+            shutil.rmtree(rest)  # of a write that was killed
+        torch.manual_seed(config.seed)
+        random.seed(config.seed)
+        learner, write = _learner(model, config, device)
+        optimizers = [adamw_by_part(learner, config)]
+        checkpoints = Checkpoints(out / "checkpoints", learner, optimizers, every=save_every, keep=keep)
+        follower = None if wandb is None else _Follower(wandb, out, identity | asdict(config))
+        progress = checkpoints.restore()  # last, so that the random numbers are those of the checkpoint
+        if progress.step:
+            remark(f"going on after step {progress.step} of {steps}")
+        batches = Batches(
+            examples,
+            learner.processor,
+            config.batch_size,
+            config.seed,
+            epochs=None if on_error == "skip" else config.epochs,  # what is left out is made up for
+            workers=workers,
+            on_error=on_error,
+            skipped=out / "skipped.jsonl" if on_error == "skip" else None,
+            max_length=learner.config.text.max_position_embeddings,
+            truncate=truncate,
+            start=progress.data,
+        )
+        look = partial(_look, out, learner, held_out, config, progress, write, follower)
+        if held_out and progress.step == 0:
+            remark(f"before: {look(0)}")
+        train(
+            learner,
+            lambda one: answer_loss(learner, one.batch.to(device)),
+            batches,
+            optimizers,
+            steps=steps,
+            warmup=config.warmup_steps(steps),
+            schedule=config.schedule,
+            clip=config.clip,
+            accumulate=config.accumulate,
+            count=lambda one: answer_tokens(one.batch),
+            autocast=AUTOCAST[config.dtype],
+            log=out / "log.csv",
+            report_every=evaluate_every or steps,
+            report=look if held_out else None,
+            each=None if follower is None else follower.step,
+            progress=progress,
+            checkpoints=checkpoints,
+        )
+        if held_out and progress.notes[-1]["step"] != steps:
+            remark(f"after: {look(steps)}")
+        _say_and_draw(out, progress, batches)
+        if follower is not None:
+            follower.run.finish()
+        write_whole(final, write)
         return final
-    torch.manual_seed(config.seed)
-    random.seed(config.seed)
-    learner, write = _learner(model, config, device)
-    optimizers = [adamw_by_part(learner, config)]
-    checkpoints = Checkpoints(out / "checkpoints", learner, optimizers, every=save_every, keep=keep)
-    follower = None if wandb is None else _Follower(wandb, out, identity | asdict(config))
-    progress = checkpoints.restore()  # last, so that the random numbers are those of the checkpoint
-    if progress.step:
-        remark(f"going on after step {progress.step} of {steps}")
-    batches = Batches(
-        examples,
-        learner.processor,
-        config.batch_size,
-        config.seed,
-        epochs=None if on_error == "skip" else config.epochs,  # what is left out is made up for
-        workers=workers,
-        on_error=on_error,
-        skipped=out / "skipped.jsonl" if on_error == "skip" else None,
-        max_length=learner.config.text.max_position_embeddings,
-        truncate=truncate,
-        start=progress.data,
-    )
-    look = partial(_look, out, learner, held_out, config, progress, write, follower)
-    if held_out and progress.step == 0:
-        remark(f"before: {look(0)}")
-    train(
-        learner,
-        lambda one: answer_loss(learner, one.batch.to(device)),
-        batches,
-        optimizers,
-        steps=steps,
-        warmup=config.warmup_steps(steps),
-        schedule=config.schedule,
-        clip=config.clip,
-        accumulate=config.accumulate,
-        count=lambda one: answer_tokens(one.batch),
-        autocast=AUTOCAST[config.dtype],
-        log=out / "log.csv",
-        report_every=evaluate_every or steps,
-        report=look if held_out else None,
-        each=None if follower is None else follower.step,
-        progress=progress,
-        checkpoints=checkpoints,
-    )
-    if held_out and progress.notes[-1]["step"] != steps:
-        remark(f"after: {look(steps)}")
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep a second process out of the folder of a run, as long as this one lives; a kill ends it too."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock
+        yield
+        return
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise RuntimeError(f"another process is at work in {out}: wait for it, or give another folder") from error
+        except OSError:
+            remark(f"{out} is on a file system without locks: see to it that no second process works there")
+        yield
+
+
+def _say_and_draw(out: Path, progress: Progress, batches: Batches) -> None:
+    """What is left to tell of a run: rows that were left out or cut, and the picture of its losses."""
     for count, what in (
         (batches.num_skipped, f"left out and listed in {out / 'skipped.jsonl'}"),
         (batches.num_truncated, "cut"),
@@ -187,10 +221,6 @@ def finetune(
         draw_losses(progress, out / "losses.png")
     except ImportError:
         remark("no picture of the losses: install matplotlib (pip install 'sigma-book[book]')")
-    if follower is not None:
-        follower.run.finish()
-    write_whole(final, write)
-    return final
 
 
 def _examples(path: str | Path, source: dict) -> Examples:
@@ -232,16 +262,16 @@ def _file_mark(path: str | Path) -> str:
 
 
 def _model_mark(model: str | Path | None) -> str:
-    folder = POCKET if model is None else find_folder(model)
-    if (folder / CONFIG_FILE).is_file():
+    source = POCKET if model is None else find_folder(model)
+    if (source / CONFIG_FILE).is_file():
         raise ValueError(
-            f"{folder} is an adapter: give the model it was made for, or first merge the two (`merge_lora`) and save them"
+            f"{source} is an adapter: give the model it was made for, or first merge the two (`merge_lora`) and save them"
         )
-    weights = [folder] if folder.is_file() else [folder / "config.json", *sorted(folder.glob("model*.safetensors"))]
-    size = sum(path.stat().st_size for path in weights)
+    files = [source] if source.is_file() else [source / "config.json", *sorted(source.glob("model*.safetensors"))]
+    size = sum(path.stat().st_size for path in files)
     most = 1 << 24  # the first 16 MiB of each file: a large model is not read twice
-    marks = [file_checksum(path, most) for path in weights]
-    return f"{folder.resolve().name}, {size:,} bytes, CRC-32 {' '.join(f'{mark:08x}' for mark in marks)}"
+    marks = [file_checksum(path, most) for path in files]
+    return f"{source.resolve().name}, {size:,} bytes, CRC-32 {' '.join(f'{mark:08x}' for mark in marks)}"
 
 
 def _learner(
@@ -356,8 +386,12 @@ def estimate(
     """
     config, device = config or TrainingConfig(), pick_device(device)
     config = _settled(config, device)
-    folder = POCKET if model is None else find_folder(model)
-    sizes, processor = read_config(folder), Processor.from_folder(folder)
+    source = POCKET if model is None else find_folder(model)
+    if source.is_file():
+        sizes, folder = read_npz_config(source), source.parent
+        processor = Processor(Tokenizer.from_folder(folder), sizes.vision.image_size, sizes.vision.num_patches)
+    else:
+        sizes, processor = read_config(source), Processor.from_folder(source)
     examples = _examples(data, {"form": form, "root": root, "annotations": annotations})
     batches = Batches(
         examples,

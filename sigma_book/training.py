@@ -193,9 +193,17 @@ def _log(path: Path | None, rows: list[list[float]]) -> Iterator[Callable[[list]
     with fresh.open("w", newline="") as file:
         csv.writer(file).writerows([LOG_COLUMNS, *map(_as_text, rows)])
     os.replace(fresh, path)  # lines behind the checkpoint are gone, and none is there twice
-    with path.open("a", newline="", buffering=1) as file:
-        writer = csv.writer(file)
-        yield lambda row: writer.writerow(_as_text(row))
+    with path.open("ab", buffering=0) as file:
+
+        def write(row: list[float]) -> None:
+            try:
+                file.write((",".join(_as_text(row)) + "\r\n").encode())
+            except OSError as error:
+                raise RuntimeError(
+                    f"{path} cannot be written ({error.strerror}): make room, then give the same command again"
+                ) from error
+
+        yield write
 
 
 def _as_text(row: list[float]) -> list[str]:
@@ -988,7 +996,7 @@ def draw_losses(progress: Progress, path: Path) -> None:
     axis.annotate(f"training, mean of {run}", (len(losses), means[-1]), xytext=(4, 0), textcoords="offset points")
     if progress.notes:
         steps, held = [note["step"] for note in progress.notes], [note["loss"] for note in progress.notes]
-        axis.plot(steps, held, color="#d55e00", marker="o", ms=4)
+        axis.plot(steps, held, color="#d55e00", marker="o", ms=4, ls=":", lw=1)
         axis.annotate("held out", (steps[-1], held[-1]), xytext=(4, -10), textcoords="offset points", color="#d55e00")
     axis.set(xlabel="step", ylabel="loss, in nats", ylim=(0, None))
     axis.margins(x=0.12)
