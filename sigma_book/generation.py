@@ -302,8 +302,8 @@ def generate_tokens(
         if allow is not None:
             steered = logits.clone()
             for row in live:
-                may = allow(answers[row], limits[row] - step).to(logits.device)  # (V,)
-                steered[row] = logits[row].masked_fill(~may, -math.inf)
+                may = _ask(allow, answers[row], limits[row] - step)  # (V,)
+                steered[row] = logits[row].masked_fill(~may.to(logits.device), -math.inf)
         tokens = choose(steered, sampling, seen, generators)  # (B,)
         logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)  # (B,)
         chosen, measured = tokens.tolist(), logprobs.tolist()
@@ -338,6 +338,15 @@ def _read_prompts(
     features = model.encode_images(batch.pixel_values)  # (N, P, D)
     logits = model.prefill(batch.input_ids, features, batch.attention_mask, caches)  # (B, V)
     return logits, seen_tokens(batch.input_ids, batch.attention_mask, logits.shape[-1]), mask, caches
+
+
+def _ask(allow: Allow, answer: list[int], left: int) -> torch.Tensor:
+    may = allow(answer, left)
+    if not may.any():
+        raise ValueError(
+            f"allow forbids every token behind the {len(answer)} that were said: it must leave one or more"
+        )
+    return may
 
 
 def _finite(logits: torch.Tensor) -> torch.Tensor:
@@ -487,7 +496,7 @@ def search_beams(
         steered = logprobs if repetition_penalty == 1 else penalize_repetition(logprobs, seen, repetition_penalty)
         beams = [(search, beam) for search in live for beam in search.running]
         if allow is not None:
-            may = torch.stack([allow(beam.tokens, search.limit - step) for search, beam in beams])  # (N, V)
+            may = torch.stack([_ask(allow, beam.tokens, search.limit - step) for search, beam in beams])  # (N, V)
             steered = steered.masked_fill(~may.to(steered.device), -math.inf)
         totals = steered + steered.new_tensor([beam.total for _, beam in beams])[:, None]
         lines, start = [], 0
