@@ -621,8 +621,9 @@ def test_the_command_writes_segment_examples_through_the_encoder(official, tmp_p
     """With a file of random numbers in big_vision's names: what is written can be read back as boxes and codes."""
     vae = MaskVAE(down=(8, 12, 16, 24), up=(24, 20, 16, 12, 8), code_width=10)
     torch.manual_seed(0)
-    for parameter in vae.parameters():
-        parameter.data = torch.randn_like(parameter) / max(1, parameter[0].numel()) ** 0.5
+    for parameter in vae.encoder.parameters():  # without biases, so that it is the mask that decides
+        parameter.data = torch.randn_like(parameter) / parameter[0].numel() ** 0.5 * (parameter.dim() > 1)
+    vae._vq_vae._embedding.data = 0.2 * torch.randn_like(vae._vq_vae._embedding)
     np.savez(tmp_path / "masks.npz", **{name: value.numpy() for name, value in vae.state_dict().items()})
     monkeypatch.setenv(MASKS_VARIABLE, str(tmp_path / "masks.npz"))
     vae, seen = load_mask_vae(), set()
