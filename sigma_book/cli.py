@@ -212,10 +212,14 @@ def _data_arguments(command: argparse.ArgumentParser) -> None:
 def _data(options: argparse.Namespace) -> None:
     from sigma_book.assemble import POCKET
     from sigma_book.data import read_examples, survey, write_survey
+    from sigma_book.locate import load_mask_vae
     from sigma_book.processor import Processor
     from sigma_book.weights import find_folder, read_config
 
-    examples = read_examples(options.file, form=options.form, root=options.root, annotations=options.annotations)
+    sources = {"form": options.form, "root": options.root, "annotations": options.annotations}
+    if options.form == "coco-segment":
+        sources["encode_mask"] = load_mask_vae().codes_of
+    examples = read_examples(options.file, **sources)
     how = "found by looking" if options.form == "auto" else "as asked"
     print(f"{options.file}: form {examples.form}, {how}", file=sys.stderr)
     for remark in examples.remarks:

@@ -33,6 +33,7 @@ from sigma_book.data import (
     token_counts,
     write_survey,
 )
+from sigma_book.locate import MASKS_VARIABLE, MaskVAE, load_mask_vae, parse
 from sigma_book.processor import Processor
 from sigma_book.world import draw_scene, make_scene
 
@@ -614,6 +615,32 @@ def test_coco_masks_against_the_official_reader(official, official_api):
     assert ways == {"polygons", "str", "list"}
     with pytest.raises(ValueError, match=r"vae-oid\.npz"):
         read_examples(official["instances"], form="coco-segment")
+
+
+def test_the_command_writes_segment_examples_through_the_encoder(official, tmp_path, monkeypatch, capsys):
+    """With a file of random numbers in big_vision's names: what is written can be read back as boxes and codes."""
+    vae = MaskVAE(down=(8, 12, 16, 24), up=(24, 20, 16, 12, 8), code_width=10)
+    torch.manual_seed(0)
+    for parameter in vae.encoder.parameters():  # without biases, so that it is the mask that decides
+        parameter.data = torch.randn_like(parameter) / parameter[0].numel() ** 0.5 * (parameter.dim() > 1)
+    vae._vq_vae._embedding.data = 0.2 * torch.randn_like(vae._vq_vae._embedding)
+    np.savez(tmp_path / "masks.npz", **{name: value.numpy() for name, value in vae.state_dict().items()})
+    monkeypatch.setenv(MASKS_VARIABLE, str(tmp_path / "masks.npz"))
+    vae, seen = load_mask_vae(), set()
+    found = read_examples(official["instances"], form="coco-segment", encode_mask=vae.codes_of)
+    for example in found:
+        detections, remarks = parse(example.suffix, 112, 112)
+        assert remarks == [] and [one.label for one in detections] == example.facts["labels"]
+        for one, box, shape in zip(detections, example.facts["boxes"], example.facts["segmentations"], strict=True):
+            assert one.box == pytest.approx(box, abs=112 / 1023)
+            mask = torch.from_numpy(read_mask(shape, 112, 112).copy())
+            assert one.codes == vae.codes_of(mask, tuple(box))
+            seen.add(one.codes)
+    assert len(seen) > 3  # masks that differ get codes that differ
+    assert pickle.loads(pickle.dumps(found))[0].suffix == found[0].suffix  # workers get the encoder too
+    code = main(["data", str(official["instances"]), "--form", "coco-segment", "--out", str(tmp_path / "out")])
+    out, err = capsys.readouterr()
+    assert code == 0 and f"{len(found)} examples" in out and "broken: 0 rows" in out and "coco-segment, as asked" in err
 
 
 @settings(max_examples=80, deadline=None)
