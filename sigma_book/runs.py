@@ -28,6 +28,7 @@ from sigma_book.evaluation import (
     write_report,
 )
 from sigma_book.generation import whole_number
+from sigma_book.locate import load_mask_vae
 from sigma_book.lora import CONFIG_FILE, DECODER_LINEARS, LoraConfig, add_lora, find_linears, save_adapter
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 from sigma_book.processor import Processor, Tokenizer
@@ -225,6 +226,8 @@ def _say_and_draw(out: Path, progress: Progress, batches: Batches) -> None:
 
 def _examples(path: str | Path, source: dict) -> Examples:
     """Open a file of examples, and say what it was taken for."""
+    if source["form"] == "coco-segment":
+        source = source | {"encode_mask": load_mask_vae().codes_of}
     examples = read_examples(path, **source)
     for text in (f"{len(examples):,} examples of the form {examples.form}", *examples.remarks):
         remark(f"{path}: {text}")

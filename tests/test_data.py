@@ -641,6 +641,8 @@ def test_the_command_writes_segment_examples_through_the_encoder(official, tmp_p
     code = main(["data", str(official["instances"]), "--form", "coco-segment", "--out", str(tmp_path / "out")])
     out, err = capsys.readouterr()
     assert code == 0 and f"{len(found)} examples" in out and "broken: 0 rows" in out and "coco-segment, as asked" in err
+    taught = ["train", "--data", str(official["instances"]), "--form", "coco-segment", "--out", str(tmp_path / "run")]
+    assert main([*taught, "--max-steps", "1", "--batch-size", "1"]) == 0  # and training takes them
 
 
 @settings(max_examples=80, deadline=None)
