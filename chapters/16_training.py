@@ -669,8 +669,9 @@ class TrainingConfig:
         The run ends at whichever comes first; one epoch if neither is given.
     batch_size, accumulate : int
         Examples in a batch, and batches in a step.
-    learning_rate : float
-        The peak, for all parts that have none of their own.
+    learning_rate : float, optional
+        The peak, for all parts that have none of their own. By default 1e-5, the paper's for transfers at 224 pixels;
+        with lora and qlora 2e-4 (Dettmers et al. 2023, "QLoRA", appendix B).
     vision_rate, projector_rate, decoder_rate : float, optional
         The peak for one part.
     freeze : tuple of str
@@ -686,7 +687,9 @@ class TrainingConfig:
         What products are computed in: float32, bfloat16 or float16; the weights that learn are float32 in any case.
         auto is bfloat16 on cuda, else float32.
     recompute : bool
-        Keep no activations inside blocks, compute them again in the backward pass.
+        Keep no activations inside blocks, compute them again in the backward pass; qlora always does.
+    rank, alpha, dropout
+        Of the adapters that lora and qlora teach, as in `LoraConfig` of chapter 18.
     seed : int
         Of the order of the data, and of dropout.
 
@@ -701,7 +704,7 @@ class TrainingConfig:
     epochs: int | None = None
     batch_size: int = 8
     accumulate: int = 1
-    learning_rate: float = 1e-5
+    learning_rate: float | None = None
     vision_rate: float | None = None
     projector_rate: float | None = None
     decoder_rate: float | None = None
@@ -713,6 +716,9 @@ class TrainingConfig:
     optimizer: str = "adamw"
     dtype: str = "auto"
     recompute: bool = False
+    rank: int = 64
+    alpha: float = 16
+    dropout: float = 0.0
     seed: int = 0
 
     def __post_init__(self):
@@ -721,6 +727,8 @@ class TrainingConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected {', '.join(allowed)}")
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", 1e-5 if self.method == "full" else 2e-4)
         for name in ("max_steps", "epochs", "batch_size", "accumulate"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
@@ -742,6 +750,8 @@ class TrainingConfig:
                 )
         if unknown := sorted(set(self.freeze) - set(PARTS)):
             raise ValueError(f"freeze names {unknown[0]!r}: expected parts among {', '.join(PARTS)}")
+        if self.freeze and self.method != "full":
+            raise ValueError(f"freeze goes with method full: {self.method} teaches adapters of the decoder alone")
         if set(self.freeze) == set(PARTS):
             raise ValueError("freeze names all three parts: nothing would learn, leave one out")
 

@@ -82,7 +82,7 @@ def load(
         if given is not None and not isinstance(given, str | Path):
             raise ValueError(f"{what} is a path or a hub id, got {type(given).__name__}")
     folder = POCKET if path_or_hub_id is None else find_folder(path_or_hub_id)
-    if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+    if (folder / CONFIG_FILE).is_file() and not any(folder.glob("model*.safetensors")):
         if adapter is not None:
             raise ValueError(f"{folder} is an adapter itself: give its base as the model, and one adapter")
         folder, adapter = _base_folder(folder), folder

@@ -148,25 +148,22 @@ def find_linears(model: nn.Module, targets: str | tuple[str, ...]) -> dict[str, 
     ValueError
         If a target matches none, or is no regular expression.
     """
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if name != "lm_head" and isinstance(module, nn.Module) and hasattr(module, "in_features")
-    }
-    try:
-        tests = (
-            [re.compile(targets)]
-            if isinstance(targets, str)
-            else [re.compile(rf"(.*\.)?{re.escape(t)}") for t in targets]
-        )
-    except re.error as error:
-        raise ValueError(f"targets is {targets!r}: not a regular expression ({error})") from error
-    found = [{name for name in linears if test.fullmatch(_their_name(name))} for test in tests]
-    for target, names in zip([targets] if isinstance(targets, str) else targets, found):
-        if not names:
+    linears = {n: module for n, module in model.named_modules() if n != "lm_head" and hasattr(module, "in_features")}
+    if isinstance(targets, str):
+        targets, patterns = (targets,), [targets]
+    else:
+        patterns = [rf"(.*\.)?{re.escape(target)}" for target in targets]
+    chosen: set[str] = set()
+    for target, pattern in zip(targets, patterns):
+        try:
+            found = {name for name in linears if re.fullmatch(pattern, _their_name(name))}
+        except re.error as error:
+            raise ValueError(f"the target {target!r} is not a regular expression ({error})") from error
+        if not found:
             ends = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
             raise ValueError(f"the target {target!r} matches no linear map of this model: it has {ends or 'none'}")
-    return {name: module for name, module in linears.items() if any(name in names for names in found)}
+        chosen |= found
+    return {name: module for name, module in linears.items() if name in chosen}
 
 
 def _their_name(name: str) -> str:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from sigma_book.assemble import POCKET, generate, load
 from sigma_book.data import Batches, Example, Examples, read_examples
@@ -27,8 +28,11 @@ from sigma_book.evaluation import (
     write_report,
 )
 from sigma_book.generation import whole_number
-from sigma_book.paligemma import PaliGemma
+from sigma_book.locate import load_mask_vae
+from sigma_book.lora import CONFIG_FILE, DECODER_LINEARS, LoraConfig, add_lora, find_linears, save_adapter
+from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 from sigma_book.processor import Processor, Tokenizer
+from sigma_book.qlora import nf4_bytes
 from sigma_book.training import (
     AUTOCAST,
     Bill,
@@ -222,6 +226,8 @@ def _say_and_draw(out: Path, progress: Progress, batches: Batches) -> None:
 
 def _examples(path: str | Path, source: dict) -> Examples:
     """Open a file of examples, and say what it was taken for."""
+    if source["form"] == "coco-segment":
+        source = source | {"encode_mask": load_mask_vae().codes_of}
     examples = read_examples(path, **source)
     for text in (f"{len(examples):,} examples of the form {examples.form}", *examples.remarks):
         remark(f"{path}: {text}")
@@ -236,9 +242,11 @@ def _sample(examples: Examples, limit: int) -> list[Example]:
 
 def _settled(config: TrainingConfig, device: torch.device) -> TrainingConfig:
     """The configuration with nothing left to chance or to the machine."""
+    if config.method != "full":
+        LoraConfig(config.rank, config.alpha, config.dropout)  # what is wrong is said before anything is written
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     epochs = 1 if config.epochs is None and config.max_steps is None else config.epochs
-    return replace(config, dtype=dtype, epochs=epochs)
+    return replace(config, dtype=dtype, epochs=epochs, recompute=config.recompute or config.method == "qlora")
 
 
 def _steps(config: TrainingConfig, examples: int) -> int:
@@ -258,6 +266,10 @@ def _file_mark(path: str | Path) -> str:
 
 def _model_mark(model: str | Path | None) -> str:
     source = POCKET if model is None else find_folder(model)
+    if (source / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{source} is an adapter: give the model it was made for, or first merge the two (`merge_lora`) and save them"
+        )
     files = [source] if source.is_file() else [source / "config.json", *sorted(source.glob("model*.safetensors"))]
     size = sum(path.stat().st_size for path in files)
     most = 1 << 24  # the first 16 MiB of each file: a large model is not read twice
@@ -269,20 +281,36 @@ def _learner(
     model: str | Path | None, config: TrainingConfig, device: torch.device
 ) -> tuple[PaliGemma, Callable[[Path], None]]:
     """A model that is ready to learn by the method of a run, and what writes it into a folder that is there."""
-    if config.method != "full":
-        raise ValueError(f"method is {config.method!r}: this version trains with method full alone")
-    learner = load(model, device=device, dtype="float32")
-    for parameter in learner.parameters():
-        parameter.data = parameter.data.clone()  # not a window into the file
-    freeze_parts(learner, config.freeze)
+    if config.method == "full":
+        learner = load(model, device=device, dtype="float32")
+        for parameter in learner.parameters():
+            parameter.data = parameter.data.clone()  # not a window into the file
+        _prepare(config, learner)
+
+        def write(folder: Path) -> None:
+            save_model(learner, folder)
+            learner.processor.save(folder)
+
+    else:
+        quantize = "nf4" if config.method == "qlora" else None
+        learner = load(model, device=device, dtype=config.dtype, quantize=quantize)
+        _prepare(config, learner)
+        base = None if model is None else Path(model).resolve() if Path(model).exists() else model
+
+        def write(folder: Path) -> None:
+            save_adapter(learner, folder, base)
+
     if config.recompute:
         recompute_activations(blocks_of(learner))
-
-    def write(folder: Path) -> None:
-        save_model(learner, folder)
-        learner.processor.save(folder)
-
     return learner.train(), write
+
+
+def _prepare(config: TrainingConfig, model: PaliGemma) -> None:
+    """Make that learn what a method teaches, and nothing else."""
+    if config.method == "full":
+        freeze_parts(model, config.freeze)
+    else:
+        add_lora(model, LoraConfig(config.rank, config.alpha, config.dropout))
 
 
 class _Follower:
@@ -379,7 +407,9 @@ def estimate(
     )
     few = [one.batch for _, one in zip(range(32), batches, strict=False)]
     longest = max(few, key=lambda batch: batch.input_ids.numel())
-    bill = training_bill(sizes, config, longest, partial(_shape_learner, config), device)
+    bill = training_bill(sizes, config, longest, partial(_prepare_shapes, config), device)
+    if config.method == "qlora":
+        bill = _in_nf4(bill, sizes, getattr(torch, config.dtype).itemsize)
     if (free := free_bytes(device)) is not None and bill.bytes > free:
         return bill, None
     learner, _ = _learner(model, config, device)
@@ -400,9 +430,22 @@ def estimate(
     return bill, (progress.rows[2][-1] - progress.rows[0][-1]) / 2
 
 
-def _shape_learner(config: TrainingConfig, model: PaliGemma) -> None:
-    """Make a model of shapes alone learn as `_learner` would."""
-    freeze_parts(model, config.freeze)
+def _prepare_shapes(config: TrainingConfig, model: PaliGemma) -> None:
+    """The same for a model of shapes alone, which is float32 so far."""
+    if config.method != "full":
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.to(getattr(torch, config.dtype))))
+    _prepare(config, model)
+
+
+def _in_nf4(bill: Bill, sizes: PaliGemmaConfig, itemsize: int) -> Bill:
+    """The bill of a LoRA run with the decoder's linear maps in four bits; one at a time is unpacked to be used."""
+    with torch.device("meta"):
+        linears = find_linears(PaliGemma(sizes), DECODER_LINEARS).values()
+    counts = [linear.weight.numel() for linear in linears]
+    saved = sum(itemsize * count - nf4_bytes(count) for count in counts)
+    return replace(bill, weights=bill.weights - saved, activations=bill.activations + itemsize * max(counts))
 
 
 def evaluate(
