@@ -6,7 +6,7 @@ import random
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -129,7 +129,8 @@ def finetune(
     config = _settled(config, device)
     files = {"data": data, "annotations": annotations, "evaluate": evaluate}
     identity = {"model": _model_mark(model)} | {name: _file_mark(path) for name, path in files.items() if path}
-    claim_folder(out, identity | asdict(config))
+    with _alone(out) if (out / "run.json").exists() else nullcontext():  # it may be another's, who is at work
+        claim_folder(out, identity | asdict(config))
     with _alone(out):
         final, steps = out / "final", _steps(config, len(examples))
         if final.is_dir():

@@ -412,7 +412,6 @@ def test_an_epoch_is_all_examples_once(arguments, tmp_path):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (("--method", "lora"), "method is 'lora'"),
         (("--method", "magic"), "method is 'magic': expected full, lora, qlora"),
         (("--freeze", "vision", "projector", "decoder"), "nothing would learn"),
         (("--freeze", "eyes"), "freeze names 'eyes'"),
@@ -457,11 +456,15 @@ def test_two_processes_do_not_share_a_folder(arguments, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(arguments(out, steps=2)) == 0
     shutil.rmtree(out / "final")
+    shutil.rmtree(out / "checkpoints")  # as if the other had just begun
+    settings = (out / "run.json").read_text()
     program = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('in', flush=True); time.sleep(99)"
     other = subprocess.Popen([sys.executable, "-c", program, out / ".lock"], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "in\n"
-    assert main(arguments(out, steps=2)) == 2
-    assert "another process is at work in" in capsys.readouterr().err
+    for more in ((), ("--seed", 3)):
+        assert main(arguments(out, *more, steps=2)) == 2
+        assert "another process is at work in" in capsys.readouterr().err
+    assert (out / "run.json").read_text() == settings
     other.kill()
     other.communicate()
     assert main(arguments(out, steps=2)) == 0
