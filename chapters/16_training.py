@@ -227,8 +227,7 @@ assert (mean_of_all, mean_of_means) == (1.8, 3.0)
 
 # %% [markdown]
 # The mean of the two means is another number: in it, a token of the short batch weighs four times as much as one of the long
-# batch. The cure: each small batch weighs by
-# its tokens.
+# batch. The cure: each small batch weighs by its tokens.
 
 # %%
 by_tokens = (2 / 10) * (sum(short) / 2) + (8 / 10) * (sum(long) / 8)
