@@ -44,6 +44,7 @@ from sigma_book.style import ANSWER, GREY, PICTURE, PROMPT, check, save, use_sty
 from sigma_book.world import caption, draw_scene, make_scene
 
 use_style()
+torch.set_num_threads(1)  # such small products gain little from a second one, and lose much on a busy machine
 _ = torch.manual_seed(0)
 
 # %% [markdown]
