@@ -648,8 +648,9 @@ print(f"loss on four pictures, before and after eight steps: {losses[0]:.4f}, {l
 #
 # ## A look inside
 #
-# Are taught weights a bell at all? Then each of the sixteen codes would be used about equally often, save the outermost:
-# few weights are as large as the largest of their block. Here is how often the pocket model's decoder uses each, and how
+# Are taught weights a bell at all? Then the sixteen codes would be used more evenly than even steps. Not quite evenly: the
+# largest of 64 weights lies further out than the outermost quantile, so after the division the bell is a little narrower
+# than the levels suppose. Here is how often the pocket model's decoder uses each code, and how
 # often it would use sixteen even steps.
 
 # %%
