@@ -504,9 +504,8 @@ assert not list(layer.parameters())
 
 # %% [markdown]
 # Where `bitsandbytes` is installed, its program makes the weights from the codes. It gives the same numbers, many times
-# faster, and so there is no switch. We do not use its product: from weights to answer the time is the same, and for inputs
-# of 16 bits it rounds the scales first on some CPUs, so that an answer would depend on what is installed.
-
+# faster, and so there is no switch. We do not use its product, which for inputs of 16 bits rounds the scales first on some
+# CPUs: an answer would depend on what is installed.
 
 # %%
 def seconds(work: Callable) -> float:
