@@ -494,8 +494,8 @@ class AnswerGrammar:
         segs = [tokenizer.token_id(f"<seg{code:03d}>") for code in range(MASK_CODES)]
         marks = {*locs, *segs, *stop_ids, tokenizer.image_id}
         pieces = {token: tokenizer.decode([token]) for token in range(vocab_size) if token not in marks}
-        words = [token for token, piece in pieces.items() if piece.isprintable() and not set(piece) & set("<;\ufffd")]
-        words = [token for token in words if pieces[token]]
+        foreign = set("<;\ufffd\u2047")  # read as something else; half a character; how SentencePiece shows <unk>
+        words = [token for token, piece in pieces.items() if piece and piece.isprintable() and not foreign & set(piece)]
         self._spoken = {token for token in words if pieces[token].strip()}  # pieces that make a label alone
         between = tokenizer.encode("<loc0000> ; <loc0000>")[1:-1]
         start = next(place for place, token in enumerate(between) if ";" in pieces[token])
@@ -543,7 +543,7 @@ class AnswerGrammar:
 
 
 # %% [markdown]
-# Proof: a walk that takes any allowed token, at random, thousands of times. Whatever the length it is given, the answer
+# Proof: a walk that takes any allowed token, at random, hundreds of times. Whatever the length it is given, the answer
 # parses, and there is nothing to remark.
 
 # %%
@@ -913,8 +913,8 @@ plt.show()
 #
 # Sixteen numbers tell a shape well enough. But each tile was chosen alone, so edges do not quite meet. PaliGemma goes one
 # step further. A small network of convolutions looks at the whole mask and makes 16 vectors of it; the nearest codes are
-# sent; a second network paints the mask from the 16 codes at once. All three were learned together, on the outlines of a
-# large collection of photographs.
+# sent; a second network paints the mask from the 16 codes at once. Both networks and the codes were learned together, from
+# many masks.
 #
 # ## The real networks
 #
@@ -1129,9 +1129,15 @@ def draw_boxes(
     Raises
     ------
     ValueError
-        If a box is not four finite numbers, or masks and detections differ in number.
+        If a box is not four finite numbers, or masks do not belong to these detections and this picture.
     """
     picture = load_image(image).copy()
+    shapes = {tuple(mask.shape) for mask in masks or [] if mask is not None}
+    if masks is not None and (len(masks) != len(detections) or shapes - {(picture.height, picture.width)}):
+        raise ValueError(
+            f"{len(detections)} detections on {picture.height} x {picture.width} pixels (height x width), but "
+            f"{len(masks)} masks of the sizes {sorted(shapes)}: give one of the picture's size, or None, for each"
+        )
     line = max(1, round(min(picture.size) / 200))
     for number, (_, mask) in enumerate(zip(detections, masks or [None] * len(detections), strict=True)):
         if mask is not None:
@@ -1308,10 +1314,11 @@ plt.show()
 #
 # ## A look inside
 #
-# What the pocket model points at, in three scenes. A number over each picture says how well its boxes fit.
+# What the pocket model (or the one in `SIGMA_BOOK_MODEL`) points at, in three scenes. A number over each picture says how
+# well its boxes fit.
 
 # %%
-model = load()
+model = load(os.environ.get("SIGMA_BOOK_MODEL"))
 figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.8))
 for axis, (seed, kind) in zip(axes, ((155, "red star"), (155, "brown heart"), (5, "purple heart")), strict=True):
     scene = make_scene(seed)

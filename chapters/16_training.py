@@ -186,10 +186,11 @@ def learning_rate_factor(step: int, steps: int, warmup: int, hold: float = 0.0, 
 # %%
 figure, axis = plt.subplots(figsize=(5.6, 2.4))
 ways = {"linear": {}, "cosine": {"schedule": "cosine"}, "held for 40 %": {"hold": 0.4}}
-for (name, way), colour, at in zip(ways.items(), (PICTURE, ANSWER, PROMPT), (800, 300, 560)):
+for (name, way), colour, at in zip(ways.items(), (PICTURE, ANSWER, PROMPT), (300, 700, 560)):
     factors = [learning_rate_factor(step, 1000, 100, **way) for step in range(1001)]
     axis.plot(factors, color=colour)
-    axis.annotate(name, (at, factors[at]), xytext=(5, 4), textcoords="offset points", color=colour)
+    beside = (5, 4) if "held" in name else (-34, -14)
+    axis.annotate(name, (at, factors[at]), xytext=beside, textcoords="offset points", color=colour)
     assert factors[99] == 1.0 and factors[1000] == 0.0
 axis.set(xlabel="step", ylabel="share of the peak rate")
 save(figure, "16_rate")
@@ -226,7 +227,8 @@ assert (mean_of_all, mean_of_means) == (1.8, 3.0)
 
 # %% [markdown]
 # The mean of the two means is another number: in it, a token of the short batch weighs four times as much as one of the long
-# batch. Many training scripts had this mistake for years. The cure: each small batch weighs by its tokens.
+# batch. The cure: each small batch weighs by
+# its tokens.
 
 # %%
 by_tokens = (2 / 10) * (sum(short) / 2) + (8 / 10) * (sum(long) / 8)
@@ -419,9 +421,17 @@ def _log(path: Path | None, rows: list[list[float]]) -> Iterator[Callable[[list]
     with fresh.open("w", newline="") as file:
         csv.writer(file).writerows([LOG_COLUMNS, *map(_as_text, rows)])
     os.replace(fresh, path)  # lines behind the checkpoint are gone, and none is there twice
-    with path.open("a", newline="", buffering=1) as file:
-        writer = csv.writer(file)
-        yield lambda row: writer.writerow(_as_text(row))
+    with path.open("ab", buffering=0) as file:
+
+        def write(row: list[float]) -> None:
+            try:
+                file.write((",".join(_as_text(row)) + "\r\n").encode())
+            except OSError as error:
+                raise RuntimeError(
+                    f"{path} cannot be written ({error.strerror}): make room, then give the same command again"
+                ) from error
+
+        yield write
 
 
 def _as_text(row: list[float]) -> list[str]:
@@ -659,8 +669,9 @@ class TrainingConfig:
         The run ends at whichever comes first; one epoch if neither is given.
     batch_size, accumulate : int
         Examples in a batch, and batches in a step.
-    learning_rate : float
-        The peak, for all parts that have none of their own.
+    learning_rate : float, optional
+        The peak, for all parts that have none of their own. By default 1e-5, the paper's for transfers at 224 pixels;
+        with lora and qlora 2e-4 (Dettmers et al. 2023, "QLoRA", appendix B).
     vision_rate, projector_rate, decoder_rate : float, optional
         The peak for one part.
     freeze : tuple of str
@@ -676,7 +687,9 @@ class TrainingConfig:
         What products are computed in: float32, bfloat16 or float16; the weights that learn are float32 in any case.
         auto is bfloat16 on cuda, else float32.
     recompute : bool
-        Keep no activations inside blocks, compute them again in the backward pass.
+        Keep no activations inside blocks, compute them again in the backward pass; qlora always does.
+    rank, alpha, dropout
+        Of the adapters that lora and qlora teach, as in `LoraConfig` of chapter 18.
     seed : int
         Of the order of the data, and of dropout.
 
@@ -691,7 +704,7 @@ class TrainingConfig:
     epochs: int | None = None
     batch_size: int = 8
     accumulate: int = 1
-    learning_rate: float = 1e-5
+    learning_rate: float | None = None
     vision_rate: float | None = None
     projector_rate: float | None = None
     decoder_rate: float | None = None
@@ -703,6 +716,9 @@ class TrainingConfig:
     optimizer: str = "adamw"
     dtype: str = "auto"
     recompute: bool = False
+    rank: int = 64
+    alpha: float = 16
+    dropout: float = 0.0
     seed: int = 0
 
     def __post_init__(self):
@@ -711,6 +727,8 @@ class TrainingConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected {', '.join(allowed)}")
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", 1e-5 if self.method == "full" else 2e-4)
         for name in ("max_steps", "epochs", "batch_size", "accumulate"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
@@ -732,6 +750,8 @@ class TrainingConfig:
                 )
         if unknown := sorted(set(self.freeze) - set(PARTS)):
             raise ValueError(f"freeze names {unknown[0]!r}: expected parts among {', '.join(PARTS)}")
+        if self.freeze and self.method != "full":
+            raise ValueError(f"freeze goes with method full: {self.method} teaches adapters of the decoder alone")
         if set(self.freeze) == set(PARTS):
             raise ValueError("freeze names all three parts: nothing would learn, leave one out")
 
@@ -1207,18 +1227,20 @@ assert as_bfloat16 == 1.0  # nothing happened
 # %% [markdown]
 # So weights are kept in 32 bits, and copies in 16 bits are multiplied. PyTorch calls that `autocast`.
 #
-# With float16 the range is a second trap: what is smaller than $2^{-24}$ becomes zero, and many gradients are. Here are those of
+# With float16 the range is a second trap: what is smaller than $2^{-25}$ is rounded to zero, and many gradients are. Here are those of
 # the pocket model for four captions.
 
 # %%
 batch = collate(pocket.processor, captions(range(4)))
 pocket.requires_grad_(True).zero_grad()
 answer_loss(pocket, batch).backward()
+of_words = pocket.language_model.embed_tokens.weight.grad.abs()
 sizes = gradient_of(pocket).abs()
-sizes = sizes[sizes > 0]
+sizes, of_words = sizes[sizes > 0], of_words[of_words > 0]
 lost = (sizes.half() == 0).float().mean().item()
 lost_when_scaled = ((sizes * 2.0**16).half() == 0).float().mean().item()
-assert lost > 20 * lost_when_scaled
+share_of_words = ((of_words.half() == 0).sum() / (sizes.half() == 0).sum()).item()
+assert lost > 20 * lost_when_scaled and share_of_words > 0.9
 
 figure, axis = plt.subplots(figsize=(6.2, 2.4))
 axis.hist(sizes.log2().tolist(), bins=60, range=(-45, 5), color=PICTURE)
@@ -1228,21 +1250,23 @@ for edge, name in ((-25, "float16"), (-41, "float16, loss times 65,536")):
 axis.set(xlabel="size of a gradient, power of two", yticks=[])
 save(figure, "16_small")
 print(f"lost in float16: {lost:.1%}; with the loss times 65,536: {lost_when_scaled:.2%}")
+print(f"{share_of_words:.0%} of the lost ones belong to rows of the embedding")
 
 # %% [markdown]
-# *Figure: a hill of gradients by size. A line at $2^{-25}$ marks where float16 rounds to zero, and cuts off the hill's left
-# side; a second line, sixteen powers further left, cuts off next to nothing.*
+# *Figure: gradients by size, in two hills. A line at $2^{-25}$, where float16 rounds to zero, has the whole smaller hill on its
+# left. A second line, sixteen powers further left, has next to nothing.*
+#
+# The smaller hill is nearly all embedding: rows of words that nobody would expect in these answers. In another model, or late in
+# a run, the large hill moves left too.
 #
 # The cure is a multiplication. Multiply the loss by 65,536, and all gradients are multiplied by it; divide them, in 32
 # bits, before the step. If one overflows, the step is left out and the factor halved; after 2,000 good steps it is doubled.
 # That is the `scaler` of the loop. For bfloat16 it does nothing: the range is that of 32 bits.
 
 # %%
-small = torch.tensor(3e-8)
-plain = small.half().float()
-scaled = (small * 65536).half().float() / 65536
-assert plain == 5.960464477539063e-08 or plain == 0.0  # next to nothing of it is right
-assert abs(scaled / small - 1) < 1e-3
+small = torch.tensor(2e-8)
+assert small.half() == 0.0
+assert abs((small * 65536).half().float() / 65536 / small - 1) < 1e-3
 
 
 # %%
@@ -1277,8 +1301,8 @@ for dtype, (start, end, seen) in runs.items():
 # ## Remember less, compute again
 #
 # The backward pass needs what the forward pass computed: the *activations*. They are kept for all blocks at once. One can
-# keep only what goes into each block, and compute the inside again when its turn comes. It costs one more forward pass,
-# about a third more work. (It is called activation checkpointing, and has nothing to do with the checkpoints above.)
+# keep only what goes into each block, and compute the inside again when its turn comes. It costs one more forward pass.
+# (It is called activation checkpointing, and has nothing to do with the checkpoints above.)
 
 
 # %%
@@ -1474,6 +1498,9 @@ bills = {
     "recomputed": training_bill(pocket.config, replace(config, recompute=True), batch, lambda model: None),
 }
 assert abs(bills["all kept"].activations / kept["all kept"] - 1) < 0.02
+more = bills["recomputed"].operations / bills["all kept"].operations
+assert 1.2 < more < 1.34  # a backward pass is two forward passes: at most a third more
+print(f"operations: {more:.2f} times as many")
 {name: f"{size / 1e6:.1f} MB" for name, size in kept.items()}
 
 # %%
@@ -1485,7 +1512,8 @@ for place, bill in enumerate(bills.values()):
         size = getattr(bill, part) / 1e6
         axis.barh(place, size, left=left, color=colour)
         if size > 9:
-            axis.text(left + size / 2, place, f"{part}\n{size:.0f} MB", ha="center", va="center", fontsize=7)
+            ink = "white" if part in ("weights", "optimizer") else "black"
+            axis.text(left + size / 2, place, f"{part}\n{size:.0f} MB", ha="center", va="center", fontsize=7, color=ink)
         left += size
 axis.set_yticks(range(2), list(bills))
 axis.invert_yaxis()
@@ -1676,7 +1704,7 @@ def draw_losses(progress: Progress, path: Path) -> None:
     axis.annotate(f"training, mean of {run}", (len(losses), means[-1]), xytext=(4, 0), textcoords="offset points")
     if progress.notes:
         steps, held = [note["step"] for note in progress.notes], [note["loss"] for note in progress.notes]
-        axis.plot(steps, held, color="#d55e00", marker="o", ms=4)
+        axis.plot(steps, held, color="#d55e00", marker="o", ms=4, ls=":", lw=1)
         axis.annotate("held out", (steps[-1], held[-1]), xytext=(4, -10), textcoords="offset points", color="#d55e00")
     axis.set(xlabel="step", ylabel="loss, in nats", ylim=(0, None))
     axis.margins(x=0.12)
@@ -1685,7 +1713,7 @@ def draw_losses(progress: Progress, path: Path) -> None:
 
 
 # %% [markdown]
-# `sigma_book.runs.finetune` puts these together in forty lines, and the command `sigma-book train` hands its arguments
+# `sigma_book.finetune` puts these together, and the command `sigma-book train` hands its arguments
 # over:
 #
 #     sigma-book train --data train.jsonl --evaluate test.jsonl --out runs/first --dry-run

@@ -212,10 +212,14 @@ def _data_arguments(command: argparse.ArgumentParser) -> None:
 def _data(options: argparse.Namespace) -> None:
     from sigma_book.assemble import POCKET
     from sigma_book.data import read_examples, survey, write_survey
+    from sigma_book.locate import load_mask_vae
     from sigma_book.processor import Processor
     from sigma_book.weights import find_folder, read_config
 
-    examples = read_examples(options.file, form=options.form, root=options.root, annotations=options.annotations)
+    sources = {"form": options.form, "root": options.root, "annotations": options.annotations}
+    if options.form == "coco-segment":
+        sources["encode_mask"] = load_mask_vae().codes_of
+    examples = read_examples(options.file, **sources)
     how = "found by looking" if options.form == "auto" else "as asked"
     print(f"{options.file}: form {examples.form}, {how}", file=sys.stderr)
     for remark in examples.remarks:
@@ -236,7 +240,7 @@ TRAINING_OPTIONS = (
     ("--epochs", "epochs", int, "show every example N times (default: once, if --max-steps says nothing)"),
     ("--batch-size", "batch_size", int, "examples in a batch (default: 8)"),
     ("--accumulate", "accumulate", int, "batches in a step (default: 1)"),
-    ("--learning-rate", "learning_rate", float, "the highest (default: 1e-5)"),
+    ("--learning-rate", "learning_rate", float, "the highest (default: 1e-5, with lora and qlora 2e-4)"),
     ("--vision-rate", "vision_rate", float, "the same for the vision tower alone"),
     ("--projector-rate", "projector_rate", float, "the same for the projector alone"),
     ("--decoder-rate", "decoder_rate", float, "the same for the decoder alone"),
@@ -247,6 +251,9 @@ TRAINING_OPTIONS = (
     ("--optimizer", "optimizer", str, "adamw or adamw8bit (default: adamw)"),
     ("--dtype", "dtype", str, "of products: float32, bfloat16, float16 (default: auto, bfloat16 on cuda)"),
     ("--recompute", "recompute", None, "keep no activations inside blocks: less memory, more time"),
+    ("--rank", "rank", int, "width of the adapters of lora and qlora (default: 64)"),
+    ("--alpha", "alpha", float, "their scale times their rank (default: 16)"),
+    ("--dropout", "dropout", float, "in the adapters (default: 0)"),
     ("--seed", "seed", int, "of the order of the data and of dropout (default: 0)"),
 )
 

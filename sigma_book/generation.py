@@ -302,8 +302,8 @@ def generate_tokens(
         if allow is not None:
             steered = logits.clone()
             for row in live:
-                may = allow(answers[row], limits[row] - step).to(logits.device)  # (V,)
-                steered[row] = logits[row].masked_fill(~may, -math.inf)
+                may = _ask(allow, answers[row], limits[row] - step)  # (V,)
+                steered[row] = logits[row].masked_fill(~may.to(logits.device), -math.inf)
         tokens = choose(steered, sampling, seen, generators)  # (B,)
         logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)  # (B,)
         chosen, measured = tokens.tolist(), logprobs.tolist()
@@ -338,6 +338,15 @@ def _read_prompts(
     features = model.encode_images(batch.pixel_values)  # (N, P, D)
     logits = model.prefill(batch.input_ids, features, batch.attention_mask, caches)  # (B, V)
     return logits, seen_tokens(batch.input_ids, batch.attention_mask, logits.shape[-1]), mask, caches
+
+
+def _ask(allow: Allow, answer: list[int], left: int) -> torch.Tensor:
+    may = allow(answer, left)
+    if not may.any():
+        raise ValueError(
+            f"allow forbids every token behind the {len(answer)} that were said: it must leave one or more"
+        )
+    return may
 
 
 def _finite(logits: torch.Tensor) -> torch.Tensor:
@@ -414,13 +423,14 @@ class RowSearch:
             For each beam that runs now, which of those before it goes on with; empty when the search is over.
         """
         best = totals.flatten().topk(min(count, totals.numel()))
+        summands = logprobs.flatten()[best.indices].tolist()
         parents, grown = [], []
         for rank, (total, place) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
             parent, token = divmod(place, totals.shape[-1])
             if total == -math.inf or len(grown) == self.width:
                 break
             tokens = [*self.running[parent].tokens, token]
-            measured = [*self.running[parent].logprobs, logprobs[parent, token].item()]
+            measured = [*self.running[parent].logprobs, summands[rank]]
             beam = Beam(tokens, measured, total, total / len(tokens) ** self.length_penalty)
             if len(tokens) < self.limit and not self.is_end(tokens):
                 parents.append(parent)
@@ -486,7 +496,7 @@ def search_beams(
         steered = logprobs if repetition_penalty == 1 else penalize_repetition(logprobs, seen, repetition_penalty)
         beams = [(search, beam) for search in live for beam in search.running]
         if allow is not None:
-            may = torch.stack([allow(beam.tokens, search.limit - step) for search, beam in beams])  # (N, V)
+            may = torch.stack([_ask(allow, beam.tokens, search.limit - step) for search, beam in beams])  # (N, V)
             steered = steered.masked_fill(~may.to(steered.device), -math.inf)
         totals = steered + steered.new_tensor([beam.total for _, beam in beams])[:, None]
         lines, start = [], 0
@@ -512,8 +522,8 @@ def check_beams(num_beams: int, length_penalty: float, sampling: Sampling) -> No
     """Raise a ValueError if this cannot be searched: a width below 1, a penalty that is no number, drawn tokens."""
     whole_number("num_beams", num_beams, least=1)
     number = isinstance(length_penalty, numbers.Real) and not isinstance(length_penalty, bool)
-    if not number or not math.isfinite(length_penalty):
-        raise ValueError(f"length_penalty is {length_penalty!r}: expected a finite number")
+    if not number or not -50 <= length_penalty <= 50:  # a power of thousands must stay a number
+        raise ValueError(f"length_penalty is {length_penalty!r}: expected a number from -50 to 50")
     if num_beams > 1 and not sampling.greedy:
         raise ValueError(
             f"num_beams is {num_beams} and temperature {sampling.temperature}: beams look for the best answer and "

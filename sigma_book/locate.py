@@ -276,8 +276,8 @@ class AnswerGrammar:
         segs = [tokenizer.token_id(f"<seg{code:03d}>") for code in range(MASK_CODES)]
         marks = {*locs, *segs, *stop_ids, tokenizer.image_id}
         pieces = {token: tokenizer.decode([token]) for token in range(vocab_size) if token not in marks}
-        words = [token for token, piece in pieces.items() if piece.isprintable() and not set(piece) & set("<;\ufffd")]
-        words = [token for token in words if pieces[token]]
+        foreign = set("<;\ufffd\u2047")  # read as something else; half a character; how SentencePiece shows <unk>
+        words = [token for token, piece in pieces.items() if piece and piece.isprintable() and not foreign & set(piece)]
         self._spoken = {token for token in words if pieces[token].strip()}  # pieces that make a label alone
         between = tokenizer.encode("<loc0000> ; <loc0000>")[1:-1]
         start = next(place for place, token in enumerate(between) if ";" in pieces[token])
@@ -590,9 +590,15 @@ def draw_boxes(
     Raises
     ------
     ValueError
-        If a box is not four finite numbers, or masks and detections differ in number.
+        If a box is not four finite numbers, or masks do not belong to these detections and this picture.
     """
     picture = load_image(image).copy()
+    shapes = {tuple(mask.shape) for mask in masks or [] if mask is not None}
+    if masks is not None and (len(masks) != len(detections) or shapes - {(picture.height, picture.width)}):
+        raise ValueError(
+            f"{len(detections)} detections on {picture.height} x {picture.width} pixels (height x width), but "
+            f"{len(masks)} masks of the sizes {sorted(shapes)}: give one of the picture's size, or None, for each"
+        )
     line = max(1, round(min(picture.size) / 200))
     for number, (_, mask) in enumerate(zip(detections, masks or [None] * len(detections), strict=True)):
         if mask is not None:

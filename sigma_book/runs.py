@@ -3,13 +3,16 @@
 import json
 import os
 import random
+import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from sigma_book.assemble import POCKET, generate, load
 from sigma_book.data import Batches, Example, Examples, read_examples
@@ -25,8 +28,11 @@ from sigma_book.evaluation import (
     write_report,
 )
 from sigma_book.generation import whole_number
-from sigma_book.paligemma import PaliGemma
-from sigma_book.processor import Processor
+from sigma_book.locate import load_mask_vae
+from sigma_book.lora import CONFIG_FILE, DECODER_LINEARS, LoraConfig, add_lora, find_linears, save_adapter
+from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
+from sigma_book.processor import Processor, Tokenizer
+from sigma_book.qlora import nf4_bytes
 from sigma_book.training import (
     AUTOCAST,
     Bill,
@@ -49,7 +55,7 @@ from sigma_book.training import (
     training_bill,
     write_whole,
 )
-from sigma_book.weights import find_folder, pick_device, read_config, save_model
+from sigma_book.weights import find_folder, pick_device, read_config, read_npz_config, save_model
 
 __all__ = ["estimate", "evaluate", "finetune"]
 
@@ -124,56 +130,88 @@ def finetune(
     files = {"data": data, "annotations": annotations, "evaluate": evaluate}
     identity = {"model": _model_mark(model)} | {name: _file_mark(path) for name, path in files.items() if path}
     claim_folder(out, identity | asdict(config))
-    final, steps = out / "final", _steps(config, len(examples))
-    if final.is_dir():
-        remark(f"{out} is finished: the model of its last step stands in {final}; give another folder for a new run")
+    with _alone(out):
+        final, steps = out / "final", _steps(config, len(examples))
+        if final.is_dir():
+            remark(
+                f"{out} is finished: the model of its last step stands in {final}; give another folder for a new run"
+            )
+            return final
+        for rest in (*out.glob(".best-*"), *out.glob(".final-*")):
+            shutil.rmtree(rest)  # of a write that was killed
+        torch.manual_seed(config.seed)
+        random.seed(config.seed)
+        learner, write = _learner(model, config, device)
+        optimizers = [adamw_by_part(learner, config)]
+        checkpoints = Checkpoints(out / "checkpoints", learner, optimizers, every=save_every, keep=keep)
+        follower = None if wandb is None else _Follower(wandb, out, identity | asdict(config))
+        progress = checkpoints.restore()  # last, so that the random numbers are those of the checkpoint
+        if progress.step:
+            remark(f"going on after step {progress.step} of {steps}")
+        batches = Batches(
+            examples,
+            learner.processor,
+            config.batch_size,
+            config.seed,
+            epochs=None if on_error == "skip" else config.epochs,  # what is left out is made up for
+            workers=workers,
+            on_error=on_error,
+            skipped=out / "skipped.jsonl" if on_error == "skip" else None,
+            max_length=learner.config.text.max_position_embeddings,
+            truncate=truncate,
+            start=progress.data,
+        )
+        look = partial(_look, out, learner, held_out, config, progress, write, follower)
+        if held_out and progress.step == 0:
+            remark(f"before: {look(0)}")
+        train(
+            learner,
+            lambda one: answer_loss(learner, one.batch.to(device)),
+            batches,
+            optimizers,
+            steps=steps,
+            warmup=config.warmup_steps(steps),
+            schedule=config.schedule,
+            clip=config.clip,
+            accumulate=config.accumulate,
+            count=lambda one: answer_tokens(one.batch),
+            autocast=AUTOCAST[config.dtype],
+            log=out / "log.csv",
+            report_every=evaluate_every or steps,
+            report=look if held_out else None,
+            each=None if follower is None else follower.step,
+            progress=progress,
+            checkpoints=checkpoints,
+        )
+        if held_out and progress.notes[-1]["step"] != steps:
+            remark(f"after: {look(steps)}")
+        _say_and_draw(out, progress, batches)
+        if follower is not None:
+            follower.run.finish()
+        write_whole(final, write)
         return final
-    torch.manual_seed(config.seed)
-    random.seed(config.seed)
-    learner, write = _learner(model, config, device)
-    optimizers = [adamw_by_part(learner, config)]
-    checkpoints = Checkpoints(out / "checkpoints", learner, optimizers, every=save_every, keep=keep)
-    follower = None if wandb is None else _Follower(wandb, out, identity | asdict(config))
-    progress = checkpoints.restore()  # last, so that the random numbers are those of the checkpoint
-    if progress.step:
-        remark(f"going on after step {progress.step} of {steps}")
-    batches = Batches(
-        examples,
-        learner.processor,
-        config.batch_size,
-        config.seed,
-        epochs=None if on_error == "skip" else config.epochs,  # what is left out is made up for
-        workers=workers,
-        on_error=on_error,
-        skipped=out / "skipped.jsonl" if on_error == "skip" else None,
-        max_length=learner.config.text.max_position_embeddings,
-        truncate=truncate,
-        start=progress.data,
-    )
-    look = partial(_look, out, learner, held_out, config, progress, write, follower)
-    if held_out and progress.step == 0:
-        remark(f"before: {look(0)}")
-    train(
-        learner,
-        lambda one: answer_loss(learner, one.batch.to(device)),
-        batches,
-        optimizers,
-        steps=steps,
-        warmup=config.warmup_steps(steps),
-        schedule=config.schedule,
-        clip=config.clip,
-        accumulate=config.accumulate,
-        count=lambda one: answer_tokens(one.batch),
-        autocast=AUTOCAST[config.dtype],
-        log=out / "log.csv",
-        report_every=evaluate_every or steps,
-        report=look if held_out else None,
-        each=None if follower is None else follower.step,
-        progress=progress,
-        checkpoints=checkpoints,
-    )
-    if held_out and progress.notes[-1]["step"] != steps:
-        remark(f"after: {look(steps)}")
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep a second process out of the folder of a run, as long as this one lives; a kill ends it too."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock
+        yield
+        return
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise RuntimeError(f"another process is at work in {out}: wait for it, or give another folder") from error
+        except OSError:
+            remark(f"{out} is on a file system without locks: see to it that no second process works there")
+        yield
+
+
+def _say_and_draw(out: Path, progress: Progress, batches: Batches) -> None:
+    """What is left to tell of a run: rows that were left out or cut, and the picture of its losses."""
     for count, what in (
         (batches.num_skipped, f"left out and listed in {out / 'skipped.jsonl'}"),
         (batches.num_truncated, "cut"),
@@ -184,14 +222,12 @@ def finetune(
         draw_losses(progress, out / "losses.png")
     except ImportError:
         remark("no picture of the losses: install matplotlib (pip install 'sigma-book[book]')")
-    if follower is not None:
-        follower.run.finish()
-    write_whole(final, write)
-    return final
 
 
 def _examples(path: str | Path, source: dict) -> Examples:
     """Open a file of examples, and say what it was taken for."""
+    if source["form"] == "coco-segment":
+        source = source | {"encode_mask": load_mask_vae().codes_of}
     examples = read_examples(path, **source)
     for text in (f"{len(examples):,} examples of the form {examples.form}", *examples.remarks):
         remark(f"{path}: {text}")
@@ -206,9 +242,11 @@ def _sample(examples: Examples, limit: int) -> list[Example]:
 
 def _settled(config: TrainingConfig, device: torch.device) -> TrainingConfig:
     """The configuration with nothing left to chance or to the machine."""
+    if config.method != "full":
+        LoraConfig(config.rank, config.alpha, config.dropout)  # what is wrong is said before anything is written
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     epochs = 1 if config.epochs is None and config.max_steps is None else config.epochs
-    return replace(config, dtype=dtype, epochs=epochs)
+    return replace(config, dtype=dtype, epochs=epochs, recompute=config.recompute or config.method == "qlora")
 
 
 def _steps(config: TrainingConfig, examples: int) -> int:
@@ -227,32 +265,52 @@ def _file_mark(path: str | Path) -> str:
 
 
 def _model_mark(model: str | Path | None) -> str:
-    folder = POCKET if model is None else find_folder(model)
-    weights = sorted(folder.glob("model*.safetensors"))
-    size = sum(path.stat().st_size for path in weights)
+    source = POCKET if model is None else find_folder(model)
+    if (source / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{source} is an adapter: give the model it was made for, or first merge the two (`merge_lora`) and save them"
+        )
+    files = [source] if source.is_file() else [source / "config.json", *sorted(source.glob("model*.safetensors"))]
+    size = sum(path.stat().st_size for path in files)
     most = 1 << 24  # the first 16 MiB of each file: a large model is not read twice
-    marks = [file_checksum(path, most) for path in (folder / "config.json", *weights)]
-    return f"{folder.resolve().name}, {size:,} bytes, CRC-32 {' '.join(f'{mark:08x}' for mark in marks)}"
+    marks = [file_checksum(path, most) for path in files]
+    return f"{source.resolve().name}, {size:,} bytes, CRC-32 {' '.join(f'{mark:08x}' for mark in marks)}"
 
 
 def _learner(
     model: str | Path | None, config: TrainingConfig, device: torch.device
 ) -> tuple[PaliGemma, Callable[[Path], None]]:
     """A model that is ready to learn by the method of a run, and what writes it into a folder that is there."""
-    if config.method != "full":
-        raise ValueError(f"method is {config.method!r}: this version trains with method full alone")
-    learner = load(model, device=device, dtype="float32")
-    for parameter in learner.parameters():
-        parameter.data = parameter.data.clone()  # not a window into the file
-    freeze_parts(learner, config.freeze)
+    if config.method == "full":
+        learner = load(model, device=device, dtype="float32")
+        for parameter in learner.parameters():
+            parameter.data = parameter.data.clone()  # not a window into the file
+        _prepare(config, learner)
+
+        def write(folder: Path) -> None:
+            save_model(learner, folder)
+            learner.processor.save(folder)
+
+    else:
+        quantize = "nf4" if config.method == "qlora" else None
+        learner = load(model, device=device, dtype=config.dtype, quantize=quantize)
+        _prepare(config, learner)
+        base = None if model is None else Path(model).resolve() if Path(model).exists() else model
+
+        def write(folder: Path) -> None:
+            save_adapter(learner, folder, base)
+
     if config.recompute:
         recompute_activations(blocks_of(learner))
-
-    def write(folder: Path) -> None:
-        save_model(learner, folder)
-        learner.processor.save(folder)
-
     return learner.train(), write
+
+
+def _prepare(config: TrainingConfig, model: PaliGemma) -> None:
+    """Make that learn what a method teaches, and nothing else."""
+    if config.method == "full":
+        freeze_parts(model, config.freeze)
+    else:
+        add_lora(model, LoraConfig(config.rank, config.alpha, config.dropout))
 
 
 class _Follower:
@@ -331,8 +389,12 @@ def estimate(
     """
     config, device = config or TrainingConfig(), pick_device(device)
     config = _settled(config, device)
-    folder = POCKET if model is None else find_folder(model)
-    sizes, processor = read_config(folder), Processor.from_folder(folder)
+    source = POCKET if model is None else find_folder(model)
+    if source.is_file():
+        sizes, folder = read_npz_config(source), source.parent
+        processor = Processor(Tokenizer.from_folder(folder), sizes.vision.image_size, sizes.vision.num_patches)
+    else:
+        sizes, processor = read_config(source), Processor.from_folder(source)
     examples = _examples(data, {"form": form, "root": root, "annotations": annotations})
     batches = Batches(
         examples,
@@ -345,7 +407,9 @@ def estimate(
     )
     few = [one.batch for _, one in zip(range(32), batches, strict=False)]
     longest = max(few, key=lambda batch: batch.input_ids.numel())
-    bill = training_bill(sizes, config, longest, partial(_shape_learner, config), device)
+    bill = training_bill(sizes, config, longest, partial(_prepare_shapes, config), device)
+    if config.method == "qlora":
+        bill = _in_nf4(bill, sizes, getattr(torch, config.dtype).itemsize)
     if (free := free_bytes(device)) is not None and bill.bytes > free:
         return bill, None
     learner, _ = _learner(model, config, device)
@@ -366,9 +430,22 @@ def estimate(
     return bill, (progress.rows[2][-1] - progress.rows[0][-1]) / 2
 
 
-def _shape_learner(config: TrainingConfig, model: PaliGemma) -> None:
-    """Make a model of shapes alone learn as `_learner` would."""
-    freeze_parts(model, config.freeze)
+def _prepare_shapes(config: TrainingConfig, model: PaliGemma) -> None:
+    """The same for a model of shapes alone, which is float32 so far."""
+    if config.method != "full":
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.to(getattr(torch, config.dtype))))
+    _prepare(config, model)
+
+
+def _in_nf4(bill: Bill, sizes: PaliGemmaConfig, itemsize: int) -> Bill:
+    """The bill of a LoRA run with the decoder's linear maps in four bits; one at a time is unpacked to be used."""
+    with torch.device("meta"):
+        linears = find_linears(PaliGemma(sizes), DECODER_LINEARS).values()
+    counts = [linear.weight.numel() for linear in linears]
+    saved = sum(itemsize * count - nf4_bytes(count) for count in counts)
+    return replace(bill, weights=bill.weights - saved, activations=bill.activations + itemsize * max(counts))
 
 
 def evaluate(

@@ -193,9 +193,17 @@ def _log(path: Path | None, rows: list[list[float]]) -> Iterator[Callable[[list]
     with fresh.open("w", newline="") as file:
         csv.writer(file).writerows([LOG_COLUMNS, *map(_as_text, rows)])
     os.replace(fresh, path)  # lines behind the checkpoint are gone, and none is there twice
-    with path.open("a", newline="", buffering=1) as file:
-        writer = csv.writer(file)
-        yield lambda row: writer.writerow(_as_text(row))
+    with path.open("ab", buffering=0) as file:
+
+        def write(row: list[float]) -> None:
+            try:
+                file.write((",".join(_as_text(row)) + "\r\n").encode())
+            except OSError as error:
+                raise RuntimeError(
+                    f"{path} cannot be written ({error.strerror}): make room, then give the same command again"
+                ) from error
+
+        yield write
 
 
 def _as_text(row: list[float]) -> list[str]:
@@ -399,8 +407,9 @@ class TrainingConfig:
         The run ends at whichever comes first; one epoch if neither is given.
     batch_size, accumulate : int
         Examples in a batch, and batches in a step.
-    learning_rate : float
-        The peak, for all parts that have none of their own.
+    learning_rate : float, optional
+        The peak, for all parts that have none of their own. By default 1e-5, the paper's for transfers at 224 pixels;
+        with lora and qlora 2e-4 (Dettmers et al. 2023, "QLoRA", appendix B).
     vision_rate, projector_rate, decoder_rate : float, optional
         The peak for one part.
     freeze : tuple of str
@@ -416,7 +425,9 @@ class TrainingConfig:
         What products are computed in: float32, bfloat16 or float16; the weights that learn are float32 in any case.
         auto is bfloat16 on cuda, else float32.
     recompute : bool
-        Keep no activations inside blocks, compute them again in the backward pass.
+        Keep no activations inside blocks, compute them again in the backward pass; qlora always does.
+    rank, alpha, dropout
+        Of the adapters that lora and qlora teach, as in `LoraConfig` of chapter 18.
     seed : int
         Of the order of the data, and of dropout.
 
@@ -431,7 +442,7 @@ class TrainingConfig:
     epochs: int | None = None
     batch_size: int = 8
     accumulate: int = 1
-    learning_rate: float = 1e-5
+    learning_rate: float | None = None
     vision_rate: float | None = None
     projector_rate: float | None = None
     decoder_rate: float | None = None
@@ -443,6 +454,9 @@ class TrainingConfig:
     optimizer: str = "adamw"
     dtype: str = "auto"
     recompute: bool = False
+    rank: int = 64
+    alpha: float = 16
+    dropout: float = 0.0
     seed: int = 0
 
     def __post_init__(self):
@@ -451,6 +465,8 @@ class TrainingConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected {', '.join(allowed)}")
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", 1e-5 if self.method == "full" else 2e-4)
         for name in ("max_steps", "epochs", "batch_size", "accumulate"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
@@ -472,6 +488,8 @@ class TrainingConfig:
                 )
         if unknown := sorted(set(self.freeze) - set(PARTS)):
             raise ValueError(f"freeze names {unknown[0]!r}: expected parts among {', '.join(PARTS)}")
+        if self.freeze and self.method != "full":
+            raise ValueError(f"freeze goes with method full: {self.method} teaches adapters of the decoder alone")
         if set(self.freeze) == set(PARTS):
             raise ValueError("freeze names all three parts: nothing would learn, leave one out")
 
@@ -978,7 +996,7 @@ def draw_losses(progress: Progress, path: Path) -> None:
     axis.annotate(f"training, mean of {run}", (len(losses), means[-1]), xytext=(4, 0), textcoords="offset points")
     if progress.notes:
         steps, held = [note["step"] for note in progress.notes], [note["loss"] for note in progress.notes]
-        axis.plot(steps, held, color="#d55e00", marker="o", ms=4)
+        axis.plot(steps, held, color="#d55e00", marker="o", ms=4, ls=":", lw=1)
         axis.annotate("held out", (steps[-1], held[-1]), xytext=(4, -10), textcoords="offset points", color="#d55e00")
     axis.set(xlabel="step", ylabel="loss, in nats", ylim=(0, None))
     axis.margins(x=0.12)

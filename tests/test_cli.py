@@ -113,7 +113,8 @@ def test_what_is_imported_when():
 
 
 def test_the_public_names():
-    assert {"load", "generate", "PaliGemma", "PaliGemmaConfig", "Processor", "__version__"} == set(sigma_book.__all__)
+    named = {"load", "generate", "finetune", "evaluate", "TrainingConfig", "PaliGemma", "PaliGemmaConfig", "Processor"}
+    assert named | {"__version__"} == set(sigma_book.__all__)
     for name in sigma_book.__all__:
         assert getattr(sigma_book, name)
         assert name in dir(sigma_book)

@@ -33,6 +33,7 @@ from sigma_book.data import (
     token_counts,
     write_survey,
 )
+from sigma_book.locate import MASKS_VARIABLE, MaskVAE, load_mask_vae, parse
 from sigma_book.processor import Processor
 from sigma_book.world import draw_scene, make_scene
 
@@ -173,6 +174,28 @@ def test_a_cut_row_fits_and_keeps_the_beginnings(small, prompt, answer, words, r
     before = cut.input_ids[0][cut.labels[0] == -100].tolist()
     assert before[-len(newline) :] == newline or not prompt
     assert (cut.token_type_ids[0] == 0).sum() == len(before)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "room", "kept"),
+    [
+        (30, 30, 20, (10, 10)),  # half for each
+        (30, 5, 20, (14, 6)),  # what the answer does not need is the prompt's
+        (4, 30, 20, (4, 16)),  # and the other way round
+        (30, 30, 21, (11, 10)),
+        (19, 1, 20, (18, 2)),  # the end token of an answer counts
+    ],
+)
+def test_prompt_and_answer_share_the_room(small, prompt, answer, room, kept):
+    """In words of one token each; the answer's end token is one more."""
+    encode = small.tokenizer.encode
+    texts = [" ".join(["red"] * words) for words in (prompt, answer)]
+    assert [len(encode(text)) for text in texts] == [prompt, answer] and len(encode(texts[0] + "\n")) == prompt + 1
+    limit = small.num_image_tokens + 2 + room
+    batch = collate(small, [Example(draw_scene(make_scene(1)), *texts)], max_length=limit, truncate=True)
+    learned = (batch.labels != -100).sum().item()
+    given = batch.attention_mask.sum().item() - learned - small.num_image_tokens - 2
+    assert (given, learned) == kept
 
 
 def test_where_there_is_no_room_for_text_nothing_is_cut(small):
@@ -592,6 +615,34 @@ def test_coco_masks_against_the_official_reader(official, official_api):
     assert ways == {"polygons", "str", "list"}
     with pytest.raises(ValueError, match=r"vae-oid\.npz"):
         read_examples(official["instances"], form="coco-segment")
+
+
+def test_the_command_writes_segment_examples_through_the_encoder(official, tmp_path, monkeypatch, capsys):
+    """With a file of random numbers in big_vision's names: what is written can be read back as boxes and codes."""
+    vae = MaskVAE(down=(8, 12, 16, 24), up=(24, 20, 16, 12, 8), code_width=10)
+    torch.manual_seed(0)
+    for parameter in vae.encoder.parameters():  # without biases, so that it is the mask that decides
+        parameter.data = torch.randn_like(parameter) / parameter[0].numel() ** 0.5 * (parameter.dim() > 1)
+    vae._vq_vae._embedding.data = 0.2 * torch.randn_like(vae._vq_vae._embedding)
+    np.savez(tmp_path / "masks.npz", **{name: value.numpy() for name, value in vae.state_dict().items()})
+    monkeypatch.setenv(MASKS_VARIABLE, str(tmp_path / "masks.npz"))
+    vae, seen = load_mask_vae(), set()
+    found = read_examples(official["instances"], form="coco-segment", encode_mask=vae.codes_of)
+    for example in found:
+        detections, remarks = parse(example.suffix, 112, 112)
+        assert remarks == [] and [one.label for one in detections] == example.facts["labels"]
+        for one, box, shape in zip(detections, example.facts["boxes"], example.facts["segmentations"], strict=True):
+            assert one.box == pytest.approx(box, abs=112 / 1023)
+            mask = torch.from_numpy(read_mask(shape, 112, 112).copy())
+            assert one.codes == vae.codes_of(mask, tuple(box))
+            seen.add(one.codes)
+    assert len(seen) > 3  # masks that differ get codes that differ
+    assert pickle.loads(pickle.dumps(found))[0].suffix == found[0].suffix  # workers get the encoder too
+    code = main(["data", str(official["instances"]), "--form", "coco-segment", "--out", str(tmp_path / "out")])
+    out, err = capsys.readouterr()
+    assert code == 0 and f"{len(found)} examples" in out and "broken: 0 rows" in out and "coco-segment, as asked" in err
+    taught = ["train", "--data", str(official["instances"]), "--form", "coco-segment", "--out", str(tmp_path / "run")]
+    assert main([*taught, "--max-steps", "1", "--batch-size", "1"]) == 0  # and training takes them
 
 
 @settings(max_examples=80, deadline=None)

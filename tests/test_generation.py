@@ -306,6 +306,14 @@ def test_what_is_not_allowed_is_not_said(tiny_model, pictures):
             assert all(-math.inf < logprob < 0 for logprob in answer.logprobs)
 
 
+def test_something_must_be_allowed(tiny_model, pictures):
+    batch = batch_of(tiny_model, pictures[:1], ["x"])
+    nothing = torch.zeros(tiny_model.config.text.vocab_size, dtype=torch.bool)
+    for num_beams in (1, 2):
+        with pytest.raises(ValueError, match="allow forbids every token behind the 0"):
+            generate_answers(tiny_model, batch, str, num_beams=num_beams, allow=lambda tokens, left: nothing)
+
+
 def test_beams_end_when_nothing_more_is_allowed(tiny_model, pictures):
     """One way through: all other continuations are forbidden, so fewer beams run than were asked for."""
     path = [40, 50, 1]
@@ -564,6 +572,7 @@ def test_stop_ids_come_from_generation_config(copy_folder, tiny_folder, pictures
         ({"num_beams": 2.0}, "num_beams is 2.0"),
         ({"num_beams": True}, "num_beams is True"),
         ({"length_penalty": math.nan}, "length_penalty is nan"),
+        ({"length_penalty": 1e6}, "length_penalty is 1000000.0: expected a number from -50 to 50"),
         ({"length_penalty": "1"}, "length_penalty is '1'"),
         ({"num_beams": 2, "temperature": 0.5}, "num_beams is 2 and temperature 0.5"),
         ({"num_beams": 2, "stream": True}, "stream=True.*best of 2 beams"),

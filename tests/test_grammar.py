@@ -1,8 +1,10 @@
 """Constrained answers: whatever the weights, the answer parses and there is nothing to remark."""
 
+import io
 import random
 
 import pytest
+import sentencepiece
 import torch
 from transformers import AutoModelForImageTextToText
 
@@ -125,6 +127,7 @@ def test_a_right_answer_is_allowed(tokenizer, tmp_path, task, backend):
         tokens = [*tokenizer.encode(text), tokenizer.eos_id]
         for place, token in enumerate(tokens):
             assert grammar(tokens[:place], len(tokens) - place)[token], (text, place, tokenizer.decode([token]))
+        assert not grammar(tokens[:-1], 50)[tokenizer.token_id("<unk>")]
         with_end = grammar(tokens[:-1], 1)
         assert with_end[tokenizer.eos_id] and not with_end[grammar._separator[0]]
 
@@ -189,6 +192,7 @@ def test_through_the_public_face(tiny_model, pictures):
         for task in TASKS:
             together = generate(pictures[:3], "detect cat", grammar=task, **ask, **options)
             assert all(check(text, task) for text in together)
+            assert together[0] == generate(pictures[0], "detect cat", grammar=task, **ask, **options)
     assert "".join(generate(pictures[0], "x", grammar="detect", stream=True, **ask)) == generate(
         pictures[0], "x", grammar="detect", **ask
     )
@@ -216,3 +220,53 @@ def test_the_pocket_model_with_and_without(pictures):
     for before, after, fine in zip(free, forced, well_formed):
         assert check(after, "detect")
         assert not fine or before == after
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer(tmp_path_factory):
+    """A SentencePiece model like Gemma's, in which the separator is `▁;` and `▁`, and some words are bytes only."""
+    sentences = ["a cat ; a dog ; the red star ; two birds ; don't <look> ; it's 3 ; x"] * 50
+    marks = [f"<loc{index:04d}>" for index in range(1024)] + [f"<seg{code:03d}>" for code in range(128)]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        vocab_size=4 + 256 + len(marks) + 60,
+        model_type="bpe",
+        user_defined_symbols=marks,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        minloglevel=2,
+    )
+    folder = tmp_path_factory.mktemp("other")
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_tokenizer_that_joins_the_separator(other_tokenizer, task):
+    tokenizer, rng = other_tokenizer, random.Random(task)
+    assert len(tokenizer.encode("<loc0000> ; <loc0000>")) == 4  # a space and a semicolon in one piece, then a space
+    grammar = AnswerGrammar(tokenizer, tokenizer.vocab_size, [tokenizer.eos_id], task)
+    boxes = 0
+    for number in range(150):
+        room = SHORTEST[task] + number % 60
+        answer: list[int] = []
+        while len(answer) < room and tokenizer.eos_id not in answer:
+            may = grammar(answer, room - len(answer)).nonzero()[:, 0].tolist()
+            rare = [token for token in may if token in (tokenizer.eos_id, grammar._separator[0])]
+            answer.append(rng.choice(rare if rare and rng.random() < 0.3 else may))
+        boxes += check(tokenizer.decode(answer), task)
+    assert boxes > 160
+    segs = "<seg001>" * 16 if task == "segment" else ""
+    text = " ; ".join(f"<loc0001><loc0002><loc0003><loc0004>{segs} {label}" for label in ("red star", "a cat"))
+    tokens = tokenizer.encode(text)
+    assert all(grammar(tokens[:place], 99)[token] for place, token in enumerate(tokens))

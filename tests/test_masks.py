@@ -24,6 +24,7 @@ from sigma_book.locate import (
     cut_mask,
     describe,
     draw,
+    draw_boxes,
     encode_boxes,
     load_mask_vae,
     parse,
@@ -292,6 +293,15 @@ def test_draw_takes_what_the_processor_takes(tmp_path, pictures):
         == draw(np.array(pictures[0]), answer)
     )
     assert draw(pictures[0], "no box here") == pictures[0].convert("RGB")
+
+
+def test_masks_of_another_picture():
+    picture, thing = Image.new("RGB", (30, 20)), Detection("cat", (0, 0, 9, 9))
+    mask = torch.ones(20, 30, dtype=torch.bool)
+    assert draw_boxes(picture, [thing, thing], [mask, None]).size == (30, 20)
+    for masks in ([mask], [mask, mask.t()], []):
+        with pytest.raises(ValueError, match="2 detections on 20 x 30 pixels"):
+            draw_boxes(picture, [thing, thing], masks)
 
 
 @pytest.mark.parametrize(

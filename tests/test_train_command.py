@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from sigma_book.assemble import load
+from sigma_book import load
 from sigma_book.cli import main
 from sigma_book.world import TASKS, ask, draw_scene, make_scene
 
@@ -123,6 +123,9 @@ def test_killed_three_times_it_ends_with_the_same_bits(arguments, data, tmp_path
     assert ours == theirs and [note["step"] for note in json.loads(ours)] == [0, 10, 20, 30, 40]
     best, expected = (tmp_path / name / "best" / "model.safetensors" for name in ("cut", "whole"))
     assert best.read_bytes() == expected.read_bytes()
+    assert {path.name for path in (tmp_path / "cut").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
 
 
 @pytest.mark.slow
@@ -397,6 +400,10 @@ def test_an_epoch_is_all_examples_once(arguments, tmp_path):
         (("--model", "nowhere"), "no such folder: nowhere"),
         (("--on-error", "ignore"), "on_error is 'ignore'"),
         (("--seed", -1), "seed is -1"),
+        (("--warmup", "-1"), "warmup is -1"),
+        (("--device", "tpu"), "device is 'tpu'"),
+        (("--form", "csv"), "form is 'csv'"),
+        (("--root", "nowhere"), "no such folder: nowhere"),
     ],
 )
 def test_wrong_inputs_get_a_sentence_and_leave_no_run(arguments, tmp_path, capsys, more, sentence):
@@ -408,6 +415,28 @@ def test_wrong_inputs_get_a_sentence_and_leave_no_run(arguments, tmp_path, capsy
     assert not (out / "checkpoints").exists()
     if more[0] != "--dtype":
         assert main(arguments(out, steps=1)) == 0, "the right command is not refused afterwards"
+
+
+def test_a_run_needs_a_folder(arguments, tmp_path, capsys):
+    given = arguments(tmp_path / "run")
+    del given[given.index("--out") : given.index("--out") + 2]
+    assert main(given) == 2
+    assert "--out is missing" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_share_a_folder(arguments, tmp_path, capsys):
+    """A process holds the folder; ours is told so, and may enter when the other is gone, even by a kill."""
+    out = tmp_path / "run"
+    assert main(arguments(out, steps=2)) == 0
+    shutil.rmtree(out / "final")
+    program = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('in', flush=True); time.sleep(99)"
+    other = subprocess.Popen([sys.executable, "-c", program, out / ".lock"], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "in\n"
+    assert main(arguments(out, steps=2)) == 2
+    assert "another process is at work in" in capsys.readouterr().err
+    other.kill()
+    other.communicate()
+    assert main(arguments(out, steps=2)) == 0
 
 
 def test_the_folder_of_something_else_is_left_alone(arguments, tmp_path, capsys):

@@ -35,6 +35,7 @@ from sigma_book.training import (
     answer_tokens,
     blocks_of,
     claim_folder,
+    examine,
     freeze_parts,
     learning_rate_factor,
     recompute_activations,
@@ -573,6 +574,7 @@ OPTIMIZERS = {
     "plain SGD": lambda p: torch.optim.SGD(p, lr=0.1),
     "Muon and AdamW": None,
     "8 bits": None,
+    "float16": lambda p: torch.optim.AdamW(p, lr=0.1),  # with a scale of the loss, which is saved too
 }
 
 
@@ -607,6 +609,8 @@ def go_on(
 
         batches = cut()
     options = {"log": folder / "log.csv", "progress": progress, "checkpoints": checkpoints} | options
+    if kind == "float16":
+        options["autocast"] = torch.float16
     with contextlib.suppress(EOFError):
         train(model, model, batches, optimizers, steps=of, warmup=2, clip=1.0, **options)
     return model, progress
@@ -632,6 +636,7 @@ def test_a_run_that_is_cut_goes_on_bit_by_bit(tmp_path, kind, every):
     assert bits(model) == bits(whole)
     assert progress.losses == expected.losses and len(progress.losses) == 8
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    assert progress.scale == expected.scale and (progress.scale is not None) == (kind == "float16")
 
 
 def test_without_the_random_numbers_it_would_be_another_run(tmp_path, monkeypatch):
@@ -774,3 +779,35 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="holds something else"):
         claim_folder(tmp_path / "file", first)
+
+
+# ---- looking ------------------------------------------------------------------------------------------------------
+
+
+def test_an_examination_is_what_asking_one_by_one_gives(tiny_folder):
+    """Loss and answers against the public face; an example with several answers, spaces, and a batch that does not fill."""
+    model, processor = learner(tiny_folder, torch.float32)
+    model.processor = processor
+    examples = captions(5)
+    longest = [answer_tokens(collate(processor, [one])) for one in examples]
+    limits = [max(longest[index // 2 * 2 : index // 2 * 2 + 2]) + 8 for index in range(5)]  # of the batch it is in
+    said = [
+        sigma_book.generate(one.image, one.prefix, model=model, max_new_tokens=limit)
+        for one, limit in zip(examples, limits)
+    ]
+    examples[1] = replace(examples[1], answers=("no", f"  {said[1]} "))
+    found = examine(model, processor, examples, batch_size=2)
+    losses, counts = [], []
+    for one in examples:
+        batch = collate(processor, [one])
+        losses.append(answer_loss(model, batch).item())
+        counts.append(answer_tokens(batch))
+    assert found["loss"] == pytest.approx(sum(a * b for a, b in zip(losses, counts)) / sum(counts), rel=1e-5)
+    assert (found["asked"], found["exact"]) == (5, pytest.approx(0.2))
+    assert len(found["answers"]) == 4
+    assert [one["answer"] for one in found["answers"]] == said[:4]
+    assert model.training, "it goes on learning"
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    examine(model, processor, examples[:1])
+    assert torch.equal(torch.get_rng_state(), state), "looking draws no random numbers"

@@ -1,0 +1,160 @@
+"""`finetune` with lora and qlora: what learns, what is written, who reads it, and that a killed run ends at the same bits."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from sigma_book import TrainingConfig, finetune, generate, load
+from sigma_book.assemble import POCKET
+from sigma_book.lora import LoraLinear, merge_lora
+from sigma_book.qlora import NF4Linear, nf4_bytes
+from sigma_book.runs import estimate
+from sigma_book.world import ask, draw_scene, make_scene
+
+FEW = TrainingConfig(method="lora", max_steps=4, batch_size=3, learning_rate=3e-3, rank=4, alpha=8)
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rows = []
+    for seed in range(12):
+        draw_scene(make_scene(seed)).save(folder / f"{seed}.png")
+        question = ask(make_scene(seed), "count", random.Random(seed))
+        rows.append({"image": f"{seed}.png", "prefix": question.prompt, "suffix": question.answer})
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "train.jsonl"
+
+
+def with_method(method: str) -> TrainingConfig:
+    return TrainingConfig(**(vars(FEW) | {"method": method}))
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_an_adapter_is_taught_written_and_read(method, data, tmp_path):
+    """The loss falls, the final folder is an adapter that `generate` takes as a model, and its base is not in it."""
+    config = TrainingConfig(**(vars(FEW) | {"method": method, "max_steps": 12}))
+    final = finetune(data, tmp_path / "run", config, device="cpu")
+    assert sorted(path.name for path in final.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    rows = (tmp_path / "run" / "log.csv").read_text().splitlines()[1:]
+    losses = [float(row.split(",")[1]) for row in rows]
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    model = load(final, device="cpu", quantize="nf4" if method == "qlora" else None)
+    updates = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    assert len(updates) == 4 * 7 and any(update.lora_B.abs().max() > 0 for update in updates)
+    assert all(isinstance(update.base, NF4Linear) == (method == "qlora") for update in updates)
+    picture, prompt = draw_scene(make_scene(3)), "caption en"
+    assert generate(picture, prompt, model=final) == generate(picture, prompt, model=load(final))
+
+
+def test_only_the_adapter_learns_and_only_it_is_in_a_checkpoint(data, tmp_path):
+    finetune(data, tmp_path / "run", with_method("qlora"), save_every=2, device="cpu")
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step-000002")
+    names = load_file(saved / "weights.safetensors").keys()
+    assert names and all(".lora_" in name for name in names)
+    assert len(names) == 2 * 4 * 7
+
+
+def test_peft_reads_what_a_run_wrote(data, tiny_folder, tmp_path):
+    """Equal scores to 1e-5 of the largest: float32 sums in another order."""
+    final = finetune(data, tmp_path / "run", FEW, model=tiny_folder, device="cpu")
+    ours = load(tiny_folder, device="cpu", adapter=final)
+    reference = AutoModelForImageTextToText.from_pretrained(tiny_folder, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(reference, final).eval()
+    batch = ours.processor.prepare([draw_scene(make_scene(5))], ["caption en"])
+    inputs = {name: value for name, value in vars(batch).items() if value is not None}
+    with torch.no_grad():
+        expected = theirs(**inputs).logits
+        scores = ours(batch.input_ids, batch.pixel_values, batch.attention_mask, batch.token_type_ids)
+        merge_lora(ours)
+        merged = ours(batch.input_ids, batch.pixel_values, batch.attention_mask, batch.token_type_ids)
+    largest = expected.abs().max()
+    assert (scores - expected).abs().max() < 1e-5 * largest
+    assert (merged - expected).abs().max() < 1e-5 * largest
+    assert json.loads((final / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_folder)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_killed_run_ends_with_the_same_adapter(method, data, tiny_folder, tmp_path):
+    """One kill -9 with dropout on, so that the random numbers must go on as well."""
+
+    def command(out: Path) -> list[str]:
+        given = ["train", "--data", data, "--out", out, "--model", tiny_folder, "--method", method, "--max-steps", 30]
+        given += ["--batch-size", 3, "--rank", 4, "--dropout", 0.2, "--save-every", 1, "--device", "cpu"]
+        return [sys.executable, "-m", "sigma_book.cli", *map(str, given)]
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run(command(whole), env=ONE_THREAD, check=True, capture_output=True)
+    process = subprocess.Popen(command(cut), env=ONE_THREAD, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not list(cut.glob("checkpoints/step-000003")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the kill came after the end"
+    subprocess.run(command(cut), env=ONE_THREAD, check=True, capture_output=True)
+    name = "final/adapter_model.safetensors"
+    assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"alpha": -1}, "alpha is -1"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+    ],
+)
+def test_a_wrong_adapter_is_refused_before_anything_is_written(data, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        finetune(data, tmp_path / "run", TrainingConfig(**(vars(FEW) | change)), device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_freezing_parts_is_not_for_adapters():
+    with pytest.raises(ValueError, match="method full"):
+        TrainingConfig(method="lora", freeze=("vision",))
+
+
+def test_an_adapter_is_no_model_to_begin_from(data, tmp_path):
+    final = finetune(data, tmp_path / "run", FEW, device="cpu")
+    for method in ("full", "lora"):
+        with pytest.raises(ValueError, match="is an adapter"):
+            finetune(data, tmp_path / "next", with_method(method), model=final, device="cpu")
+
+
+def test_another_rank_does_not_go_on(data, tmp_path):
+    finetune(data, tmp_path / "run", FEW, device="cpu")
+    with pytest.raises(ValueError, match="rank"):
+        finetune(data, tmp_path / "run", TrainingConfig(**(vars(FEW) | {"rank": 8})), device="cpu")
+
+
+def test_the_bill_is_that_of_the_model(data):
+    """Weights and learning numbers, held against the bytes of the real modules."""
+    bills = {method: estimate(data, with_method(method), device="cpu")[0] for method in ("full", "lora", "qlora")}
+    plain, quantized = load(POCKET, dtype="float32"), load(POCKET, dtype="float32", quantize="nf4")
+    numbers = sum(p.numel() for p in plain.parameters())
+    linears = [m.weight.numel() for n, m in plain.language_model.named_modules() if n.endswith("_proj")]
+    update = sum(
+        FEW.rank * (m.in_features + m.out_features)
+        for n, m in plain.language_model.named_modules()
+        if n.endswith("_proj")
+    )
+    assert bills["full"].learning == numbers and bills["full"].weights == 4 * numbers
+    assert bills["lora"].learning == bills["qlora"].learning == update
+    assert bills["lora"].weights == 4 * (numbers + update)
+    packed = 4 * (numbers - sum(linears)) + sum(map(nf4_bytes, linears)) + 4 * update
+    assert bills["qlora"].weights == packed
+    held = [*quantized.parameters(), *quantized.buffers()]
+    assert sum(tensor.nbytes for tensor in held) == packed - 4 * update
+    assert bills["lora"].optimizer < 0.1 * bills["full"].optimizer
