@@ -2,15 +2,17 @@
 # jupyter:
 #   jupytext:
 #     formats: py:percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
-#     display_name: Python 3
+#     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
+
 # %% [markdown]
 # # A few new numbers: LoRA
 #
-# *How does a large model learn something new when only a hundredth of its numbers may change?*
+# *How does a large model learn something new when only a few hundredths of its numbers may change?*
 #
 # **You build** low-rank updates beside frozen matrices, and the file that carries them.
 # **You need** chapters 12 (weights), 16 (the loop) and 17 (the pocket model).

@@ -2,11 +2,13 @@
 # jupyter:
 #   jupytext:
 #     formats: py:percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
-#     display_name: Python 3
+#     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
+
 # %% [markdown]
 # # Four bits a number: QLoRA
 #
@@ -506,6 +508,7 @@ assert not list(layer.parameters())
 # Where `bitsandbytes` is installed, its program makes the weights from the codes. It gives the same numbers, many times
 # faster, and so there is no switch. We do not use its product, which for inputs of 16 bits rounds the scales first on some
 # CPUs: an answer would depend on what is installed.
+
 
 # %%
 def seconds(work: Callable) -> float:
