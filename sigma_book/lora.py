@@ -1,6 +1,6 @@
 """A few new numbers: LoRA.
 
-How does a large model learn something new when only a hundredth of its numbers may change?
+How does a large model learn something new when only a few hundredths of its numbers may change?
 
 Tangled from chapters/18_lora.py: edit there, then run python -m sigma_book.tangle.
 """
