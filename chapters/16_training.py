@@ -52,7 +52,7 @@ from sigma_book.data import Example, collate
 from sigma_book.generation import Sampling, generate_answers
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 from sigma_book.processor import Batch, Processor, load_image
-from sigma_book.weights import _beside
+from sigma_book.weights import folder_beside
 
 
 # %%
@@ -1160,7 +1160,7 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
     RuntimeError
         If it cannot be written.
     """
-    with _beside(folder) as fresh:
+    with folder_beside(folder) as fresh:
         fill(fresh)
         for path in (*fresh.iterdir(), fresh):
             _to_disk(path)

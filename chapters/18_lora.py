@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from sigma_book.weights import DTYPES, _beside, _read_json, _write_json, our_name, read_header, write_tensors
+from sigma_book.weights import DTYPES, folder_beside, read_json, write_json, our_name, read_header, write_tensors
 
 # %%
 import random
@@ -518,9 +518,9 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | Path | None =
         "bias": "none",
         "inference_mode": True,
     }
-    with _beside(Path(folder)) as fresh:
+    with folder_beside(Path(folder)) as fresh:
         write_tensors(fresh / WEIGHTS_FILE, tensors, torch.float32)
-        _write_json(fresh / CONFIG_FILE, values)
+        write_json(fresh / CONFIG_FILE, values)
 
 
 # %% [markdown]
@@ -583,7 +583,7 @@ def _read_adapter_config(folder: Path) -> dict:
         raise FileNotFoundError(
             f"{what}: {folder}; expected the folder of an adapter, as save_adapter or peft writes it"
         )
-    values = _read_json(folder / CONFIG_FILE)
+    values = read_json(folder / CONFIG_FILE)
     if not isinstance(values.get("base_model_name_or_path"), str | None):
         raise ValueError(f"{folder / CONFIG_FILE}: base_model_name_or_path is not a name")
     return values

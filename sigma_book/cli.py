@@ -168,6 +168,7 @@ def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--official", action="store_true", help="also write results.json in the official form")
     command.add_argument("--batch-size", metavar="N", type=int, default=16, help="answered together (default: 16)")
     command.add_argument("--max-new-tokens", metavar="N", type=int, default=100, help="longest answer (default: 100)")
+    command.add_argument("--num-beams", metavar="N", type=int, default=1, help="width of beam search (default: 1)")
     command.add_argument("--num-examples", metavar="N", type=int, help="take the first N only (default: all)")
     command.add_argument("--device", metavar="D", default="auto", help="auto, cuda, cuda:0, mps or cpu (default: auto)")
     command.add_argument(
@@ -272,6 +273,7 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
         command.add_argument(flag, dest=field, default=argparse.SUPPRESS, help=text, **kinds)
     command.add_argument("--freeze", metavar="PART", nargs="+", default=[], help="vision, projector or decoder")
     command.add_argument("--evaluate", metavar="FILE", help="examples that are not learned from")
+    command.add_argument("--evaluate-annotations", metavar="FILE", help="their answers, for the questions of VQAv2")
     command.add_argument(
         "--evaluate-every", metavar="N", type=int, help="ask them every N steps, not at both ends alone"
     )
@@ -305,7 +307,17 @@ def _train(options: argparse.Namespace) -> None:
         return
     if options.out is None:
         raise ValueError("--out is missing: give the folder of the run, or --dry-run to write nothing")
-    rest = ("evaluate", "evaluate_every", "evaluate_limit", "save_every", "keep", "workers", "on_error", "wandb")
+    rest = (
+        "evaluate",
+        "evaluate_annotations",
+        "evaluate_every",
+        "evaluate_limit",
+        "save_every",
+        "keep",
+        "workers",
+        "on_error",
+        "wandb",
+    )
     print(finetune(options.data, options.out, config, **arguments, **{name: getattr(options, name) for name in rest}))
 
 

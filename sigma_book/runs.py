@@ -70,6 +70,7 @@ def finetune(
     root: str | Path | None = None,
     annotations: str | Path | None = None,
     evaluate: str | Path | None = None,
+    evaluate_annotations: str | Path | None = None,
     evaluate_every: int | None = None,
     evaluate_limit: int = 200,
     save_every: int = 500,
@@ -96,6 +97,8 @@ def finetune(
     evaluate : path, optional
         Examples that are not learned from, in the same form: asked before the first step, after the last, and every
         `evaluate_every` steps between; at most `evaluate_limit` of them. The best model so far stands in `best/`.
+    evaluate_annotations : path, optional
+        The answers to them, where they lie in a file of their own, as in VQAv2; `annotations` by default.
     save_every, keep : int
         A checkpoint after so many steps; so many stay.
     workers, on_error, truncate
@@ -124,10 +127,19 @@ def finetune(
         whole_number("evaluate_every", evaluate_every, least=1)
     source = {"form": form, "root": root, "annotations": annotations}
     examples = _examples(data, source)
-    held_out = None if evaluate is None else _sample(_examples(evaluate, source), evaluate_limit)
+    held_out = None
+    if evaluate is not None:
+        asked = source | {"annotations": annotations if evaluate_annotations is None else evaluate_annotations}
+        held_out = _sample(_examples(evaluate, asked), evaluate_limit)
     device = pick_device(device)
     config = _settled(config, device)
+    source = POCKET if model is None else find_folder(model)
+    if (source / CONFIG_FILE).is_file() and not (source / "config.json").is_file():
+        raise ValueError(
+            f"{source} is an adapter: give the model it was made for, or first merge the two (`merge_lora`) and save them"
+        )
     files = {"data": data, "annotations": annotations, "evaluate": evaluate}
+    files |= {"evaluate_annotations": evaluate_annotations}
     identity = {"model": _model_mark(model)} | {name: _file_mark(path) for name, path in files.items() if path}
     with _alone(out) if (out / "run.json").exists() else nullcontext():  # it may be another's, who is at work
         claim_folder(out, identity | asdict(config))
@@ -267,11 +279,8 @@ def _file_mark(path: str | Path) -> str:
 
 def _model_mark(model: str | Path | None) -> str:
     source = POCKET if model is None else find_folder(model)
-    if (source / CONFIG_FILE).is_file():
-        raise ValueError(
-            f"{source} is an adapter: give the model it was made for, or first merge the two (`merge_lora`) and save them"
-        )
-    files = [source] if source.is_file() else [source / "config.json", *sorted(source.glob("model*.safetensors"))]
+    names = (source / "config.json", source / CONFIG_FILE, *sorted(source.glob("*.safetensors")))
+    files = [source] if source.is_file() else [path for path in names if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     most = 1 << 24  # the first 16 MiB of each file: a large model is not read twice
     marks = [file_checksum(path, most) for path in files]
@@ -461,12 +470,13 @@ def evaluate(
     answers: str | Path | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 100,
+    num_beams: int = 1,
     num_examples: int | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     official: bool = False,
 ) -> dict:
-    """Ask a model a whole data set, greedily, and score its answers.
+    """Ask a model a whole data set and score its answers.
 
     Parameters
     ----------
@@ -485,6 +495,8 @@ def evaluate(
         Pictures that are answered together.
     max_new_tokens : int
         Longest answer.
+    num_beams : int
+        Width of the beam search; 1 is greedy. The published COCO scores of PaliGemma are those of width 2.
     num_examples : int, optional
         Take the first so many examples only.
     official : bool
@@ -506,24 +518,26 @@ def evaluate(
         raise ValueError(f"task is {task!r}: expected one of {', '.join(EVALUATION_TASKS)}")
     whole_number("batch_size", batch_size, least=1)
     whole_number("max_new_tokens", max_new_tokens, least=1)
+    whole_number("num_beams", num_beams, least=1)
     if num_examples is not None:
         whole_number("num_examples", num_examples, least=1)
     examples = read_examples(data, form=form, root=root, annotations=annotations)
     if task == "caption" and examples.form == "coco-captions":
         examples = read_examples(data, form=examples.form, root=root, per_image=True)
     _fits_task(task, examples.form, data, annotations)
-    run = {"task": task, "data": _full(data), "bytes": Path(data).stat().st_size, "form": examples.form}
-    run |= {"annotations": _full(annotations), "root": _full(root)}
+    run = {"task": task, "data": _file_mark(data), "form": examples.form, "root": _full(root)}
+    run |= {"annotations": None if annotations is None else _file_mark(annotations)}
     if answers is None:
-        run |= {"model": _full(model) or "pocket", "dtype": str(dtype), "max_new_tokens": max_new_tokens}
+        run |= {"model": _model_mark(model), "dtype": str(dtype)}
+        run |= {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
     else:
         answer = answer_from(task, read_official(task, answers, examples, num_examples))
-        run |= {"answers": _full(answers), "changed": Path(answers).stat().st_mtime_ns}
+        run |= {"answers": _file_mark(answers)}
     out = claim_run(out, run)
     path = out / "answers.jsonl"
     if answers is None:
         waiting = AnswerFile(path).next_index() < min(len(examples), num_examples or len(examples))
-        answer = _asker(load(model, device=device, dtype=dtype) if waiting else None, max_new_tokens)
+        answer = _asker(load(model, device=device, dtype=dtype) if waiting else None, max_new_tokens, num_beams)
     records = answer_examples(task, examples, answer, path, batch_size=batch_size, most=num_examples)
     if official:
         write_official(task, records, out / "results.json")
@@ -546,11 +560,11 @@ def _full(path: str | Path | None) -> str | None:
     return None if path is None else str(Path(path).resolve()) if Path(path).exists() else str(path)
 
 
-def _asker(model: PaliGemma | None, max_new_tokens: int) -> Callable[[list[Example]], list[str]]:
+def _asker(model: PaliGemma | None, max_new_tokens: int, num_beams: int) -> Callable[[list[Example]], list[str]]:
     """A function from examples to answers."""
 
     def ask(examples: list[Example]) -> list[str]:
         pictures, prompts = [example.image for example in examples], [example.prefix for example in examples]
-        return generate(pictures, prompts, model=model, max_new_tokens=max_new_tokens)
+        return generate(pictures, prompts, model=model, max_new_tokens=max_new_tokens, num_beams=num_beams)
 
     return ask

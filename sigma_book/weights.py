@@ -37,6 +37,7 @@ __all__ = [
     "NPZ_DTYPES",
     "RENAMED",
     "find_folder",
+    "folder_beside",
     "has_bfloat16_units",
     "hub_name",
     "load_model",
@@ -46,10 +47,12 @@ __all__ = [
     "pick_dtype",
     "read_config",
     "read_header",
+    "read_json",
     "read_npz_array",
     "read_npz_config",
     "read_npz_header",
     "save_model",
+    "write_json",
     "write_tensors",
 ]
 
@@ -241,14 +244,14 @@ def read_config(folder: str | Path) -> PaliGemmaConfig:
         If it is not JSON, or describes another model.
     """
     path = Path(folder) / "config.json"
-    values = _read_json(path)
+    values = read_json(path)
     try:
         return PaliGemmaConfig.from_dict(values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: {error}; expected the configuration of a PaliGemma") from error
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(
             f"no {path.name} in {path.parent}: expected a PaliGemma folder in the Hugging Face layout"
@@ -435,7 +438,7 @@ def _locate_tensors(folder: Path) -> dict[str, tuple[Path, str, dict]]:
     if (folder / "model.safetensors").exists():
         files = ["model.safetensors"]
     elif index.exists():
-        table = _read_json(index).get("weight_map")
+        table = read_json(index).get("weight_map")
         if not isinstance(table, dict) or not table or not all(_is_file_name(name) for name in table.values()):
             raise ValueError(f"{index}: weight_map should say for each tensor which file of this folder holds it")
         files = sorted(set(table.values()))
@@ -580,25 +583,23 @@ def save_model(
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     config = model.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
     ids = {key: getattr(model.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    with _beside(folder) as fresh:
+    with folder_beside(folder) as fresh:
         for name, shard in zip(names, shards, strict=True):
             write_tensors(fresh / name, shard, dtype)
         if len(shards) > 1:
             total = sum(tensor.numel() for shard in shards for tensor in shard.values()) * dtype.itemsize
             table = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-            _write_json(
-                fresh / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": table}
-            )
-        _write_json(fresh / "config.json", config)
-        _write_json(fresh / "generation_config.json", ids)
+            write_json(fresh / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": table})
+        write_json(fresh / "config.json", config)
+        write_json(fresh / "generation_config.json", ids)
 
 
-def _write_json(path: Path, values: dict) -> None:
+def write_json(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
+def folder_beside(folder: Path) -> Iterator[Path]:
     """A temporary folder next to the wanted one, whose files move into it once all are written."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: expected a folder to write to, or a name that is free")
