@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from sigma_book import TrainingConfig, finetune, generate, load
+from sigma_book import TrainingConfig, evaluate, finetune, generate, load
 from sigma_book.assemble import POCKET
+from sigma_book.data import read_examples
+from sigma_book.evaluation import write_world_files
 from sigma_book.lora import LoraLinear, merge_lora
 from sigma_book.qlora import NF4Linear, nf4_bytes
 from sigma_book.runs import estimate
@@ -158,3 +160,51 @@ def test_the_bill_is_that_of_the_model(data):
     held = [*quantized.parameters(), *quantized.buffers()]
     assert sum(tensor.nbytes for tensor in held) == packed - 4 * update
     assert bills["lora"].optimizer < 0.1 * bills["full"].optimizer
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> dict[str, Path]:
+    """Ten scenes in the layouts of COCO and VQAv2: the files by what they hold."""
+    return write_world_files(tmp_path_factory.mktemp("world"), 10)
+
+
+def test_held_out_answers_may_lie_in_a_file_of_their_own(world, tmp_path):
+    questions, answers = world["questions"], world["annotations"]
+    finetune(
+        questions,
+        tmp_path / "run",
+        TrainingConfig(max_steps=1, batch_size=2),
+        annotations=answers,
+        evaluate=questions,
+        evaluate_annotations=answers,
+        evaluate_limit=5,
+        device="cpu",
+    )
+    before, after = json.loads((tmp_path / "run" / "evaluations.json").read_text())
+    assert before["asked"] == after["asked"] == 5 and before["step"] == 0
+
+
+def test_evaluation_takes_beams_and_tells_runs_apart(world, tmp_path):
+    data = world["captions"]
+    evaluate("caption", data, tmp_path / "out", num_beams=2, batch_size=4, device="cpu")
+    said = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    examples = read_examples(data, per_image=True)
+    pictures = [example.image for example in examples]
+    assert [row["answer"] for row in said] == generate(pictures, "caption en", num_beams=2)
+    with pytest.raises(ValueError, match="num_beams"):
+        evaluate("caption", data, tmp_path / "out", batch_size=4, device="cpu")
+    text = data.read_text()
+    changed = tmp_path / data.name
+    changed.write_text(text.replace("a ", "o ", 1))  # as long as before
+    with pytest.raises(ValueError, match="data"):
+        evaluate("caption", changed, tmp_path / "out", root=data.parent.parent, num_beams=2, device="cpu")
+
+
+def test_evaluation_takes_the_folder_of_an_adapter(world, data, tmp_path):
+    final = finetune(data, tmp_path / "run", FEW, device="cpu")
+    options = {"annotations": world["annotations"], "model": final, "num_examples": 4, "device": "cpu"}
+    evaluate("count", world["questions"], tmp_path / "out", **options)
+    said = [json.loads(line)["answer"] for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    asked = read_examples(world["questions"], annotations=world["annotations"])
+    counted = [one for one in asked if "how many" in one.prefix][: len(said)]
+    assert said == generate([one.image for one in counted], [one.prefix for one in counted], model=final)
