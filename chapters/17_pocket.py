@@ -223,8 +223,8 @@ assert tokenizer.decode(tokenizer.encode("é")) == "é"
 # ## The sizes
 #
 # Four blocks of eyes, four of voice. A scene of 112 x 112 pixels gives 64 picture tokens. The heads of the decoder are
-# wide, 64 numbers: a lab run with heads of 32 found it much harder to find a thing by its name (the teaching
-# notes, POCKET.md, have the table).
+# wide, 64 numbers. Of six trial runs with heads of 32, five answered "what colour is the star?" no better than by
+# guessing after 65,000 questions; one with heads of 64 was right three times of four.
 
 # %%
 # | export
