@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sigma_book.runs import evaluate
 from sigma_book.cli import main
 from sigma_book.data import Example, read_examples
 from sigma_book.evaluation import (
@@ -39,6 +38,7 @@ from sigma_book.evaluation import (
     write_world_files,
 )
 from sigma_book.locate import Detection
+from sigma_book.runs import evaluate
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from sigma_book.runs import evaluate
 from sigma_book.data import read_examples
 from sigma_book.evaluation import (
     PictureBoxes,
@@ -37,6 +36,7 @@ from sigma_book.evaluation import (
     write_world_files,
 )
 from sigma_book.locate import Detection, encode_boxes
+from sigma_book.runs import evaluate
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
