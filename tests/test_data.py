@@ -1281,9 +1281,11 @@ def test_memory_stays_flat_while_200_000_rows_are_read(tmp_path, gallery):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 def test_memory_stays_flat_over_200_000_examples_in_batches(tmp_path, gallery):
-    rows, _, (early, late) = measure(tmp_path, gallery, 500_000, "batches", "1000,200000")
+    """The allocator takes some 20 MB more in the first thousands of pictures, and then nothing: 281 MB after 1,000,
+    299 after 20,000, 305 after 200,000. The rows held as Python objects would be more than 200 MB."""
+    rows, _, (early, warm, late) = measure(tmp_path, gallery, 500_000, "batches", "1000,20000,200000")
     assert rows == 500_000
-    assert late - early < 20e6
+    assert late - warm < 15e6 and late - early < 45e6
 
 
 def test_a_large_document_is_not_held(tmp_path):
