@@ -221,8 +221,8 @@ assert 0.8 < share < 0.9
 # | | 01 | a world where every answer is known |
 # | **See** | 02 to 04 | patches, attention, the vision tower |
 # | **Speak** | 05 to 08 | positions, shared heads, memory, the decoder |
-# | **Sum** | 09 to 14 | where the two meet, the whole, files, answers, boxes |
-# | **Teach** | 15 to 17 | data, the loop, a whole model from nothing |
+# | **Sum** | 09 to 14 | where the two meet, the whole, files, answers, boxes and masks |
+# | **Teach** | 15 to 20 | data, the loop, a whole model from nothing, adapters, four bits, scores |
 #
 # Each chapter is one Python module of the package, built cell by cell: a question, a picture, the plainest version that
 # works, the formula, the version one would ship, and a proof that the two agree with each other and with code that

@@ -822,8 +822,7 @@ print(f"reading: {seeing / 1e12:.2f} + {speaking / 1e12:.2f} TFLOP; each new tok
 assert round((seeing + speaking) / one_step) == 252  # reading costs as much as writing that many tokens
 
 # %% [markdown]
-# These sums leave out attention's own products, which are small at this length. Chapter 21 counts all of it and
-# measures.
+# These sums leave out attention's own products, which are small at this length.
 #
 # ## Your turn
 #

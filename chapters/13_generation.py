@@ -1526,8 +1526,8 @@ assert 2 * 3 * tokens_seen * cache_per_token == 33_177_600
 
 # %% [markdown]
 # And our bending of the bar? For 3B, a row of scores is about one megabyte, 257,216 numbers of four bytes. Even
-# sorted it is small beside five thousand. Chapter 21 comes back to this bound, and to what lifts it: fewer bytes
-# for each weight.
+# sorted it is small beside five thousand. What lifts the bound is fewer bytes for each weight: chapter 19 stores most of
+# them in four bits.
 
 # %%
 assert read_each_step["3B, 16 bits"] > 4000 * (4 * 257_216)
