@@ -150,7 +150,7 @@ def finetune(
                 f"{out} is finished: the model of its last step stands in {final}; give another folder for a new run"
             )
             return final
-        for rest in (*out.glob(".best-*"), *out.glob(".final-*")):
+        for rest in (*out.glob(".*best-*"), *out.glob(".*final-*")):  # save_model writes beside its folder as well
             shutil.rmtree(rest)  # of a write that was killed
         torch.manual_seed(config.seed)
         random.seed(config.seed)
