@@ -133,10 +133,10 @@ def finetune(
         held_out = _sample(_examples(evaluate, asked), evaluate_limit)
     device = pick_device(device)
     config = _settled(config, device)
-    source = POCKET if model is None else find_folder(model)
-    if (source / CONFIG_FILE).is_file() and not (source / "config.json").is_file():
+    base = _model_source(model)
+    if (base / CONFIG_FILE).is_file() and not (base / "config.json").is_file():
         raise ValueError(
-            f"{source} is an adapter: give the model it was made for, or first merge the two (`merge_lora`) and save them"
+            f"{base} is an adapter: give the model it was made for, or first merge the two (`merge_lora`) and save them"
         )
     files = {"data": data, "annotations": annotations, "evaluate": evaluate}
     files |= {"evaluate_annotations": evaluate_annotations}
@@ -277,8 +277,13 @@ def _file_mark(path: str | Path) -> str:
     return f"{path.name}, {path.stat().st_size:,} bytes, CRC-32 {file_checksum(path):08x}"
 
 
+def _model_source(model: str | Path | None) -> Path:
+    """The folder or file that a model is read from."""
+    return POCKET if model is None else find_folder(model)
+
+
 def _model_mark(model: str | Path | None) -> str:
-    source = POCKET if model is None else find_folder(model)
+    source = _model_source(model)
     names = (source / "config.json", source / CONFIG_FILE, *sorted(source.glob("*.safetensors")))
     files = [source] if source.is_file() else [path for path in names if path.is_file()]
     size = sum(path.stat().st_size for path in files)
@@ -399,7 +404,7 @@ def estimate(
     """
     config, device = config or TrainingConfig(), pick_device(device)
     config = _settled(config, device)
-    source = POCKET if model is None else find_folder(model)
+    source = _model_source(model)
     if source.is_file():
         sizes, folder = read_npz_config(source), source.parent
         processor = Processor(Tokenizer.from_folder(folder), sizes.vision.image_size, sizes.vision.num_patches)
