@@ -1,6 +1,7 @@
 """Tangle: take the library out of the book.
 
 A code cell of `chapters/NN_name.py` whose first line is `# | export` belongs to `sigma_book/name.py`.
+A long subject has a second part, `15b_name.py`, which stands between 15 and 16.
 
     python -m sigma_book.tangle            write all modules
     python -m sigma_book.tangle rope gqa   write some
@@ -28,10 +29,10 @@ class TangleError(ValueError):
 
 @dataclass(frozen=True)
 class Chapter:
-    """One chapter: its path, its number, the module it gives, and its exported cells as (cell number, source)."""
+    """One chapter: its path, its number such as (5, "") or (15, "b"), its module, and its exported cells, numbered."""
 
     path: Path
-    number: int
+    number: tuple[int, str]
     module: str
     docstring: str
     cells: tuple[tuple[int, str], ...]
@@ -39,7 +40,7 @@ class Chapter:
 
 def read_chapter(path: Path) -> Chapter:
     """Read a py:percent notebook; cells are counted from 1, as they stand in the file."""
-    named = re.fullmatch(r"(\d+)_([a-z][a-z0-9_]*)\.py", path.name)
+    named = re.fullmatch(r"(\d+)([b-z]?)_([a-z][a-z0-9_]*)\.py", path.name)
     if named is None:
         raise TangleError(f"{path.name}: a chapter's name is a number, an underscore and a module, such as 05_rope.py")
     notebook = jupytext.read(path, fmt="py:percent")
@@ -58,7 +59,7 @@ def read_chapter(path: Path) -> Chapter:
             except SyntaxError as error:
                 raise TangleError(f"{path.name}, cell {number}: exported but does not parse ({error})") from error
             cells.append((number, rest.strip("\n")))
-    return Chapter(path, int(named[1]), named[2], docstring, tuple(cells))
+    return Chapter(path, (int(named[1]), named[2]), named[3], docstring, tuple(cells))
 
 
 def read_book(folder: Path = PACKAGE.parent / "chapters") -> list[Chapter]:
@@ -78,7 +79,7 @@ def read_book(folder: Path = PACKAGE.parent / "chapters") -> list[Chapter]:
         taken[what] = where
 
     for chapter in chapters:
-        take(f"the number {chapter.number}", chapter.path.name)
+        take("the number {}{}".format(*chapter.number), chapter.path.name)
         for number, source in chapter.cells:
             where = f"{chapter.path.name}, cell {number}"
             for name in _defined(source):

@@ -37,6 +37,11 @@ def test_only_marked_cells_are_taken(book):
     assert round(space["area"](1), 3) == 3.142
 
 
+def test_second_parts_stand_between_two_numbers(book):
+    written = book(c10_last=cell("x = 1"), c05b_second=cell("y = 1"), c05_first=cell("z = 1"))
+    assert [chapter.module for chapter in read_book(written)] == ["first", "second", "last"]
+
+
 def test_private_names_stay_out_of_the_public_list(book):
     body = cell("import math") + cell("SIZE: int = 3\nA, B = 1, 2\n\n\ndef _helper():\n    return SIZE")
     space = {}
@@ -53,6 +58,8 @@ def test_private_names_stay_out_of_the_public_list(book):
         ({"c05_rope": cell("x = 1") + cell("%matplotlib inline")}, ("05_rope.py, cell 3", "does not parse")),
         ({"c01_rope": cell("x = 1"), "c02_rope": cell("y = 1")}, ("02_rope.py", "module", "01_rope.py")),
         ({"c05_rope": cell("x = 1"), "c05_gqa": cell("y = 1")}, ("number 5", "05_rope.py", "05_gqa.py")),
+        ({"c05b_rope": cell("x = 1"), "c05b_gqa": cell("y = 1")}, ("number 5b", "05b_rope.py", "05b_gqa.py")),
+        ({"c05a_rope": cell("x = 1")}, ("05a_rope.py", "number")),
         ({"c01_a": cell("x = 1"), "c02_b": cell("x = 2")}, ("02_b.py, cell 2", "x", "01_a.py, cell 2")),
         ({"c01_a": cell("x = 1") + cell("def x(): ...")}, ("01_a.py, cell 3", "x", "01_a.py, cell 2")),
         ({"c01_a": cell("def x(): ..."), "c02_b": cell("class x: ...")}, ("02_b.py, cell 2", "x", "01_a.py, cell 2")),
