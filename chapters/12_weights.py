@@ -21,14 +21,10 @@
 # | export
 import json
 import math
-import os
 import re
-import shutil
-import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,10 +36,11 @@ from tqdm import tqdm
 
 from sigma_book.gemma import GemmaConfig
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
-from sigma_book.processor import Tokenizer
+from sigma_book.processor import Tokenizer, folder_beside
 from sigma_book.siglip import SiglipConfig
 
 # %%
+import shutil
 import struct
 import subprocess
 import sys
@@ -699,8 +696,8 @@ f"{count_parameters(model):,} parameters"
 #
 # ## Writing it back
 #
-# A model is written as a folder that `transformers` reads too. Each file is made beside its place and then moved into it, which
-# happens at once or not at all. A disk that is full is noticed before anything old is gone.
+# A model is written as a folder that `transformers` reads too. It is made beside its place and then moved into it, as chapter 11
+# does it. A disk that is full is noticed before anything old is gone.
 
 
 # %%
@@ -728,8 +725,6 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], dtype: tor
         for tensor in tensors.values():
             ready = tensor.detach().to("cpu", dtype).contiguous()
             file.write(ready.flatten().view(torch.uint8).numpy())
-        file.flush()
-        os.fsync(file.fileno())  # on the disk before it takes anybody's place
 
 
 # %%
@@ -797,40 +792,18 @@ def save_model(
             write_json(fresh / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": table})
         write_json(fresh / "config.json", config)
         write_json(fresh / "generation_config.json", ids)
+        written = {path.name for path in fresh.iterdir()}
+    for old in folder.iterdir():  # weights of a former save would contradict the new ones
+        if _WEIGHTS.fullmatch(old.name) and old.name not in written:
+            old.unlink()
+
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def write_json(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-
-@contextmanager
-def folder_beside(folder: Path) -> Iterator[Path]:
-    """A temporary folder next to the wanted one, whose files move into it once all are written."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: expected a folder to write to, or a name that is free")
-    folder = folder.resolve()
-    fresh = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-    try:
-        fresh.mkdir(parents=True)
-        yield fresh
-        if not folder.exists():
-            os.replace(fresh, folder)
-            return
-        written = {path.name for path in fresh.iterdir()}
-        for name in sorted(written, reverse=True):  # the weights first
-            os.replace(fresh / name, folder / name)
-        for old in folder.iterdir():  # weights of a former save would contradict the new ones
-            if _WEIGHTS.fullmatch(old.name) and old.name not in written:
-                old.unlink()
-    except OSError as error:
-        raise RuntimeError(
-            f"{folder} cannot be written ({error.strerror}): check the room and the permissions"
-        ) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 # %%
 logging.disable_progress_bar()

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from sigma_book.generation import whole_number
 from sigma_book.locate import Box, draw_boxes, encode_box, parse
-from sigma_book.processor import Batch, Processor, load_image
+from sigma_book.processor import Batch, Processor, encode_picture, file_beside, load_image
 
 
 # %%
@@ -2296,26 +2296,16 @@ def write_survey(found: Survey, examples: Sequence[Example], folder: str | Path)
         "too_long": [{"where": where, "tokens_too_many": excess} for where, excess in found.too_long],
         "repeated": [{"where": where} for where in found.duplicates],
     }
-    texts = {"survey.json": json.dumps(numbers, indent=2, ensure_ascii=False)}
+    contents = {"survey.json": f"{json.dumps(numbers, indent=2, ensure_ascii=False)}\n".encode()}
     for name, rows in lists.items():
-        texts[f"{name}.jsonl"] = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    pictures = {"lengths.png": draw_lengths(found), "examples.png": contact_sheet(chosen) if chosen else None}
-    paths = []
-    for name, content in (texts | pictures).items():
-        path, draft = folder / name, folder / f".{name}.part"
-        if content is None:
-            continue
-        try:
-            if isinstance(content, str):
-                draft.write_text(f"{content}\n" if content else "", encoding="utf-8")
-            else:
-                content.save(draft, format="PNG")
-            os.replace(draft, path)
-        except OSError as error:
-            draft.unlink(missing_ok=True)
-            raise RuntimeError(f"{path} cannot be written ({error.strerror or error}): make room and go on") from error
-        paths.append(path)
-    return paths
+        contents[f"{name}.jsonl"] = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode()
+    contents["lengths.png"] = encode_picture(draw_lengths(found), "PNG")
+    if chosen:
+        contents["examples.png"] = encode_picture(contact_sheet(chosen), "PNG")
+    for name, content in contents.items():
+        with file_beside(folder / name) as fresh:
+            fresh.write_bytes(content)
+    return [folder / name for name in contents]
 
 
 # %%

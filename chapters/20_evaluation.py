@@ -26,7 +26,6 @@ import io
 import itertools
 import json
 import math
-import os
 import random
 import re
 import sys
@@ -42,7 +41,7 @@ from tqdm import tqdm
 
 from sigma_book.data import Example
 from sigma_book.locate import Box, Detection, compare_boxes, draw_boxes, iou, parse
-from sigma_book.processor import load_image
+from sigma_book.processor import file_beside, load_image
 from sigma_book.world import COLOURS, SHAPES, Question, Scene, ask, caption, draw_scene, make_scene
 
 # %%
@@ -1501,23 +1500,11 @@ def write_report(task: str, records: Iterable[dict], out: Path, title: str, spee
     """Score a run and write `scores.json` and `worst.html` into its folder; `speed` joins the scores, which are returned."""
     scores, cases = score_answers(task, records)
     scores |= {"speed": speed}
-    content = json.dumps({"task": task} | scores, indent=2, ensure_ascii=False)
-    _write_beside(out / "scores.json", [content, "\n"])
-    _write_beside(out / "worst.html", [worst_page(task, cases, title)])
+    content = f"{json.dumps({'task': task} | scores, indent=2, ensure_ascii=False)}\n"
+    for name, text in (("scores.json", content), ("worst.html", worst_page(task, cases, title))):
+        with file_beside(out / name) as fresh:
+            fresh.write_text(text, encoding="utf-8", errors="backslashreplace")
     return scores
-
-
-def _write_beside(path: Path, pieces: Iterable[str]) -> None:
-    """Write a file beside its name and move it into place, so that no half of it is ever seen."""
-    draft = path.with_name(f".{path.name}.part")
-    try:
-        with draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(pieces)
-        os.replace(draft, path)
-    except OSError as error:
-        raise RuntimeError(
-            f"{path} could not be written ({error.strerror}): make room, then give the same command again"
-        ) from error
 
 
 # %% [markdown]
@@ -1565,8 +1552,10 @@ def official_results(task: str, records: Iterable[dict]) -> Iterator[dict]:
 def write_official(task: str, records: Iterable[dict], path: Path) -> None:
     """Write `official_results` as one JSON array, line by line."""
     entries = (json.dumps(entry) for entry in official_results(task, records))
-    lines = (f",\n{entry}" if number else entry for number, entry in enumerate(entries))
-    _write_beside(path, itertools.chain(["["], lines, ["]\n"]))
+    with file_beside(path) as fresh, fresh.open("w", encoding="utf-8") as file:
+        file.write("[")
+        file.writelines(f",\n{entry}" if number else entry for number, entry in enumerate(entries))
+        file.write("]\n")
 
 
 def read_official(
@@ -1630,38 +1619,6 @@ def answer_from(task: str, said: dict[object, str]) -> Callable[[list[Example]],
     """A function for `answer_examples` that looks answers up by their id, and opens no picture."""
     key = _OFFICIAL[task][0]
     return lambda examples: [said[example.facts[key]] for example in examples]
-
-
-def claim_run(out: str | Path, run: dict) -> Path:
-    """Make a folder the home of a run, or make sure that it is; `run.json` in it says which.
-
-    Raises
-    ------
-    ValueError
-        If it holds another run, or is a file: the sentence says what differs.
-    """
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: give a folder for the answers")
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "run.json"
-    if not path.exists():
-        if (out / "answers.jsonl").exists():
-            raise ValueError(
-                f"{out} holds answers.jsonl but no run.json, so nobody knows whose answers: give a new folder"
-            )
-        _write_beside(path, [json.dumps(run, indent=2), "\n"])
-        return out
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is broken ({error}): give a new folder") from error
-    for key, value in run.items():
-        if before.get(key) != value:
-            raise ValueError(
-                f"{out} holds another run: there {key} is {before.get(key)!r}, here {value!r}: give a new folder"
-            )
-    return out
 
 
 # %% [markdown]

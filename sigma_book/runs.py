@@ -1,7 +1,6 @@
 """Whole runs, put together: fine-tuning a model on a file, and evaluating one. Thin; the ideas stay in the chapters."""
 
 import json
-import os
 import random
 import shutil
 import uuid
@@ -22,7 +21,6 @@ from sigma_book.evaluation import (
     answer_examples,
     answer_from,
     answer_speed,
-    claim_run,
     read_official,
     write_official,
     write_report,
@@ -31,7 +29,7 @@ from sigma_book.generation import whole_number
 from sigma_book.locate import load_mask_vae
 from sigma_book.lora import CONFIG_FILE, DECODER_LINEARS, LoraConfig, add_lora, find_linears, save_adapter
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
-from sigma_book.processor import Processor, Tokenizer
+from sigma_book.processor import Processor, Tokenizer, file_beside, folder_beside
 from sigma_book.qlora import nf4_bytes
 from sigma_book.training import (
     AUTOCAST,
@@ -53,7 +51,6 @@ from sigma_book.training import (
     remark,
     train,
     training_bill,
-    write_whole,
 )
 from sigma_book.weights import find_folder, pick_device, read_config, read_npz_config, save_model
 
@@ -201,7 +198,8 @@ def finetune(
         _say_and_draw(out, progress, batches)
         if follower is not None:
             follower.run.finish()
-        write_whole(final, write)
+        with folder_beside(final) as fresh:
+            write(fresh)
         return final
 
 
@@ -364,11 +362,11 @@ def _look(
     found = {"step": step} | examine(model, model.processor, held_out, autocast=AUTOCAST[config.dtype])
     former = [note["loss"] for note in progress.notes if note["step"] > 0]
     if step > 0 and found["loss"] < min(former, default=float("inf")):
-        write_whole(out / "best", write)
+        with folder_beside(out / "best") as fresh:
+            write(fresh)
     progress.notes.append(found)
-    draft = out / ".evaluations.json"
-    draft.write_text(json.dumps(progress.notes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(draft, out / "evaluations.json")
+    with file_beside(out / "evaluations.json") as fresh:
+        fresh.write_text(json.dumps(progress.notes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if follower is not None:
         follower.note(found)
     answers = [f"  {one['prefix']}: {one['answer']!r}, truth {one['suffix']!r}" for one in found["answers"]]
@@ -538,7 +536,8 @@ def evaluate(
     else:
         answer = answer_from(task, read_official(task, answers, examples, num_examples))
         run |= {"answers": _file_mark(answers)}
-    out = claim_run(out, run)
+    out = Path(out)
+    claim_folder(out, run, saved=("answers.jsonl",), alone=False)
     path = out / "answers.jsonl"
     if answers is None:
         waiting = AnswerFile(path).next_index() < min(len(examples), num_examples or len(examples))

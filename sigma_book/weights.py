@@ -7,14 +7,10 @@ Tangled from chapters/12_weights.py: edit there, then run python -m sigma_book.t
 
 import json
 import math
-import os
 import re
-import shutil
-import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +22,7 @@ from tqdm import tqdm
 
 from sigma_book.gemma import GemmaConfig
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
-from sigma_book.processor import Tokenizer
+from sigma_book.processor import Tokenizer, folder_beside
 from sigma_book.siglip import SiglipConfig
 
 __all__ = [
@@ -37,7 +33,6 @@ __all__ = [
     "NPZ_DTYPES",
     "RENAMED",
     "find_folder",
-    "folder_beside",
     "has_bfloat16_units",
     "hub_name",
     "load_model",
@@ -525,8 +520,6 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], dtype: tor
         for tensor in tensors.values():
             ready = tensor.detach().to("cpu", dtype).contiguous()
             file.write(ready.flatten().view(torch.uint8).numpy())
-        file.flush()
-        os.fsync(file.fileno())  # on the disk before it takes anybody's place
 
 
 def save_model(
@@ -592,40 +585,18 @@ def save_model(
             write_json(fresh / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": table})
         write_json(fresh / "config.json", config)
         write_json(fresh / "generation_config.json", ids)
+        written = {path.name for path in fresh.iterdir()}
+    for old in folder.iterdir():  # weights of a former save would contradict the new ones
+        if _WEIGHTS.fullmatch(old.name) and old.name not in written:
+            old.unlink()
+
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def write_json(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-
-@contextmanager
-def folder_beside(folder: Path) -> Iterator[Path]:
-    """A temporary folder next to the wanted one, whose files move into it once all are written."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: expected a folder to write to, or a name that is free")
-    folder = folder.resolve()
-    fresh = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-    try:
-        fresh.mkdir(parents=True)
-        yield fresh
-        if not folder.exists():
-            os.replace(fresh, folder)
-            return
-        written = {path.name for path in fresh.iterdir()}
-        for name in sorted(written, reverse=True):  # the weights first
-            os.replace(fresh / name, folder / name)
-        for old in folder.iterdir():  # weights of a former save would contradict the new ones
-            if _WEIGHTS.fullmatch(old.name) and old.name not in written:
-                old.unlink()
-    except OSError as error:
-        raise RuntimeError(
-            f"{folder} cannot be written ({error.strerror}): check the room and the permissions"
-        ) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 # array under params/, its axes, our tensors, and the order in which the axes of one of them become ours
 _EYES, _VOICE = "img/Transformer/encoderblock/", "llm/layers/"

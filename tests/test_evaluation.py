@@ -22,7 +22,6 @@ from sigma_book.evaluation import (
     average_precision,
     bleu,
     cider,
-    claim_run,
     count_scores,
     mean_mask_iou,
     ngram_frequencies,
@@ -39,6 +38,7 @@ from sigma_book.evaluation import (
 )
 from sigma_book.locate import Detection
 from sigma_book.runs import evaluate
+from sigma_book.training import claim_folder
 
 
 @pytest.fixture(scope="module")
@@ -422,7 +422,7 @@ def test_a_folder_with_another_run_is_refused(world, tiny_folder, tmp_path, caps
     (tmp_path / "out" / "run.json").write_text("{")
     assert "run.json is broken" in refused(capsys, *first)
     with pytest.raises(ValueError, match="is a file"):
-        claim_run(world["captions"], {})
+        claim_folder(world["captions"], {})
 
 
 def test_data_that_do_not_fit_the_task(world, tmp_path, capsys):

@@ -770,14 +770,14 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     claim_folder(tmp_path / "run", first)
     (tmp_path / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
     claim_folder(tmp_path / "run", first)
-    with pytest.raises(ValueError, match="holds a run with seed = 1, this one has 2"):
+    with pytest.raises(ValueError, match="holds another run: there seed is 1, here 2"):
         claim_folder(tmp_path / "run", first | {"seed": 2})
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="holds something else"):
         claim_folder(tmp_path / "other", first)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="is a file"):
         claim_folder(tmp_path / "file", first)
 
 
