@@ -28,6 +28,7 @@ from sigma_book.evaluation import (
 from sigma_book.generation import whole_number
 from sigma_book.locate import load_mask_vae
 from sigma_book.lora import CONFIG_FILE, DECODER_LINEARS, LoraConfig, add_lora, find_linears, save_adapter
+from sigma_book.npz import read_npz_config
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 from sigma_book.processor import Processor, Tokenizer, file_beside, folder_beside
 from sigma_book.qlora import nf4_bytes
@@ -52,7 +53,7 @@ from sigma_book.training import (
     train,
     training_bill,
 )
-from sigma_book.weights import find_folder, pick_device, read_config, read_npz_config, save_model
+from sigma_book.weights import find_folder, pick_device, read_config, save_model
 
 __all__ = ["estimate", "evaluate", "finetune"]
 

@@ -33,6 +33,7 @@ NAMES = [
     "10_paligemma",
     "11_processor",
     "12_weights",
+    "12b_npz",
     "13_generation",
     "14_locate",
     "15_data",

@@ -19,10 +19,10 @@ from sigma_book import generate, load
 from sigma_book.assemble import POCKET
 from sigma_book.cli import main
 from sigma_book.gemma import GemmaConfig
+from sigma_book.npz import load_npz, read_npz_config, read_npz_header
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 from sigma_book.processor import Tokenizer
 from sigma_book.siglip import SiglipConfig
-from sigma_book.weights import load_npz, read_npz_config, read_npz_header
 
 ROWS = 1850  # of the embedding in the file: the pocket tokenizer's <image> is the first that is added
 GEMMA_2 = {
@@ -322,7 +322,7 @@ def test_a_flipped_byte_in_the_numbers(write, seed):
 PEAK = """
 import resource, sys, torch
 from pathlib import Path
-from sigma_book.weights import load_npz
+from sigma_book.npz import load_npz
 
 def held(key):
     return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
