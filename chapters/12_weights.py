@@ -30,10 +30,8 @@ from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from sigma_book.gemma import GemmaConfig
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 from sigma_book.processor import folder_beside
-from sigma_book.siglip import SiglipConfig
 
 # %%
 import shutil
@@ -47,7 +45,9 @@ import matplotlib.pyplot as plt
 from transformers import AutoModelForImageTextToText, logging
 
 import sigma_book
+from sigma_book.gemma import GemmaConfig
 from sigma_book.paligemma import count_parameters
+from sigma_book.siglip import SiglipConfig
 from sigma_book.style import ANSWER, GREY, PICTURE, PROMPT, check, save, use_style
 
 use_style()

@@ -48,7 +48,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from sigma_book.data import Example, collate
+from sigma_book.batches import collate
+from sigma_book.data import Example
 from sigma_book.generation import Sampling, generate_answers
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 from sigma_book.processor import Batch, Processor, file_beside, folder_beside, load_image
@@ -64,7 +65,7 @@ import tempfile
 import matplotlib.pyplot as plt
 
 from sigma_book import load
-from sigma_book.data import Batches
+from sigma_book.batches import Batches
 from sigma_book.gemma import GemmaConfig
 from sigma_book.siglip import SiglipConfig
 from sigma_book.style import ANSWER, GREY, PICTURE, PROMPT, check, save, use_style
@@ -240,7 +241,7 @@ assert abs(by_tokens - mean_of_all) < 1e-12
 # %%
 # | export
 def answer_loss(model: PaliGemma, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy over the answers of a batch: what the ordinary batches of chapter 15 are for."""
+    """Mean cross-entropy over the answers of a batch: what the ordinary batches of chapter 15b are for."""
     return model.loss(batch.input_ids, batch.pixel_values, batch.attention_mask, batch.token_type_ids, batch.labels)
 
 
@@ -371,7 +372,7 @@ class Progress:
     rows : list
         A row a step, as in the log: step, loss, gradient norm, share of the peak rate, tokens read, seconds.
     data : dict, optional
-        The place in the data, as chapter 15 gives it.
+        The place in the data, as chapter 15b gives it.
     notes : list of dict
         What was found at intervals.
     scale : dict, optional
@@ -517,7 +518,7 @@ def train(
     loss : callable
         Takes a batch, gives a scalar tensor, a mean over some tokens.
     batches : iterable
-        At least `steps` times `accumulate` batches; the last group may be short. A `TrainingBatch` of chapter 15
+        At least `steps` times `accumulate` batches; the last group may be short. A `TrainingBatch` of chapter 15b
         also says where its examples come from and how to go on behind it.
     optimizers : list
         Their learning rates are the peaks; the schedule scales them all alike.
@@ -973,7 +974,7 @@ save(figure, "16_resume")
 # *Figure: three times the same loss in grey, stopped at step 20 (dotted), and gone on in colour. From weights alone it leaves
 # the grey line; with AdamW's means too it still does; with the random numbers as well it lies on it.*
 #
-# One thing more: the place in the data. Chapter 15 gives it with each batch, and goes on from it.
+# One thing more: the place in the data. Chapter 15b gives it with each batch, and goes on from it.
 #
 # ## A folder that is whole or absent
 #
@@ -1507,7 +1508,8 @@ PROGRAM = """
 import gc, torch
 from pathlib import Path
 from sigma_book import load
-from sigma_book.data import Example, collate
+from sigma_book.batches import collate
+from sigma_book.data import Example
 from sigma_book.training import TrainingConfig, adamw_by_part, answer_loss, answer_tokens, blocks_of, recompute_activations, train
 from sigma_book.world import caption, draw_scene, make_scene
 
@@ -1646,7 +1648,7 @@ def claim_folder(
         if begun:
             key = differing[0]
             raise ValueError(
-                f"{out} holds another run: there {key} is {known.get(key)!r}, here {wanted[key]!r}: "
+                f"{out} holds a run with {key} = {known.get(key)!r}, this one has {wanted[key]!r}: "
                 "give the same to go on with it, or another folder for a new run"
             )
     elif begun or (alone and out.exists() and any(entry.name != ".run.json.part" for entry in out.iterdir())):

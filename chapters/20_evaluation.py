@@ -52,7 +52,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from sigma_book import generate, load
-from sigma_book.data import collate, read_examples
+from sigma_book.batches import collate
+from sigma_book.data import read_examples
 from sigma_book.style import ANSWER, GREY, PICTURE, PROMPT, check, save, use_style
 from sigma_book.training import answer_loss, train
 from sigma_book.world import GRID, Thing

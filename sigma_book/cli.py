@@ -195,7 +195,8 @@ def _data_arguments(command: argparse.ArgumentParser) -> None:
 
 def _data(options: argparse.Namespace) -> None:
     from sigma_book.assemble import POCKET
-    from sigma_book.data import read_examples, survey, write_survey
+    from sigma_book.batches import survey, write_survey
+    from sigma_book.data import read_examples
     from sigma_book.locate import load_mask_vae
     from sigma_book.processor import Processor
     from sigma_book.weights import find_folder, read_config

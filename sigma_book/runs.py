@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from sigma_book.assemble import POCKET, generate, load
-from sigma_book.data import Batches, Example, Examples, read_examples
+from sigma_book.batches import Batches
+from sigma_book.data import Example, Examples, read_examples
 from sigma_book.evaluation import (
     EVALUATION_TASKS,
     AnswerFile,

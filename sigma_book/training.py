@@ -33,7 +33,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from sigma_book.data import Example, collate
+from sigma_book.batches import collate
+from sigma_book.data import Example
 from sigma_book.generation import Sampling, generate_answers
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 from sigma_book.processor import Batch, Processor, file_beside, folder_beside, load_image
@@ -91,7 +92,7 @@ def learning_rate_factor(step: int, steps: int, warmup: int, hold: float = 0.0, 
 
 
 def answer_loss(model: PaliGemma, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy over the answers of a batch: what the ordinary batches of chapter 15 are for."""
+    """Mean cross-entropy over the answers of a batch: what the ordinary batches of chapter 15b are for."""
     return model.loss(batch.input_ids, batch.pixel_values, batch.attention_mask, batch.token_type_ids, batch.labels)
 
 
@@ -150,7 +151,7 @@ class Progress:
     rows : list
         A row a step, as in the log: step, loss, gradient norm, share of the peak rate, tokens read, seconds.
     data : dict, optional
-        The place in the data, as chapter 15 gives it.
+        The place in the data, as chapter 15b gives it.
     notes : list of dict
         What was found at intervals.
     scale : dict, optional
@@ -282,7 +283,7 @@ def train(
     loss : callable
         Takes a batch, gives a scalar tensor, a mean over some tokens.
     batches : iterable
-        At least `steps` times `accumulate` batches; the last group may be short. A `TrainingBatch` of chapter 15
+        At least `steps` times `accumulate` batches; the last group may be short. A `TrainingBatch` of chapter 15b
         also says where its examples come from and how to go on behind it.
     optimizers : list
         Their learning rates are the peaks; the schedule scales them all alike.
@@ -941,7 +942,7 @@ def claim_folder(
         if begun:
             key = differing[0]
             raise ValueError(
-                f"{out} holds another run: there {key} is {known.get(key)!r}, here {wanted[key]!r}: "
+                f"{out} holds a run with {key} = {known.get(key)!r}, this one has {wanted[key]!r}: "
                 "give the same to go on with it, or another folder for a new run"
             )
     elif begun or (alone and out.exists() and any(entry.name != ".run.json.part" for entry in out.iterdir())):

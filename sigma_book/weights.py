@@ -16,10 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from sigma_book.gemma import GemmaConfig
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 from sigma_book.processor import folder_beside
-from sigma_book.siglip import SiglipConfig
 
 __all__ = [
     "BYTES",

@@ -37,6 +37,7 @@ NAMES = [
     "13_generation",
     "14_locate",
     "15_data",
+    "15b_batches",
     "16_training",
     "17_pocket",
     "18_lora",

@@ -408,10 +408,10 @@ def test_a_folder_with_another_run_is_refused(world, tiny_folder, tmp_path, caps
     assert main(["evaluate", *map(str, first)]) == 0
     before = (tmp_path / "out" / "answers.jsonl").read_bytes()
     capsys.readouterr()
-    assert "holds another run: there model is" in refused(capsys, "--task", "caption", *base)
+    assert "holds a run with model = " in refused(capsys, "--task", "caption", *base)
     other = [world["instances"] if value is world["captions"] else value for value in first]
     other[1] = "detect"
-    assert "holds another run: there task is 'caption', here 'detect'" in refused(capsys, *other)
+    assert "holds a run with task = 'caption', this one has 'detect'" in refused(capsys, *other)
     longer = [
         3 if value == 2 and first[place - 1] == "--max-new-tokens" else value for place, value in enumerate(first)
     ]

@@ -360,7 +360,7 @@ def test_never_two_copies(write, tmp_path, dtype, bound):
 )
 def test_the_real_sizes(monkeypatch, tmp_path, width, mlp, layers, heads, kv, head_dim, scale):
     """PaliGemma 2's three sizes, from shapes alone: no file of that size is written."""
-    from sigma_book import weights
+    from sigma_book import npz
 
     tower, llm = "params/img/Transformer/encoderblock", "params/llm/layers"
     attention = f"{tower}/MultiHeadDotProductAttention_0"
@@ -392,7 +392,7 @@ def test_the_real_sizes(monkeypatch, tmp_path, width, mlp, layers, heads, kv, he
         },
         "params/llm/final_norm/scale": (width,),
     }
-    monkeypatch.setattr(weights, "read_npz_header", lambda path: {k: (v, np.dtype("V2")) for k, v in shapes.items()})
+    monkeypatch.setattr(npz, "read_npz_header", lambda path: {k: (v, np.dtype("V2")) for k, v in shapes.items()})
     shutil.copy(POCKET / "tokenizer.json", tmp_path)
     config = read_npz_config(tmp_path / "large.npz")
     assert config.vision == SiglipConfig(1152, 4304, 27, 16, image_size=448, patch_size=14)

@@ -23,7 +23,8 @@ from transformers import AutoModelForImageTextToText, get_cosine_schedule_with_w
 
 import sigma_book
 from sigma_book import training
-from sigma_book.data import Example, collate
+from sigma_book.batches import collate
+from sigma_book.data import Example
 from sigma_book.processor import Batch, Processor
 from sigma_book.training import (
     Checkpoints,
@@ -770,7 +771,7 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     claim_folder(tmp_path / "run", first)
     (tmp_path / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
     claim_folder(tmp_path / "run", first)
-    with pytest.raises(ValueError, match="holds another run: there seed is 1, here 2"):
+    with pytest.raises(ValueError, match="holds a run with seed = 1, this one has 2"):
         claim_folder(tmp_path / "run", first | {"seed": 2})
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
