@@ -160,7 +160,7 @@ def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from sigma_book.evaluation import score_table
+    from sigma_book.answers import score_table
     from sigma_book.runs import evaluate
 
     settings = {name: value for name, value in vars(options).items() if name not in ("run", "task", "data", "out")}

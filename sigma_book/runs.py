@@ -13,10 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sigma_book.assemble import POCKET, generate, load
-from sigma_book.batches import Batches
-from sigma_book.data import Example, Examples, read_examples
-from sigma_book.evaluation import (
+from sigma_book.answers import (
     EVALUATION_TASKS,
     AnswerFile,
     answer_examples,
@@ -26,6 +23,9 @@ from sigma_book.evaluation import (
     write_official,
     write_report,
 )
+from sigma_book.assemble import POCKET, generate, load
+from sigma_book.batches import Batches
+from sigma_book.data import Example, Examples, read_examples
 from sigma_book.generation import whole_number
 from sigma_book.locate import load_mask_vae
 from sigma_book.lora import CONFIG_FILE, DECODER_LINEARS, LoraConfig, add_lora, find_linears, save_adapter

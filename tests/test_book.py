@@ -43,6 +43,7 @@ NAMES = [
     "18_lora",
     "19_qlora",
     "20_evaluation",
+    "20b_answers",
 ]
 
 

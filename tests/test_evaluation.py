@@ -13,12 +13,19 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sigma_book.answers import (
+    AnswerFile,
+    answer_examples,
+    score_answers,
+    score_table,
+    true_count,
+    worst_page,
+    write_world_files,
+)
 from sigma_book.cli import main
 from sigma_book.data import Example, read_examples
 from sigma_book.evaluation import (
-    AnswerFile,
     PictureBoxes,
-    answer_examples,
     average_precision,
     bleu,
     cider,
@@ -28,13 +35,8 @@ from sigma_book.evaluation import (
     ptb_tokens,
     read_count,
     rouge_l,
-    score_answers,
-    score_table,
-    true_count,
     vqa_accuracy,
     vqa_plain,
-    worst_page,
-    write_world_files,
 )
 from sigma_book.locate import Detection
 from sigma_book.runs import evaluate
@@ -202,7 +204,7 @@ def test_two_processes_do_not_share_a_file(tmp_path):
     path = tmp_path / "answers.jsonl"
     script = f"""
 from pathlib import Path
-from sigma_book.evaluation import answer_examples
+from sigma_book.answers import answer_examples
 from sigma_book.data import Example
 example = Example(b"", "caption", "a", "row", ("a",))
 answer_examples("caption", [example], lambda rows: ["a"], {str(path)!r})
@@ -259,7 +261,7 @@ def test_memory_is_flat(tmp_path):
 import re, sys
 from pathlib import Path
 from sigma_book.data import read_examples
-from sigma_book.evaluation import answer_examples, write_world_files
+from sigma_book.answers import answer_examples, write_world_files
 files = write_world_files(sys.argv[1], 2000)
 examples = read_examples(files["captions"], per_image=True)
 held, asked = {}, 0

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from sigma_book import TrainingConfig, evaluate, finetune, generate, load
+from sigma_book.answers import write_world_files
 from sigma_book.assemble import POCKET
 from sigma_book.data import read_examples
-from sigma_book.evaluation import write_world_files
 from sigma_book.lora import LoraLinear, merge_lora
 from sigma_book.qlora import NF4Linear, nf4_bytes
 from sigma_book.runs import estimate
