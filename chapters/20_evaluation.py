@@ -923,8 +923,8 @@ assert mean_mask_iou([(left_half, left_half), (left_half, ~left_half)]) == 0.5
 # %% [markdown]
 # ## The bill
 #
-# All these scores can be added up picture by picture, and need no more memory for a thousand times more pictures. Only CIDEr
-# keeps something: the table of n-grams, which grows with what people say.
+# BLEU, VQA's accuracy and counting are a few sums, whatever the number of pictures. AP keeps a few numbers for each box that
+# was found. CIDEr keeps most: the table of n-grams, which grows with what people say.
 
 # %%
 few, all_of_them = (ngram_frequencies(true for _, true in corpus[:most]).counts for most in (200, 2000))

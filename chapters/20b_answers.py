@@ -84,7 +84,7 @@ torch.set_num_threads(1)  # batches are small here: a second thread waits more t
 #   the process at any moment: the last line may be torn, and is cut off; the next run goes on behind it. Since answers
 #   are written in the order of the examples, the number of the last line says where to go on. None is asked twice, none is
 #   left out.
-# - **A folder holds one run**: with other data or another model it says so, and stops.
+# - **A folder holds one run** (`claim_folder` of chapter 16): with other data or another model it says so, and stops.
 
 # %%
 rows = ["picture 1, a red star", "picture 2, a ring", "picture 3, two stars", "picture 4, a gr"]
@@ -381,7 +381,7 @@ if None not in held.values():
 # ## From answers to a report
 #
 # Scoring reads the file line by line, and for captions more than once, since CIDEr must first know how common each n-gram
-# is. (That table of n-grams is the one thing here that grows with the data.) Beside the
+# is. (That table, and a few numbers for each box found, are all that grows with the data.) Beside the
 # scores it keeps the worst cases, which teach more than a mean. What "worst" means depends on the task: the lowest
 # CIDEr; a wrong answer to a question on which people agree; the count that is farthest off; the boxes that fit least.
 

@@ -745,7 +745,8 @@ def read_examples(
         For `coco-segment`: takes a mask, a boolean tensor (height, width), and its box in pixels, and gives the numbers of
         16 seg tokens.
     per_image : bool
-        For COCO captions: an example for each picture, with all its captions as `answers`, to measure with.
+        For COCO captions: an example for each picture, with all its captions as `answers`, to measure with. It changes
+        nothing about the other forms.
 
     Raises
     ------
@@ -764,8 +765,6 @@ def read_examples(
     found = _detect(path, tables) if form == "auto" else form
     if annotations is not None and found != "vqav2":
         raise ValueError(f"{path.name} is of the form {found}, which has no second file: leave annotations out")
-    if per_image and found != "coco-captions":
-        raise ValueError(f"{path.name} is of the form {found}: per_image is for coco-captions")
     if found in ROW_FORMS:
         if "" not in tables:
             raise ValueError(f"{path.name} has no rows of the form {found}: it is one JSON object, expected JSON lines")

@@ -526,9 +526,7 @@ def evaluate(
     whole_number("num_beams", num_beams, least=1)
     if num_examples is not None:
         whole_number("num_examples", num_examples, least=1)
-    examples = read_examples(data, form=form, root=root, annotations=annotations)
-    if task == "caption" and examples.form == "coco-captions":
-        examples = read_examples(data, form=examples.form, root=root, per_image=True)
+    examples = read_examples(data, form=form, root=root, annotations=annotations, per_image=task == "caption")
     _fits_task(task, examples.form, data, annotations)
     run = {"task": task, "data": _file_mark(data), "form": examples.form, "root": _full(root)}
     run |= {"annotations": None if annotations is None else _file_mark(annotations)}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sigma_book import data
 from sigma_book.answers import (
     AnswerFile,
     answer_examples,
@@ -368,6 +369,15 @@ def test_captions_and_boxes_of_plain_rows(world, tmp_path):
         (tmp_path / f"{task}.jsonl").write_text("\n".join(lines))
         scores = evaluate(task, tmp_path / f"{task}.jsonl", tmp_path / task)
         assert scores["asked"] == 8 and scores[key] > least, scores
+
+
+def test_a_file_of_captions_is_read_through_once(world, tiny_folder, tmp_path, monkeypatch):
+    """COCO's are hundreds of megabytes. Once to index it; its checksum is another matter."""
+    read, index = [], data.index_document
+    monkeypatch.setattr(data, "index_document", lambda path: read.append(path) or index(path))
+    evaluate("caption", world["captions"], tmp_path / "out", model=tiny_folder, num_examples=1, max_new_tokens=1)
+    assert read == [world["captions"]]
+    assert len(list(AnswerFile(tmp_path / "out" / "answers.jsonl"))[0]["answers"]) == 5
 
 
 def test_the_page_shows_the_worst_cases_with_their_pictures(world, tiny_folder, tmp_path):
