@@ -1548,7 +1548,7 @@ if sys.platform == "linux":
 # %% [markdown]
 # And the time? Only a step can tell: a dry run takes three steps in memory, times the last two, and throws them away.
 # Had we done so before the corners, we would have been told this, and needed that. (It depends on what else the machine has to
-# do, so there is no assertion here.)
+# do, so there is no assertion here; a slow test holds the two together, in seconds of the processor instead of the clock.)
 
 # %%
 seconds = [float(line["seconds"]) for line in lines]

@@ -94,7 +94,7 @@ for place, text in enumerate(rows):
     axis.barh(-place, len(text), height=0.8, color=GREY if torn else ANSWER, alpha=0.9)
     axis.text(0.4, -place, text, va="center", color="white", fontsize=8)
     end = "torn: is cut off, and picture 4 asked again" if torn else "on the disk, with its line end"
-    axis.text(len(text) + 0.5, -place, end, va="center", fontsize=8, color=GREY if torn else "black")
+    axis.text(len(text) + 0.5, -place, end, va="center", fontsize=8)
 axis.set(xlim=(0, 46))
 axis.axis("off")
 save(figure, "20b_torn")

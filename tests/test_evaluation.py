@@ -427,7 +427,7 @@ def test_a_folder_with_another_run_is_refused(world, tiny_folder, tmp_path, caps
     longer = [
         3 if value == 2 and first[place - 1] == "--max-new-tokens" else value for place, value in enumerate(first)
     ]
-    assert "max_new_tokens is 2, here 3" in refused(capsys, *longer)
+    assert "max_new_tokens = 2, this one has 3" in refused(capsys, *longer)
     assert (tmp_path / "out" / "answers.jsonl").read_bytes() == before
     (tmp_path / "out" / "run.json").unlink()
     assert "no run.json" in refused(capsys, *first)
