@@ -19,6 +19,7 @@
 
 # %%
 # | export
+import atexit
 import logging
 import threading
 import time
@@ -887,6 +888,7 @@ class Engine:
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="sigma_book engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close, finish=False)  # a thread that runs on while Python ends would crash it
 
     def submit(
         self,
@@ -993,6 +995,7 @@ class Engine:
                     request.ticket.cancel()
         if not inside:
             self._thread.join()
+        atexit.unregister(self.close)
 
     def stats(self) -> EngineStats:
         """Plain numbers, for metrics."""

@@ -5,6 +5,7 @@ How do requests that come and go share one reading of the weights?
 Tangled from chapters/21c_batching.py: edit there, then run python -m sigma_book.tangle.
 """
 
+import atexit
 import logging
 import threading
 import time
@@ -484,6 +485,7 @@ class Engine:
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="sigma_book engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close, finish=False)  # a thread that runs on while Python ends would crash it
 
     def submit(
         self,
@@ -590,6 +592,7 @@ class Engine:
                     request.ticket.cancel()
         if not inside:
             self._thread.join()
+        atexit.unregister(self.close)
 
     def stats(self) -> EngineStats:
         """Plain numbers, for metrics."""
