@@ -503,6 +503,8 @@ def check_work(work: Work, against: Sequence[str], warmup: int, repeat: int) -> 
     for name in against:
         if name != "transformers":
             raise ValueError(f"--against is {name!r}: expected transformers")
+    if len(set(against)) < len(against):
+        raise ValueError(f"--against names {against[0]} twice: once is enough")
     pick_device(work.device)
 
 
@@ -785,6 +787,8 @@ def run_bench(
         raise ValueError(
             f"--random goes with --size {', '.join(SIZES)}, whose weights are random numbers, and with nothing else"
         )
+    if grow and (bill or model is not None or against or quantize or device != "cpu"):
+        raise ValueError("--growth times random numbers in float32 on this CPU: it goes with --size, --json and --save")
     if grow:
         found = growth(size or "pocket")
         lines, draw = growth_lines(found), draw_growth
