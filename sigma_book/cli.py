@@ -305,12 +305,39 @@ def _train(options: argparse.Namespace) -> None:
     print(finetune(options.data, options.out, config, **arguments, **{name: getattr(options, name) for name in rest}))
 
 
+def _bench_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", metavar="DIR", help="folder or hub id of a PaliGemma (default: the pocket model)")
+    command.add_argument("--size", metavar="S", help="pocket; or, with --random, 300m, 1b or 3b")
+    command.add_argument("--random", action="store_true", help="weights of that size are random, written once")
+    command.add_argument("--against", metavar="NAME", action="append", default=[], help="run transformers too")
+    command.add_argument("--quantize", metavar="Q", help="as in generate")
+    command.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16 (default: float32 on a CPU)")
+    command.add_argument("--device", metavar="D", default="cpu", help="cpu, cuda, mps or auto (default: cpu)")
+    command.add_argument("--batch", metavar="N", type=int, default=1, help="pictures answered together (default: 1)")
+    command.add_argument("--prompt", metavar="TEXT", default="caption en", help="(default: caption en)")
+    command.add_argument("--prompt-tokens", metavar="N", type=int, help="repeat or cut the prompt to N tokens")
+    command.add_argument("--new-tokens", metavar="N", type=int, default=16, help="of each answer (default: 16)")
+    command.add_argument("--warmup", metavar="N", type=int, default=1, help="turns that do not count (default: 1)")
+    command.add_argument("--repeat", metavar="N", type=int, default=5, help="turns that count (default: 5)")
+    command.add_argument("--bill", action="store_true", help="predict each part and hold it against the measurement")
+    command.add_argument("--growth", dest="grow", action="store_true", help="time larger pictures, batches and answers")
+    command.add_argument("--json", dest="json_file", metavar="FILE", type=Path, help="write all that was measured")
+    command.add_argument("--save", dest="picture", metavar="FILE", type=Path, help="write a picture, FILE.png")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from sigma_book.bench import run_bench
+
+    print("\n".join(run_bench(**{name: value for name, value in vars(options).items() if name != "run"})))
+
+
 # name, one line of help, what adds its arguments, what runs it
 COMMANDS = (
     ("generate", "answer a prompt about a picture", _generate_arguments, _generate),
     ("data", "look at a file of examples before training on it", _data_arguments, _data),
     ("train", "teach a model what a file of examples says", _train_arguments, _train),
     ("evaluate", "ask a model a whole data set and score its answers", _evaluate_arguments, _evaluate),
+    ("bench", "measure how fast a model answers, and predict it", _bench_arguments, _bench),
     ("pocket", "teach the pocket model from nothing", _pocket_arguments, _pocket),
 )
 
