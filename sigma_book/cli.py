@@ -72,7 +72,10 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype", metavar="T", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
     )
-    command.add_argument("--quantize", metavar="Q", help="nf4 stores the decoder in 4 bits (default: as stored)")
+    command.add_argument(
+        "--quantize", metavar="Q", help="int8, int4 or nf4: weights in 8 or 4 bits (default: as stored)"
+    )
+    command.add_argument("--compile", action="store_true", help="lay the weights out for speed first")
     command.add_argument("--adapter", metavar="DIR", help="folder or hub id of a LoRA adapter for the model")
 
 
@@ -104,6 +107,7 @@ def _generate(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         quantize=options.quantize,
         adapter=options.adapter,
+        compile=options.compile,
     )
     answer = generate(image, options.prompt, model=model, stream=options.stream, **settings)
     if options.stream:

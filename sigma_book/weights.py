@@ -29,6 +29,7 @@ __all__ = [
     "has_bfloat16_units",
     "hub_name",
     "load_model",
+    "open_tensor",
     "our_name",
     "pick_device",
     "pick_dtype",
@@ -384,6 +385,12 @@ def load_model(
             bar.update(sizes[name])
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def open_tensor(folder: str | Path, name: str) -> torch.Tensor:
+    """One tensor of a checkpoint, by our name, as a window into its file: what is not used is not read."""
+    path, stored_name, _ = _locate_tensors(Path(folder))[name]
+    return _read_tensor(_map_file(path), stored_name)
 
 
 def _map_file(path: Path) -> safe_open:
