@@ -18,8 +18,7 @@
 # **You need** chapters 14 (boxes) and 21c (batching).
 # **Exports** the module `sigma_book.server`.
 
-# %% [markdown]
-# @@IMPORTS
+
 # %%
 # | export
 import asyncio
@@ -64,8 +63,174 @@ from sigma_book.locate import describe, draw
 from sigma_book.processor import Tokenizer, load_image
 
 
+# %%
+import base64
+import socket
+import struct
+import threading
+import time
+import urllib.error
+import urllib.request
+import zlib
+
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyBboxPatch
+
+from sigma_book import generate, load
+from sigma_book.kv_cache import KVCache
+from sigma_book.serving import GracefulServer
+from sigma_book.style import ANSWER, GREY, PICTURE, PROMPT, check, save, use_style
+from sigma_book.world import draw_scene, make_scene
+
+use_style()
+model = load()
+encoded = io.BytesIO()
+draw_scene(make_scene(3)).save(encoded, "PNG")
+scene = encoded.getvalue()
+
 # %% [markdown]
-# @@ERRORS
+# ## The picture
+#
+# A model answers a call. A *service* answers whoever finds its address: the patient and the hasty, the broken and the
+# hostile, one or a thousand of them. Between the address and the engine of chapter 21c stand four places, and at each
+# of them a request can be turned away with a number that says why.
+
+# %%
+stations = [("door", "401 413\n408 503", PROMPT), ("shape", "400 404", PROMPT), ("picture", "400 429", PICTURE)]
+stations += [("queue", "429", GREY), ("rows", "504 500", ANSWER)]
+figure, axis = plt.subplots(figsize=(8.4, 1.9))
+axis.text(-0.9, 0.5, "request", ha="center", va="center")
+for place, (name, codes, colour) in enumerate(stations):
+    x = 1.6 * place
+    axis.add_patch(FancyBboxPatch((x, 0.25), 1, 0.5, boxstyle="round,pad=0.06", facecolor=colour, lw=0))
+    ink = "black" if colour == PROMPT else "white"
+    axis.text(x + 0.5, 0.5, name, ha="center", va="center", color=ink)
+    axis.text(x + 0.5, -0.45, codes, ha="center", va="center", fontsize=9, color="0.3")
+    for start, end in (((x - 0.5, 0.5), (x - 0.1, 0.5)), ((x + 0.5, 0.15), (x + 0.5, -0.2))):
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "0.4"})
+axis.plot([6.9, 7.4, 7.4, -0.9, -0.9], [0.85, 0.85, 1.15, 1.15, 0.75], color=ANSWER, lw=1.5)
+axis.text(3.3, 1.25, "tokens, one by one", ha="center", va="bottom", color=ANSWER, fontsize=9)
+axis.set(xlim=(-1.5, 7.8), ylim=(-0.8, 1.6))
+axis.axis("off")
+save(figure, "23_way")
+
+# %% [markdown]
+# *Figure: a request passes five boxes from left to right: door, shape, picture, queue, rows. Under each stand the
+# numbers with which it may be turned away there. A line leads from the last box back to the beginning: the tokens.*
+#
+# ## An answer over a wire, by hand
+#
+# HTTP is text. A client opens a connection and writes a line that says what it wants, some lines of the form
+# `name: value`, an empty line, and then bytes, if it has any. The server writes back in the same form.
+#
+# So a service is a loop: take a connection, read up to the empty line, read as many bytes as `content-length` says,
+# answer, close. Here the bytes are a picture, and the prompt stands in the path.
+
+
+# %%
+def answer_naive(listener: socket.socket, count: int) -> None:
+    for _ in range(count):
+        connection, _ = listener.accept()
+        with connection:
+            received = b""
+            while b"\r\n\r\n" not in received:
+                if not (piece := connection.recv(4096)):
+                    return  # the client hung up
+                received += piece
+            head, _, body = received.partition(b"\r\n\r\n")
+            lines = head.decode().split("\r\n")
+            prompt = lines[0].split(" ")[1].strip("/").replace("+", " ")
+            (length,) = [int(line.split(":")[1]) for line in lines if line.lower().startswith("content-length:")]
+            while len(body) < length:
+                body += connection.recv(4096)
+            text = generate(body, prompt, model=model).encode()
+            connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(text), text))
+
+
+# %% [markdown]
+# Any HTTP client can talk to it. The one of Python's library will do.
+
+# %%
+listener = socket.create_server(("127.0.0.1", 0))  # port 0: any that is free
+naive_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+serving = threading.Thread(target=answer_naive, args=(listener, 2), daemon=True)
+serving.start()
+with urllib.request.urlopen(f"{naive_url}/caption+en", data=scene) as response:
+    said = response.read().decode()
+assert said == generate(scene, "caption en", model=model)
+said
+
+# %% [markdown]
+# It works, and it is not a service. Somebody connects and says nothing. The next client waits behind him, for as long
+# as he likes.
+
+# %%
+silent = socket.create_connection(listener.getsockname())
+try:
+    urllib.request.urlopen(f"{naive_url}/caption+en", data=scene, timeout=0.3)
+    waited = False
+except TimeoutError:
+    waited = True
+assert waited
+silent.close()
+listener.close()
+
+# %% [markdown]
+# That was the mildest of visitors. Others send a body without an end, or a picture of a kilobyte that unpacks to ten
+# gigabytes, or ask for a billion tokens; an honest one closes the page after the second word, and the loop above would
+# say the rest to nobody.
+#
+# Reading HTTP with care is work that others have done: **uvicorn** holds the connections, **FastAPI** finds the function
+# for a path. Both run on one *event loop*: one thread that goes from connection to connection and never waits for
+# any of them. What we write is what they leave open.
+#
+# ## How long does one wait?
+#
+# Before any code, the one formula of this chapter. The engine has $R$ rows, and a request keeps its row for $S$ seconds.
+# So it can end $C = R / S$ requests a second, its **capacity**. If more than that come, a queue grows for as long as they
+# come, and with it everybody's wait. No queue is long enough for that.
+#
+# So the queue is bounded. With room for $Q$ requests, whoever is let in waits for at most
+#
+# $$ W \approx \frac{Q}{C} = \frac{Q}{R}\,S $$
+#
+# seconds for a row, and of $\lambda$ requests a second the share $1 - C/\lambda$ is told at once to come back later: status
+# 429, with the seconds to wait in `Retry-After`. A short no is kinder than a long maybe.
+
+
+# %%
+def waiting_naive(rows: int, room: int, service: int, every: int, count: int) -> tuple[int, int]:
+    """The longest wait and the number sent away, when a request comes every so many ticks."""
+    free_at, starts, longest, refused = [0] * rows, [], 0, 0
+    for number in range(count):
+        now = number * every
+        starts = [start for start in starts if start > now]  # those that still wait
+        if len(starts) == room:
+            refused += 1
+            continue
+        row = min(range(rows), key=lambda index: free_at[index])
+        start = max(now, free_at[row])
+        free_at[row] = start + service
+        starts.append(start)
+        longest = max(longest, start - now)
+    return longest, refused
+
+
+longest, refused = waiting_naive(rows=4, room=8, service=100, every=12, count=1000)  # twice what 4 rows can take
+assert longest <= 8 / 4 * 100  # Q / R * S
+assert 0.46 < refused / 1000 < 0.54  # 1 - C / lambda, which is 0.52
+longest, refused
+
+# %% [markdown]
+# ## One shape for everything that goes wrong
+#
+# Programs read errors too. Clients of OpenAI's service know one shape, a sentence with a kind, a field and a short code,
+# so all of ours have it: those of FastAPI as well, which have shapes of their own.
+#
+# One detail: a request may hold half a character (JSON can spell it), and an error that quotes it could not be written
+# in UTF-8. `PlainJson` spells such things out in ASCII.
+
+
 # %%
 # | export
 class ApiError(Exception):
@@ -156,7 +321,16 @@ def _shape_error(request: Request, error: RequestValidationError) -> Response:
 
 
 # %% [markdown]
-# @@CONFIG
+# The same sentence for programs and for people:
+
+# %%
+json.dumps(error_body(ApiError(400, "max_tokens is 0: expected 1 to 2048", param="max_tokens")))
+
+
+# %% [markdown]
+# ## What an operator decides
+#
+# Every limit is a number with a name, checked when the server starts and not when the first request meets it.
 # %%
 # | export
 @dataclass(frozen=True)
@@ -225,7 +399,15 @@ class ServerConfig:
 
 
 # %% [markdown]
-# @@SHAPE
+# ## What may be asked
+#
+# OpenAI's *chat completions* have become the language that clients speak, so we take that form, and the `openai` package
+# works unchanged. A question is a list of messages; ours has one, with a text part and a picture in a **data URL**: the
+# picture's bytes, spelled in 64 letters and signs.
+#
+# The form is wider than the model. PaliGemma has no chat and calls no tools. Here a server can lie: it can take
+# what it does not understand, and answer something else than was asked. So nothing is guessed (a "5" is not a 5), and
+# what would change the answer is refused by name.
 # %%
 # | export
 class _Strict(BaseModel):
@@ -374,7 +556,26 @@ def read_messages(messages: list[Message]) -> tuple[str, str]:
 
 
 # %% [markdown]
-# @@PICTURE
+# `n` is how many answers one wants. One is what everybody gets, so `n=1` passes and `n=2` does not.
+
+# %%
+check_extras({"n": 1, "user": "somebody", "tools": []})
+for asked in ({"n": 2}, {"response_format": {"type": "json_object"}}, {"colour": "red"}):
+    try:
+        check_extras(asked)
+    except ApiError as error:
+        print(error)
+
+
+# %% [markdown]
+# ## Where a picture may come from
+#
+# From the request itself, and from nowhere else. A server that fetches what a URL names can be sent to its own
+# neighbours, to pages that only it may see. A server that opens what a path names can be sent to its own secrets. An
+# operator may open one folder; then a path must *end* in that folder, after all `..` and links have been followed.
+#
+# And a picture can be a bomb: a small file that says "I am 60,000 by 60,000". So its size is read, which costs
+# nothing, before it is unpacked.
 # %%
 # | export
 def read_picture(url: str, root: Path | None, max_bytes: int) -> bytes:
@@ -449,7 +650,28 @@ def open_picture(content: bytes, max_pixels: int) -> Image.Image:
 
 
 # %% [markdown]
-# @@METERS
+# Here is such a bomb. PNG has three parts: sizes, squeezed pixels, end.
+
+# %%
+sizes = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+parts = [(b"IHDR", sizes), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+framed = [
+    struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+]
+bomb = b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+assert len(bomb) < 100  # and unpacked:
+assert 60_000 * 60_000 * 3 > 10e9
+try:
+    open_picture(bomb, max_pixels=50_000_000)
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# ## Numbers for whoever watches
+#
+# **Prometheus** is a program that reads numbers from services every few seconds and keeps them. It asks `/metrics`, and
+# gets lines of text: a name, a value. A *counter* only grows; a *histogram* counts how many values were below each of
+# some limits, from which "99 of 100 were faster than ..." can be read later, over any time and any number of servers.
 # %%
 # | export
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -500,7 +722,20 @@ def _batch_rows(stats: EngineStats) -> HistogramMetricFamily:
 
 
 # %% [markdown]
-# @@GUARD
+# ## The door
+#
+# Every request passes it, on its way in and out. FastAPI calls such a thing *middleware*: it is called with the request,
+# a function that gives the next piece of the body, and a function that takes the next piece of the answer.
+#
+# The body is the dangerous part. The door takes it in itself, and counts: a body that says it is too large is refused
+# before it is read, one that turns out too large as soon as it is, one that does not come is given up. All bodies
+# together have a limit too, or a hundred clients with a body each below the limit would fill the memory.
+#
+# An API key is compared as a digest, in a time that does not depend on how much of it was right; whoever measures the
+# time of many guesses learns nothing.
+#
+# The log gets one line for each request: when, how long, how many tokens. The prompt is somebody's question, and the
+# picture somebody's picture: neither is written, unless the operator asks for prompts.
 # %%
 # | export
 logger = logging.getLogger("sigma_book.server")
@@ -657,7 +892,16 @@ def _busy(reason: str, seconds: float = 1.0) -> ApiError:
 
 
 # %% [markdown]
-# @@REPLY
+# ## From the engine's thread to the loop
+#
+# The engine of chapter 21c calls a *listener* in its own thread, once a token. The loop must not wait for a thread, and the
+# thread not for a client. So each event is handed over with `call_soon_threadsafe`, which puts it into a queue that the
+# loop reads when it comes by.
+#
+# This is also where time is taken: to the first token, and from token to token.
+#
+# When a client goes away, the loop hears of it from the connection, and gives the request up. The engine then frees its
+# row before the next token.
 # %%
 # | export
 @dataclass(frozen=True)
@@ -774,7 +1018,14 @@ async def cancelled_when_gone(request: Request, reply: Reply) -> AsyncIterator[N
 
 
 # %% [markdown]
-# @@SERVICE
+# ## What is answered where
+#
+# `begin` is the way of every question: look at its size, unpack the picture in a thread of its own (the loop has other
+# clients), shrink it to the square that the model sees (a waiting request then holds some kilobytes, not a photograph),
+# and hand it to the engine, which says no if its queue is full.
+#
+# What differs is only the form of the answer: whole or as *server-sent events*, lines that begin with `data:` and come
+# one by one; a chat completion, plain JSON, boxes in pixels, or a picture with the boxes drawn.
 # %%
 # | export
 def _logprobs(events: list[Event], names: TokenNames, top: int) -> dict:
@@ -1103,7 +1354,10 @@ async def _docs() -> Response:
 
 
 # %% [markdown]
-# @@APP
+# ## The application
+#
+# `create_app` connects paths with functions. The page at `/docs` is made by FastAPI from the types above; its script comes
+# from this server and not from somebody else's, so it works in a cellar.
 # %%
 # | export
 def create_app(
@@ -1182,3 +1436,260 @@ def _add_pages(app: FastAPI, static: Path | None) -> None:
     app.add_api_route("/", front, include_in_schema=False)
     if static is not None and static.is_dir():
         app.mount("/static", StaticFiles(directory=static))
+
+
+# %% [markdown]
+# ## Proof
+#
+# `sigma_book/serving.py` puts the application on a port. (The command `sigma-book serve` does the same.) It adds what
+# belongs to a process: time limits for connections, and a careful end. We start it in a thread of this notebook.
+
+# %%
+engine = Engine(model, max_rows=4, queue_size=4)
+server = GracefulServer(create_app(engine, ServerConfig("pocket")))
+thread = threading.Thread(target=server.run)
+thread.start()
+while not server.started:
+    time.sleep(0.01)
+url = f"http://127.0.0.1:{server.port}"
+
+
+def post(path: str, content: dict) -> tuple[int, bytes]:
+    """The status and the body that come back for some JSON."""
+    request = urllib.request.Request(f"{url}{path}", json.dumps(content).encode(), {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as refused:
+        return refused.code, refused.read()
+
+
+def question(prompt: str) -> dict:
+    data_url = f"data:image/png;base64,{base64.b64encode(scene).decode()}"
+    content = [{"type": "text", "text": prompt}, {"type": "image_url", "image_url": {"url": data_url}}]
+    return {"model": "pocket", "messages": [{"role": "user", "content": content}]}
+
+
+# %% [markdown]
+# The answer is that of a call, and the usage counts what was read and said. The picture is most of it.
+
+# %%
+status, body = post("/v1/chat/completions", question("caption en"))
+completion = json.loads(body)
+assert status == 200
+assert completion["choices"][0]["message"]["content"] == generate(scene, "caption en", model=model)
+usage = completion["usage"]
+assert usage["prompt_tokens"] > model.config.num_image_tokens
+usage
+
+# %% [markdown]
+# As a stream it comes in pieces; joined, they are the same.
+
+# %%
+status, body = post("/v1/chat/completions", question("caption en") | {"stream": True})
+lines = [line.removeprefix("data: ") for line in body.decode().splitlines() if line]
+assert lines[-1] == "[DONE]"
+pieces = [json.loads(line)["choices"][0]["delta"].get("content", "") for line in lines[:-1]]
+assert "".join(pieces) == completion["choices"][0]["message"]["content"]
+pieces
+
+# %% [markdown]
+# And what is wrong is said. (`tests/test_server.py` has many more, with the `openai` package as the client.)
+
+# %%
+wrong = [{"max_tokens": 10**9}, {"model": "gpt-4o"}, {"n": 3}, {"messages": []}]
+wrong.append({"messages": [{"role": "system", "content": "You are a pirate."}, *question("caption en")["messages"]]})
+for change in wrong:
+    status, body = post("/v1/chat/completions", question("caption en") | change)
+    assert status in (400, 404)
+    print(status, json.loads(body)["error"]["message"])
+
+# %% [markdown]
+# The one who connects and says nothing now waits alone.
+
+# %%
+silent = socket.create_connection(("127.0.0.1", server.port))
+assert post("/v1/chat/completions", question("caption en"))[0] == 200
+silent.close()
+
+# %% [markdown]
+# ## A look inside: more than it can take
+#
+# First its capacity: eight clients, each of which asks again as soon as it has its answer. Then requests at a fixed
+# rate, from a fifth of that to twice as much, a second and a half each. The clients live in this process and take their
+# share of it, so the numbers are lower than the server's own; the shape is what counts.
+
+# %%
+asked = json.dumps(question("caption en")).encode()
+head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(asked)}\r\n"
+wire = f"{head}Content-Type: application/json\r\n\r\n".encode() + asked
+
+
+async def ask_once(results: list) -> None:
+    start = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(wire)
+    answer = await reader.read()
+    writer.close()
+    results.append((int(answer[9:12]), time.perf_counter() - start))
+
+
+async def closed_loop(clients: int, seconds: float) -> list:
+    results, end = [], time.perf_counter() + seconds
+
+    async def client() -> None:
+        while time.perf_counter() < end:
+            await ask_once(results)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return results
+
+
+async def steady(rate: float, seconds: float) -> list:
+    results, tasks, start = [], [], time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        tasks += [asyncio.create_task(ask_once(results)) for _ in range(int(elapsed * rate) + 1 - len(tasks))]
+        await asyncio.sleep(0.2 / rate)
+    await asyncio.gather(*tasks)
+    return results
+
+
+def in_a_loop(work) -> list:
+    """Run a coroutine in a thread with a loop of its own: the notebook's is taken."""
+    results = []
+    runner = threading.Thread(target=lambda: results.extend(asyncio.run(work)))
+    runner.start()
+    runner.join()
+    return results
+
+
+capacity = len(in_a_loop(closed_loop(8, 2.0))) / 2.0
+shares = (0.2, 0.5, 0.8, 1.2, 1.6, 2.0)
+measured = [in_a_loop(steady(share * capacity, 1.5)) for share in shares]
+assert {status for results in measured for status, _ in results} <= {200, 429}
+
+# %%
+admitted = [sorted(seconds for status, seconds in results if status == 200) for results in measured]
+median = [1000 * seconds[len(seconds) // 2] for seconds in admitted]
+slowest = [1000 * seconds[int(0.95 * (len(seconds) - 1))] for seconds in admitted]
+refused_share = [sum(status == 429 for status, _ in results) / len(results) for results in measured]
+assert refused_share[0] < 0.05 and refused_share[-1] > 0.2
+
+figure, (upper, lower) = plt.subplots(2, 1, figsize=(6.4, 4.2), sharex=True, height_ratios=(2, 1))
+for values, name, style in ((median, "half are faster", "-"), (slowest, "19 of 20 are faster", "--")):
+    upper.plot(shares, values, style, color=ANSWER, marker="o", ms=4)
+    upper.annotate(name, (shares[-1], values[-1]), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
+upper.set(ylabel="milliseconds\nof those let in", ylim=(0, None))
+lower.plot(shares, [100 * share for share in refused_share], color=PROMPT, marker="o", ms=4)
+lower.plot(shares, [100 * max(0.0, 1 - 1 / share) for share in shares], color="0.6", lw=1, ls=":")
+lower.annotate("1 - C/λ", (1.6, 37.5), xytext=(-4, 8), textcoords="offset points", ha="right", fontsize=9, color="0.4")
+lower.set(xlabel="requests that come, as a share of what can be answered", ylabel="% sent away", xlim=(0, 2.7))
+for axis in (upper, lower):
+    axis.axvline(1, color="0.8", lw=1)
+save(figure, "23_load")
+
+# %% [markdown]
+# *Figure: above, the time to an answer against the rate of requests, as two lines for the middle and the slowest
+# twentieth: both rise up to the server's capacity and stay level beyond it. Below, the share sent away: none up to the
+# capacity, then more and more, along the dotted line of the formula.*
+#
+# Left of the line the server has time. Right of it, the wait no longer grows: it has reached what four waiting requests
+# take, and the rest is told to come back.
+#
+# ## A careful end
+#
+# A server is stopped many times in its life, for each new version. `stop` is what the command does on a signal: new
+# requests get a 503, `/health/ready` says no, so that whoever spreads the requests sends them elsewhere; those under way
+# are finished. Then the process ends.
+
+# %%
+running = []
+asking = threading.Thread(target=lambda: running.append(post("/v1/chat/completions", question("caption en"))))
+asking.start()
+while engine.stats().running == 0 and not running:
+    time.sleep(0.001)
+server.stop()
+asking.join()
+thread.join()
+engine.close()
+assert running[0][0] == 200 and not thread.is_alive()
+
+# %% [markdown]
+# ## The bill
+#
+# What does a server hold? For each row, keys and values of as many tokens as a row has room for; for each waiting
+# request a square picture; and bodies, up to their common limit.
+
+
+# %%
+def bytes_per_token(layers: int, kv_heads: int, head_dim: int, size: int) -> int:
+    return 2 * layers * kv_heads * head_dim * size  # keys and values
+
+
+text = model.config.text
+cache = KVCache(batch=1, num_kv_heads=text.num_key_value_heads, max_length=10, head_dim=text.head_dim)
+per_token = bytes_per_token(text.num_hidden_layers, text.num_key_value_heads, text.head_dim, size=cache.key.itemsize)
+assert per_token * 10 == text.num_hidden_layers * (cache.key.nbytes + cache.value.nbytes)
+large = bytes_per_token(18, 1, 256, size=2)  # PaliGemma 3B in 16 bits
+assert large == 18_432
+rows, room, waiting, side = 8, 8192, 64, 224
+print(
+    f"3B: {rows} rows of {room} tokens {large * rows * room / 1e9:.2f} GB, of 512 tokens {large * rows * 512 / 1e6:.0f} MB"
+)
+print(f"{waiting} waiting pictures {waiting * side * side * 3 / 1e6:.1f} MB, bodies at most 256 MB")
+
+# %% [markdown]
+# That is why `--max-length` exists: answers to pictures are short, and rows for 8,192 tokens are room for nothing.
+#
+# ## Your turn
+#
+# **1.** ★ A data URL spells three bytes in four letters, and the last ones up to a full four. Write `letters(count)`: how
+# many for a picture of `count` bytes?
+
+
+# %%
+def letters(count: int) -> int: ...
+
+
+check(letters, ((0,), 0), ((3,), 4), ((4,), 8), ((15_000_000,), 20_000_000))
+
+# %% [markdown]
+# **2.** ★★ Write `come_back(waiting, rows, seconds)`: the `Retry-After` of a full queue, in whole seconds, at least one: the
+# time until `waiting` requests have found rows, if each row is free again after `seconds`.
+
+
+# %%
+def come_back(waiting: int, rows: int, seconds: float) -> int: ...
+
+
+check(come_back, ((64, 8, 0.5), 4), ((4, 8, 0.1), 1), ((9, 2, 1.0), 5))
+
+# %% [markdown]
+# **3.** ★★ Write `parse_head(head)`: method, path and a dictionary of the headers, names in small letters, of the bytes up to
+# the empty line. Give `None` for the headers if a line has no colon: such a request must be refused.
+
+
+# %%
+def parse_head(head: bytes) -> tuple[str, str, dict | None]: ...
+
+
+check(
+    parse_head,
+    ((b"GET /a HTTP/1.1\r\nHost: x",), ("GET", "/a", {"host": "x"})),
+    ((b"POST / HTTP/1.1\r\nA: b:c\r\nB:d",), ("POST", "/", {"a": "b:c", "b": "d"})),
+    ((b"GET / HTTP/1.1\r\nbad",), ("GET", "/", None)),
+)
+
+# %% [markdown]
+# **4.** ★★★ Write `stays_inside(name)`: whether a relative path stays in its folder all the way, with `..` and without
+# looking at the disk. Why is that not enough for a server? (`_read_under` above knows.)
+
+
+# %%
+def stays_inside(name: str) -> bool: ...
+
+
+check(stays_inside, (("a/b.png",), True), (("a/../b.png",), True), (("../a.png",), False), (("a/../../a/b",), False))
+
+# %% [markdown]
+# Next: which patches an answer looked at, and a page to see it on.
