@@ -15,7 +15,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sigma_book.batching import Engine
 from sigma_book.paligemma import PaliGemma
-from sigma_book.server import ApiError, JsonLines, ServerConfig, create_app, error_body
+from sigma_book.protocol import ApiError, error_body
+from sigma_book.server import JsonLines, ServerConfig, create_app
 
 __all__ = ["CarefulProtocol", "GracefulServer", "read_api_keys", "serve"]
 
