@@ -16,7 +16,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -280,7 +280,7 @@ class Guard:
     async def _read_body(self, headers: dict[bytes, bytes], receive, record: Record) -> Callable:
         """Take the body in, and give a `receive` that hands it on. No more than the limit is ever held."""
         if self.service.draining:
-            raise ApiError(503, "the server is stopping: ask another", code="stopping", headers={"Connection": "close"})
+            raise ApiError(503, "the server is stopping: ask another", code="stopping")
         too_large = ApiError(
             413, f"the body is larger than {self.config.max_body:,} bytes: send a smaller picture", code="too_large"
         )
@@ -356,7 +356,8 @@ class Reply:
 
     def listen(self, event: Event) -> None:
         """Called from the engine's thread."""
-        self._loop.call_soon_threadsafe(self._events.put_nowait, (time.monotonic(), event))
+        with suppress(RuntimeError):  # the loop has ended, and with it whoever listened
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (time.monotonic(), event))
 
     @property
     def usage(self) -> dict[str, int]:
@@ -449,7 +450,7 @@ class Service:
         self.engine, self.config, self._explain = engine, config, explain
         self.meters = Meters(engine)
         self.names = TokenNames(engine.model.processor.tokenizer)
-        self.context = engine.model.config.text.max_position_embeddings
+        self.context = engine.max_length
         self.created = int(time.time())
         self.draining = False  # set by whoever stops the server: no new work, the running work is finished
         self.in_flight = 0  # requests that are not over

@@ -170,10 +170,10 @@ def serve(
         If the port is taken.
     """
     listener = _listen(host, port)
-    _log_to_stderr()
-    _allow_many_connections()
     engine = Engine(model, max_rows=max_rows, max_length=max_length, queue_size=queue_size)
     try:
+        _log_to_stderr()
+        _allow_many_connections()
         app = create_app(engine, config, explain=explain, static=STATIC)
         GracefulServer(app, host, port, grace).run(sockets=[listener])
     finally:
