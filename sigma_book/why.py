@@ -1,6 +1,6 @@
 """Why did it say that?.
 
-Which patches did an answer token look at, and may we believe what it shows us?
+Which patches did an answer token look at, and may we believe what a map shows?
 
 Tangled from chapters/23b_why.py: edit there, then run python -m sigma_book.tangle.
 """
@@ -95,14 +95,6 @@ def explain(model: PaliGemma, image, prompt: str, answer: str, *, max_tokens: in
     return looks
 
 
-def looks_as_json(looks: Sequence[Look]) -> dict:
-    """Looks in the form that the demo page takes: `{"side": n, "tokens": [{"text": ..., "weights": [[...]]}]}`."""
-    tokens = [
-        {"text": text, "weights": [[round(w, 6) for w in row] for row in weights.tolist()]} for text, weights in looks
-    ]
-    return {"side": len(looks[0].weights) if looks else 0, "tokens": tokens}
-
-
 def _set_out(
     processor: Processor, image, prompt: str, answer: str, max_tokens: int, context: int
 ) -> tuple[Batch, list[tuple[str, torch.Tensor]]]:
@@ -194,3 +186,11 @@ def _evidence(lead: torch.Tensor, patches: torch.Tensor, keep: bool) -> torch.Te
     total = weights.sum()
     side = round(len(weights) ** 0.5)
     return (weights / total if total > 0 else weights).reshape(side, side)
+
+
+def looks_as_json(looks: Sequence[Look]) -> dict:
+    """Looks in the form that the demo page takes: `{"side": n, "tokens": [{"text": ..., "weights": [[...]]}]}`."""
+    tokens = [
+        {"text": text, "weights": [[round(w, 6) for w in row] for row in weights.tolist()]} for text, weights in looks
+    ]
+    return {"side": len(looks[0].weights) if looks else 0, "tokens": tokens}

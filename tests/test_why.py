@@ -86,7 +86,7 @@ def test_the_maps_of_the_pocket_model_are_those_of_plain_autograd(pocket, pictur
 
 
 def test_no_autograd_at_all(make_tiny, tmp_path, pictures):
-    """Finite differences in float64: shift each number of each patch a little and read the scores again."""
+    """Finite differences: shift each number of each patch a little and read the scores again."""
     model = load(make_tiny(tmp_path / "model"), device="cpu").double()
     batch = model.processor.prepare([pictures[0]], ["caption en"], ["star"])
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_no_autograd_at_all(make_tiny, tmp_path, pictures):
             scores = model.logits(hidden[0, -3])
             return float(scores[said] - torch.cat([scores[:said], scores[said + 1 :]]).max())
 
-        step = 1e-5
+        step = 3e-3
         slopes = torch.zeros_like(tokens)
         for place in np.ndindex(*tokens.shape):
             up, down = tokens.clone(), tokens.clone()
@@ -109,12 +109,12 @@ def test_no_autograd_at_all(make_tiny, tmp_path, pictures):
             slopes[place] = (lead(up) - lead(down)) / (2 * step)
     weights = (slopes[0] * (tokens[0] - tokens[0].median(0).values)).norm(dim=-1)
     (look,) = explain(model, pictures[0], "caption en", "star")
-    # central differences are off by step squared, 1e-10; the map itself is rounded to float32
-    torch.testing.assert_close(look.weights.flatten(), (weights / weights.sum()).float(), rtol=1e-4, atol=1e-6)
+    # the norms count in float32 whatever the model's dtype: scores are off by 1e-6, slopes by 1e-6 / step
+    torch.testing.assert_close(look.weights.flatten(), (weights / weights.sum()).float(), rtol=5e-3, atol=1e-3)
 
 
 def test_nothing_in_the_model_changes(pocket, pictures):
-    model = load(device="cpu")
+    model = load(device="cpu").requires_grad_(True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     wanted = explain(model, pictures[0], "caption en", "a red star")
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())

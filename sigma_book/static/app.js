@@ -79,7 +79,7 @@ async function takePicture(blob, name, scene = null) {
   state.picture = { blob: sent, bitmap, name };
   const sides = `${bitmap.width} × ${bitmap.height} pixels`;
   const copied = sent === blob ? "" : `, sent as a copy of at most ${COPY_SIDE} pixels`;
-  $("shown").textContent = scene ? scene.shows : `${name}, ${sides}${copied}`;
+  $("shown").textContent = scene ? `Really there: ${scene.shows}.` : `${name}, ${sides}${copied}`;
   $("picture").setAttribute("aria-label", scene ? `Drawn scene: ${scene.shows}` : `Picture ${name}`);
   $("empty").hidden = true;
   $("picture").hidden = $("over").hidden = false;
@@ -165,7 +165,7 @@ function paintMap(pen, weights, width, height) {
     for (let column = 0; column < side; column += 1) {
       const [x, y] = [edge(column, width), edge(row, height)];
       const share = most > 0 ? weights[row][column] / most : 0;
-      pen.fillStyle = `rgb(12 16 22 / ${(0.84 * (1 - Math.sqrt(share))).toFixed(3)})`;
+      pen.fillStyle = `rgb(12 16 22 / ${(0.84 * (1 - share)).toFixed(3)})`;
       pen.fillRect(x, y, edge(column + 1, width) - x, edge(row + 1, height) - y);
     }
   }
