@@ -324,4 +324,4 @@ def test_another_answer_has_another_map(pocket):
             near += thing in hit
             far += bool(hit) and thing not in hit
     assert near > 5 * far, (near, far)
-    assert near + far > 30
+    assert near + far > 20
