@@ -698,8 +698,11 @@ print(f"{len(missed)} of {len(found)} missed")
 #
 # **It is not a cause.** The map says where the lead is steep. It does not say that the model used that patch as we would.
 #
-# **A wrong model has maps too.** Here are the maps of a model whose decoder was filled with noise. They look like maps.
-# If yours looks the same for a trained and an untrained model, it shows the picture and not the model, so compare.
+# **A model of noise has maps too.** We fill the decoder with noise, and leave the tower as it is. The answer means
+# nothing now. Still the top patch lies on a thing more often than chance would have it: background is near the median
+# token, so it gets next to no weight whatever the gradient says. Part of every map says where things are, and only the
+# rest says which of them. Scenes of four and five things keep the two apart, where one thing in four or five would be hit
+# by guessing among the things.
 
 # %%
 torch.manual_seed(0)
@@ -708,14 +711,15 @@ with torch.no_grad():
     for name, parameter in noise.language_model.named_parameters():
         if parameter.dim() == 2 and "embed" not in name:
             parameter.copy_(torch.randn_like(parameter) * parameter.std())
+crowded = [row for row in found if len(row[0].things) >= 4]
 on_thing = {"trained": [], "noise": []}
-for scene, prompt, thing, weights, *_ in found[:40]:
+for scene, prompt, thing, weights, *_ in crowded[:40]:
     (look,) = explain(noise, draw_scene(scene), prompt, thing.colour)
     for name, grid in (("trained", weights), ("noise", look.weights)):
         on_thing[name].append(lies_on(int(grid.argmax()), thing.box)[0])
 on_thing = {name: share(flags) for name, flags in on_thing.items()}
-assert on_thing["noise"] < on_thing["trained"] - 0.3
-print({name: f"top patch touches the thing in {value:.0%}" for name, value in on_thing.items()})
+print(f"{len(crowded)} scenes of four or five things:", {name: f"{value:.0%}" for name, value in on_thing.items()})
+assert on_thing["trained"] > 0.85 and on_thing["noise"] < 0.5
 
 # %% [markdown]
 # **"No" rests on nothing.** *Is there a red star? no.* Which patch is that about? The map must sum to 1, so it shows something

@@ -35,6 +35,7 @@ async function sentenceOf(response) {
     // no JSON: the status has to do
   }
   if (response.status === 401 || response.status === 403) {
+    $("settings").open = true;
     return `${said || "The server wants an API key."} Enter a key under Settings.`;
   }
   if (response.status === 429) {
