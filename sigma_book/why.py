@@ -65,9 +65,10 @@ def explain(model: PaliGemma, image, prompt: str, answer: str, *, max_tokens: in
     ------
     ValueError
         If the answer is empty or longer than `max_tokens`; if prompt and answer do not fit the model's context; if the
-        picture cannot be read, or a text contains `<image>`; if the model has no processor.
+        picture cannot be read, or a text contains `<image>`; if the model has no processor, or its maps give no
+        gradient, or one that is not finite.
     FileNotFoundError, RuntimeError
-        If there is no such picture; if the model's maps give no gradient, or one that is not finite.
+        If there is no such picture, or it cannot be opened.
 
     Notes
     -----
@@ -176,13 +177,16 @@ def _lead(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def _evidence(lead: torch.Tensor, patches: torch.Tensor, keep: bool) -> torch.Tensor:
     """Shares of the patches (1, P, Dv) in a lead: (side, side). `keep` keeps the graph for the next token."""
-    if not lead.requires_grad:
-        raise RuntimeError("this model's maps give no gradient, which quantized ones do not: load it without quantize")
-    (gradient,) = torch.autograd.grad(lead, patches, retain_graph=keep)
+    reached = lead.requires_grad
+    if reached:
+        (gradient,) = torch.autograd.grad(lead, patches, retain_graph=keep)
+        reached = bool(gradient.any())
+    if not reached:
+        raise ValueError("no gradient reaches the picture, as with maps in whole numbers: load the model without int8")
     patches = patches.detach()[0].float()  # (P, Dv)
     weights = (gradient[0].float() * (patches - patches.median(0).values)).norm(dim=-1).cpu()  # (P,)
     if not weights.isfinite().all():
-        raise RuntimeError("the gradient is not finite: the numbers overflow, so load the model in bfloat16 or float32")
+        raise ValueError("the gradient is not finite: the numbers overflow, so load the model in bfloat16 or float32")
     total = weights.sum()
     side = round(len(weights) ** 0.5)
     return (weights / total if total > 0 else weights).reshape(side, side)

@@ -248,14 +248,20 @@ def test_the_context_counts_to_the_last_token(tiny_model, pictures):
 
 
 def test_maps_without_gradient_are_told(tiny_folder, pictures):
-    """As integer kernels have none."""
+    """As kernels in whole numbers have none: all of them, or those of attention alone."""
     model = load(tiny_folder, device="cpu")
-    broken = model.multi_modal_projector.forward
-    model.multi_modal_projector.forward = lambda features: broken(features.detach()).detach()
-    with pytest.raises(RuntimeError, match="give no gradient"):
+    project = model.multi_modal_projector.forward
+    model.multi_modal_projector.forward = lambda features: project(features).detach()
+    with pytest.raises(ValueError, match="no gradient reaches the picture"):
         explain(model, pictures[0], "caption en", "red")
-    model.multi_modal_projector.forward = lambda features: broken(features) * float("inf")
-    with pytest.raises(RuntimeError, match="not finite"):
+    model.multi_modal_projector.forward = lambda features: project(features) * float("inf")
+    with pytest.raises(ValueError, match="not finite"):
+        explain(model, pictures[0], "caption en", "red")
+    model = load(tiny_folder, device="cpu")
+    for block in model.language_model.layers:
+        attend = block.self_attn.forward
+        block.self_attn.forward = lambda *given, attend=attend: attend(*given).detach()
+    with pytest.raises(ValueError, match="no gradient reaches the picture"):
         explain(model, pictures[0], "caption en", "red")
 
 
