@@ -212,7 +212,8 @@ over_picture = [layer[reading.column, : SIDE**2].reshape(SIDE, SIDE) for layer i
 print("share of the look that goes to the picture:", [f"{weights.sum():.0%}" for weights in over_picture])
 
 # %% [markdown]
-# A token looks in every layer, and each layer mixes what it looked at into it. What a late layer looks at is no longer
+# A token looks in every layer, and each layer mixes what it looked at into it (Abnar and Zuidema 2020, "Quantifying
+# Attention Flow in Transformers"). What a late layer looks at is no longer
 # patch 12, but patch 12 with whatever patch 12 had looked at before. **Rollout** follows this back: in each block half of a
 # token is itself (the plus of chapter 04), half is what it looked at, so a block mixes tokens by $\tfrac12(A + I)$, and all
 # blocks together by the product.
@@ -287,6 +288,9 @@ show(axes[0], picture, by_covering.clamp(min=0), asked.box, "covering each patch
 for axis, name in zip(axes[1:], shown):
     show(axis, picture, maps[name].reshape(SIDE, SIDE), asked.box, name)
 save(figure, "23b_ways")
+star = next(thing for thing in scene.things if thing.shape == "star")
+down, along = (PATCH * place + PATCH / 2 for place in divmod(int(by_covering.argmax()), SIDE))
+assert star.box[0] <= down < star.box[2] and star.box[1] <= along < star.box[3]
 
 # %% [markdown]
 # *Figure: the same scene five times; patches are darkened the less weight they have, and the top patch is framed. By covering
@@ -295,7 +299,7 @@ save(figure, "23b_ways")
 # frames one at the foot of the star.*
 #
 # The first map is a surprise. Covering is honest about what it does, and what it does is to make a picture that nobody
-# drew: a star with its foot cut off may pass for another triangle, a blue one. So even this is no truth to measure by.
+# drew: a star with its foot cut off is a little more like a triangle, and blue. So even this is no truth to measure by.
 #
 # ## Which one is right?
 #
@@ -355,8 +359,9 @@ for name, (touches, middle) in table.items():
 # Read it from the top. **Attention** in layers 2 and 3 does worse than a patch chosen blindly: hardly any of that look goes
 # to the picture at all. By then the prompt's tokens have read the picture (the prefix sees itself both ways), and the
 # answer reads the prompt. **Rollout** follows that detour and finds the thing, though only in half of the answers its
-# middle. The **gradient** finds it at every depth when we take the length, less often when we take the sum. We ship the
-# length before block 2: best on both counts together.
+# middle. The **gradient** finds it at every depth when we take the length, less often when we take the sum. **Covering**, at
+# the bottom, finds it less often than any of these, for the reason we saw. We ship the length before block 2: best on both
+# counts together.
 
 # %%
 attention = [table[f"attention, layer {layer}"][0] for layer in (1, 2, 3, 4)]
@@ -364,6 +369,7 @@ chosen = table["length, before block 2"]
 assert max(attention[1:3]) < table["any patch"][0] < max(attention) < 0.6
 assert table["rollout to the features"][0] > 0.9 and table["rollout to the features"][1] < 0.6
 assert all(table[f"length{name[3:]}"][0] > both[0] for name, both in table.items() if name.startswith("sum"))
+assert table["covering (15 scenes)"][0] < min(both[0] for name, both in table.items() if name.startswith("length"))
 assert sum(chosen) == max(sum(both) for both in table.values())
 
 # %% [markdown]
@@ -702,7 +708,8 @@ print(f"{len(missed)} of {len(found)} missed")
 #
 # **It is not a cause.** The map says where the lead is steep. It does not say that the model used that patch as we would.
 #
-# **A model of noise has maps too.** We fill the decoder with noise, and leave the tower as it is. The answer means
+# **A model of noise has maps too** (Adebayo et al. 2018, "Sanity Checks for Saliency Maps"). We fill the decoder with
+# noise, and leave the tower as it is. The answer means
 # nothing now. Still the top patch lies on a thing more often than chance would have it: background is near the median
 # token, so it gets next to no weight whatever the gradient says. Part of every map says where things are, and only the
 # rest says which of them. Scenes of four and five things keep the two apart, where one thing in four or five would be hit
