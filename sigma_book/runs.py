@@ -1,7 +1,6 @@
 """Whole runs, put together: fine-tuning a model on a file, and evaluating one. Thin; the ideas stay in the chapters."""
 
 import json
-import os
 import random
 import shutil
 import uuid
@@ -14,24 +13,25 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sigma_book.assemble import POCKET, generate, load
-from sigma_book.data import Batches, Example, Examples, read_examples
-from sigma_book.evaluation import (
+from sigma_book.answers import (
     EVALUATION_TASKS,
     AnswerFile,
     answer_examples,
     answer_from,
     answer_speed,
-    claim_run,
     read_official,
     write_official,
     write_report,
 )
+from sigma_book.assemble import POCKET, generate, load
+from sigma_book.batches import Batches
+from sigma_book.data import Example, Examples, read_examples
 from sigma_book.generation import read_stop_ids, whole_number
 from sigma_book.locate import load_mask_vae
 from sigma_book.lora import CONFIG_FILE, DECODER_LINEARS, LoraConfig, add_lora, find_linears, save_adapter
+from sigma_book.npz import read_npz_config
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
-from sigma_book.processor import Batch, Processor, Tokenizer
+from sigma_book.processor import Batch, Processor, Tokenizer, file_beside, folder_beside
 from sigma_book.qlora import nf4_bytes
 from sigma_book.scale import (
     RankCheckpoints,
@@ -71,9 +71,8 @@ from sigma_book.training import (
     remark,
     train,
     training_bill,
-    write_whole,
 )
-from sigma_book.weights import find_folder, pick_device, read_config, read_json, read_npz_config, save_model
+from sigma_book.weights import find_folder, pick_device, read_config, read_json, save_model
 
 __all__ = ["estimate", "evaluate", "finetune"]
 
@@ -260,9 +259,7 @@ def _parallel(parallel: str | None, base: Path, config: TrainingConfig, ranks: R
     """ddp or fsdp, as asked or as rank 0 finds right, once it is known to go together with the rest."""
     if parallel is None:
         sizes = read_npz_config(base) if base.is_file() else read_config(base)
-        beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if ranks.device.type == "cpu" else 1  # who share a memory
-        free = free_bytes(ranks.device)
-        chosen = choose_parallel(sizes, config, ranks.size, None if free is None else free // beside)
+        chosen = choose_parallel(sizes, config, ranks.size, ranks.free_bytes())
         parallel = ("ddp", "fsdp")[int(ranks.first(chosen == "fsdp"))]
     check_parallel(parallel, config)
     if parallel == "fsdp" and base.is_file():
@@ -306,7 +303,8 @@ def _ready(
 
 def _write_first(write: Callable[[Path], None], ranks: Alone, folder: Path) -> None:
     if ranks.rank == 0:
-        write_whole(folder, write)
+        with folder_beside(folder) as fresh:
+            write(fresh)
 
 
 def _gather_and_write(
@@ -318,7 +316,8 @@ def _gather_and_write(
         whole = shape_model(learner.config, config)
         whole.load_state_dict(tensors, strict=config.method == "full", assign=True)
         whole.processor = learner.processor
-        write_whole(folder, partial(_write_model, whole, config, base))
+        with folder_beside(folder) as fresh:
+            _write_model(whole, config, base, fresh)
 
 
 def _write_model(model: PaliGemma, config: TrainingConfig, base: str | Path | None, folder: Path) -> None:
@@ -487,18 +486,13 @@ def _look(
         save(out / "best")
     progress.notes.append(found)
     if ranks.rank == 0:
-        _write_notes(out, progress)
+        with file_beside(out / "evaluations.json") as fresh:
+            fresh.write_text(json.dumps(progress.notes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if follower is not None:
         follower.note(found)
     answers = [f"  {one['prefix']}: {one['answer']!r}, truth {one['suffix']!r}" for one in found["answers"]]
     line = f"loss {found['loss']:.4f}, {found['exact']:.1%} of {found['asked']} answers exact"
     return "\n".join([line, *answers])
-
-
-def _write_notes(out: Path, progress: Progress) -> None:
-    draft = out / ".evaluations.json"
-    draft.write_text(json.dumps(progress.notes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(draft, out / "evaluations.json")
 
 
 def estimate(
@@ -653,9 +647,7 @@ def evaluate(
     whole_number("num_beams", num_beams, least=1)
     if num_examples is not None:
         whole_number("num_examples", num_examples, least=1)
-    examples = read_examples(data, form=form, root=root, annotations=annotations)
-    if task == "caption" and examples.form == "coco-captions":
-        examples = read_examples(data, form=examples.form, root=root, per_image=True)
+    examples = read_examples(data, form=form, root=root, annotations=annotations, per_image=task == "caption")
     _fits_task(task, examples.form, data, annotations)
     run = {"task": task, "data": _file_mark(data), "form": examples.form, "root": _full(root)}
     run |= {"annotations": None if annotations is None else _file_mark(annotations)}
@@ -665,7 +657,8 @@ def evaluate(
     else:
         answer = answer_from(task, read_official(task, answers, examples, num_examples))
         run |= {"answers": _file_mark(answers)}
-    out = claim_run(out, run)
+    out = Path(out)
+    claim_folder(out, run, saved=("answers.jsonl",), alone=False)
     path = out / "answers.jsonl"
     if answers is None:
         waiting = AnswerFile(path).next_index() < min(len(examples), num_examples or len(examples))

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sigma_book.lora import DECODER_LINEARS, LoraConfig, LoraLinear, add_lora, find_linears
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
-from sigma_book.processor import Batch
+from sigma_book.processor import Batch, to_disk
 from sigma_book.qlora import nf4_bytes
 from sigma_book.training import (
     AUTOCAST,
@@ -39,15 +39,15 @@ from sigma_book.training import (
     Checkpoints,
     Progress,
     TrainingConfig,
-    _to_disk,
     answer_loss,
     answer_tokens,
     blocks_of,
     file_checksum,
+    free_bytes,
     freeze_parts,
     remark,
 )
-from sigma_book.weights import _check_tie, _compare, _locate_tensors, _map_file, pick_device, read_config
+from sigma_book.weights import find_tensors, map_file, pick_device, read_config
 
 __all__ = [
     "CopyLoss",
@@ -116,6 +116,11 @@ class Ranks(Alone):
         """Shorten the whole gradient, of which each rank may hold a part, and give the length that it had."""
         norm = nn.utils.clip_grad_norm_(parameters, most)
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+    def free_bytes(self) -> int | None:
+        """Memory that is left for this process: of its GPU, or its share of the machine's; None where nobody says."""
+        free, sharing = free_bytes(self.device), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return free // sharing if free is not None and self.device.type == "cpu" else free
 
     def leave(self) -> None:
         """Say goodbye, when all is done."""
@@ -276,17 +281,6 @@ def shape_model(sizes: PaliGemmaConfig, config: TrainingConfig) -> PaliGemma:
     return model
 
 
-def _find_tensors(folder: Path, sizes: PaliGemmaConfig) -> dict[str, tuple[Path, str, dict]]:
-    """For each tensor of a plain model, by our name: its file and its name there; what does not fit is refused."""
-    places = _locate_tensors(folder)
-    head = places.pop("lm_head.weight", None) if sizes.text.tie_word_embeddings else None
-    with torch.device("meta"):
-        _compare(folder, places, PaliGemma(sizes).state_dict())
-    if head is not None:
-        _check_tie(places["language_model.embed_tokens.weight"], head)
-    return places
-
-
 def load_sharded(folder: str | Path, config: TrainingConfig, ranks: Ranks) -> PaliGemma:
     """A model that is cut over the ranks from the start: each reads its own rows of the files, and no other.
 
@@ -304,7 +298,8 @@ def load_sharded(folder: str | Path, config: TrainingConfig, ranks: Ranks) -> Pa
         As `load_model`.
     """
     sizes = read_config(folder)
-    places = _find_tensors(Path(folder), sizes)
+    with torch.device("meta"):
+        places = find_tensors(Path(folder), sizes, PaliGemma(sizes).state_dict())
     model = shape_model(sizes, config)
     shard_model(model, ranks, config.dtype)
     model.to_empty(device=ranks.device)
@@ -314,7 +309,7 @@ def load_sharded(folder: str | Path, config: TrainingConfig, ranks: Ranks) -> Pa
                 continue
             path, stored, _ = places[name.replace(".base.", ".")]
             rows = rows_of(parameter.shape[0], ranks.rank, ranks.size)
-            parameter.to_local().copy_(_map_file(path).get_slice(stored)[rows])
+            parameter.to_local().copy_(map_file(path).get_slice(stored)[rows])
         for module in model.modules():
             if isinstance(module, LoraLinear):
                 whole = torch.empty(module.lora_A.shape)
@@ -388,7 +383,7 @@ class RankCheckpoints(Checkpoints):
         if self.ranks.rank == 0:
             shutil.rmtree(wanted, ignore_errors=True)
             os.replace(fresh, wanted)
-            _to_disk(self.folder)
+            to_disk(self.folder)
             for old in self._found()[self.keep :]:
                 shutil.rmtree(old)
 
@@ -460,7 +455,7 @@ class RankCheckpoints(Checkpoints):
         own.append(fresh / f"manifest-{rank:05d}.json")
         own[-1].write_text(json.dumps(manifest))
         for path in (*own, *{path.parent for path in own}):
-            _to_disk(path)
+            to_disk(path)
 
     def _shapes(self) -> dict[str, list[int]]:
         return {name: list(parameter.shape) for name, parameter in self.learning.items()}
