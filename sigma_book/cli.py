@@ -22,12 +22,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"sigma-book: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{_speaker()}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"sigma-book: {interrupt or 'interrupted'}", file=sys.stderr)
+        print(f"{_speaker()}: {interrupt or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
+
+
+def _speaker() -> str:
+    """Who says a sentence: under torchrun, which of the processes."""
+    return f"sigma-book, rank {os.environ['RANK']}" if "RANK" in os.environ else "sigma-book"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -227,7 +232,7 @@ TRAINING_OPTIONS = (
     ("--method", "method", str, "full, lora or qlora (default: full)"),
     ("--max-steps", "max_steps", int, "stop after N steps"),
     ("--epochs", "epochs", int, "show every example N times (default: once, if --max-steps says nothing)"),
-    ("--batch-size", "batch_size", int, "examples in a batch (default: 8)"),
+    ("--batch-size", "batch_size", int, "examples in a batch, of all ranks together (default: 8)"),
     ("--accumulate", "accumulate", int, "batches in a step (default: 1)"),
     ("--learning-rate", "learning_rate", float, "the highest (default: 1e-5, with lora and qlora 2e-4)"),
     ("--vision-rate", "vision_rate", float, "the same for the vision tower alone"),
@@ -276,6 +281,9 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
         "--truncate", action="store_true", help="cut rows that are too long, in place of refusing them"
     )
     command.add_argument("--device", metavar="D", default="auto", help="auto, cuda, cuda:0, mps or cpu (default: auto)")
+    command.add_argument(
+        "--parallel", metavar="WAY", help="under torchrun: ddp or fsdp (default: ddp where the model fits, else fsdp)"
+    )
     command.add_argument("--wandb", metavar="PROJECT", help="follow the run with Weights & Biases")
     command.add_argument("--dry-run", action="store_true", help="print what a step would cost, and write nothing")
 
@@ -304,9 +312,12 @@ def _train(options: argparse.Namespace) -> None:
         "keep",
         "workers",
         "on_error",
+        "parallel",
         "wandb",
     )
-    print(finetune(options.data, options.out, config, **arguments, **{name: getattr(options, name) for name in rest}))
+    final = finetune(options.data, options.out, config, **arguments, **{name: getattr(options, name) for name in rest})
+    if os.environ.get("RANK", "0") == "0":  # torchrun gives each process its number
+        print(final)
 
 
 def _bench_arguments(command: argparse.ArgumentParser) -> None:
