@@ -20,10 +20,11 @@ from sigma_book.generation import (
 )
 from sigma_book.locate import AnswerGrammar
 from sigma_book.lora import CONFIG_FILE, POCKET_BASE, adapter_base, load_adapter
+from sigma_book.npz import load_npz
 from sigma_book.paligemma import PaliGemma
 from sigma_book.processor import Batch, Processor, Tokenizer, load_image
 from sigma_book.qlora import nf4_on_arrival, quantize_nf4
-from sigma_book.weights import find_folder, load_model, load_npz, read_config
+from sigma_book.weights import find_folder, load_model, read_config
 
 __all__ = ["generate", "load", "read_settings"]
 

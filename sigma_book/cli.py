@@ -4,11 +4,9 @@ The answer alone goes to standard output, remarks go to standard error. A wrong 
 """
 
 import argparse
-import io
 import json
 import os
 import sys
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -81,7 +79,7 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from sigma_book.assemble import generate, load, read_settings
     from sigma_book.locate import MASKS_VARIABLE, describe, draw, load_mask_vae, parse
-    from sigma_book.processor import load_image
+    from sigma_book.processor import encode_picture, file_beside, load_image
 
     settings = {
         "max_new_tokens": options.max_new_tokens,
@@ -121,7 +119,8 @@ def _generate(options: argparse.Namespace) -> None:
     else:
         print(answer)
     if options.save is not None:
-        _save_picture(draw(image, answer, vae), options.save)
+        with file_beside(options.save) as fresh:
+            fresh.write_bytes(encode_picture(draw(image, answer, vae), PICTURES[options.save.suffix.lower()]))
         for remark in parse(answer, image.height, image.width)[1]:
             print(f"sigma-book: {remark}", file=sys.stderr)
 
@@ -136,22 +135,6 @@ def _check_picture_name(path: Path) -> None:
         raise ValueError(f"--save {path} is a folder: give the name of a picture in it")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--save {path}: no such folder: {path.parent}")
-
-
-def _save_picture(picture, path: Path) -> None:
-    """Write a picture beside its place, then move it there."""
-    encoded = io.BytesIO()  # Pillow does not notice a full disk when it writes by itself
-    picture.save(encoded, PICTURES[path.suffix.lower()])
-    fresh = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{path.suffix}")
-    try:
-        fresh.write_bytes(encoded.getvalue())
-        os.replace(fresh, path)
-    except OSError as error:
-        raise RuntimeError(
-            f"{path} cannot be written ({error.strerror}): check the room and the permissions"
-        ) from error
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
@@ -177,7 +160,7 @@ def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from sigma_book.evaluation import score_table
+    from sigma_book.answers import score_table
     from sigma_book.runs import evaluate
 
     settings = {name: value for name, value in vars(options).items() if name not in ("run", "task", "data", "out")}
@@ -212,7 +195,8 @@ def _data_arguments(command: argparse.ArgumentParser) -> None:
 
 def _data(options: argparse.Namespace) -> None:
     from sigma_book.assemble import POCKET
-    from sigma_book.data import read_examples, survey, write_survey
+    from sigma_book.batches import survey, write_survey
+    from sigma_book.data import read_examples
     from sigma_book.locate import load_mask_vae
     from sigma_book.processor import Processor
     from sigma_book.weights import find_folder, read_config

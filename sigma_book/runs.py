@@ -1,7 +1,6 @@
 """Whole runs, put together: fine-tuning a model on a file, and evaluating one. Thin; the ideas stay in the chapters."""
 
 import json
-import os
 import random
 import shutil
 import uuid
@@ -14,24 +13,25 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sigma_book.assemble import POCKET, generate, load
-from sigma_book.data import Batches, Example, Examples, read_examples
-from sigma_book.evaluation import (
+from sigma_book.answers import (
     EVALUATION_TASKS,
     AnswerFile,
     answer_examples,
     answer_from,
     answer_speed,
-    claim_run,
     read_official,
     write_official,
     write_report,
 )
+from sigma_book.assemble import POCKET, generate, load
+from sigma_book.batches import Batches
+from sigma_book.data import Example, Examples, read_examples
 from sigma_book.generation import whole_number
 from sigma_book.locate import load_mask_vae
 from sigma_book.lora import CONFIG_FILE, DECODER_LINEARS, LoraConfig, add_lora, find_linears, save_adapter
+from sigma_book.npz import read_npz_config
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
-from sigma_book.processor import Processor, Tokenizer
+from sigma_book.processor import Processor, Tokenizer, file_beside, folder_beside
 from sigma_book.qlora import nf4_bytes
 from sigma_book.training import (
     AUTOCAST,
@@ -53,9 +53,8 @@ from sigma_book.training import (
     remark,
     train,
     training_bill,
-    write_whole,
 )
-from sigma_book.weights import find_folder, pick_device, read_config, read_npz_config, save_model
+from sigma_book.weights import find_folder, pick_device, read_config, save_model
 
 __all__ = ["estimate", "evaluate", "finetune"]
 
@@ -201,7 +200,8 @@ def finetune(
         _say_and_draw(out, progress, batches)
         if follower is not None:
             follower.run.finish()
-        write_whole(final, write)
+        with folder_beside(final) as fresh:
+            write(fresh)
         return final
 
 
@@ -364,11 +364,11 @@ def _look(
     found = {"step": step} | examine(model, model.processor, held_out, autocast=AUTOCAST[config.dtype])
     former = [note["loss"] for note in progress.notes if note["step"] > 0]
     if step > 0 and found["loss"] < min(former, default=float("inf")):
-        write_whole(out / "best", write)
+        with folder_beside(out / "best") as fresh:
+            write(fresh)
     progress.notes.append(found)
-    draft = out / ".evaluations.json"
-    draft.write_text(json.dumps(progress.notes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(draft, out / "evaluations.json")
+    with file_beside(out / "evaluations.json") as fresh:
+        fresh.write_text(json.dumps(progress.notes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if follower is not None:
         follower.note(found)
     answers = [f"  {one['prefix']}: {one['answer']!r}, truth {one['suffix']!r}" for one in found["answers"]]
@@ -526,9 +526,7 @@ def evaluate(
     whole_number("num_beams", num_beams, least=1)
     if num_examples is not None:
         whole_number("num_examples", num_examples, least=1)
-    examples = read_examples(data, form=form, root=root, annotations=annotations)
-    if task == "caption" and examples.form == "coco-captions":
-        examples = read_examples(data, form=examples.form, root=root, per_image=True)
+    examples = read_examples(data, form=form, root=root, annotations=annotations, per_image=task == "caption")
     _fits_task(task, examples.form, data, annotations)
     run = {"task": task, "data": _file_mark(data), "form": examples.form, "root": _full(root)}
     run |= {"annotations": None if annotations is None else _file_mark(annotations)}
@@ -538,7 +536,8 @@ def evaluate(
     else:
         answer = answer_from(task, read_official(task, answers, examples, num_examples))
         run |= {"answers": _file_mark(answers)}
-    out = claim_run(out, run)
+    out = Path(out)
+    claim_folder(out, run, saved=("answers.jsonl",), alone=False)
     path = out / "answers.jsonl"
     if answers is None:
         waiting = AnswerFile(path).next_index() < min(len(examples), num_examples or len(examples))

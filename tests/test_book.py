@@ -33,14 +33,17 @@ NAMES = [
     "10_paligemma",
     "11_processor",
     "12_weights",
+    "12b_npz",
     "13_generation",
     "14_locate",
     "15_data",
+    "15b_batches",
     "16_training",
     "17_pocket",
     "18_lora",
     "19_qlora",
     "20_evaluation",
+    "20b_answers",
 ]
 
 
