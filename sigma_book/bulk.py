@@ -25,11 +25,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from sigma_book.answers import AnswerFile
 from sigma_book.data import Example, find_picture, index_lines
-from sigma_book.evaluation import AnswerFile
 from sigma_book.generation import whole_number
 from sigma_book.paligemma import PaliGemma
-from sigma_book.processor import load_image
+from sigma_book.processor import file_beside, load_image
 
 __all__ = [
     "ANSWER_FORMS",
@@ -319,7 +319,7 @@ class AnswerParts:
         return min(self.total, (part + 1) * self.rows_per_part)
 
     def next_index(self) -> int:
-        """The number of the first row that has no record yet; a torn line is cut off.
+        """The number of the first row that has no whole record yet.
 
         Raises
         ------
@@ -335,9 +335,7 @@ class AnswerParts:
         if self.path(last, "parquet").exists():
             self.path(last).unlink(missing_ok=True)  # a kill came between writing the one and removing the other
             return self.end(last)
-        lines = AnswerFile(self.path(last))
-        lines.cut_torn_line()
-        following = max(last * self.rows_per_part, lines.next_index())
+        following = max(last * self.rows_per_part, AnswerFile(self.path(last)).next_index())
         if following > self.end(last):
             raise ValueError(
                 f"{self.path(last)} holds row {following - 1}, which is not of this part: give a new folder"
@@ -363,11 +361,11 @@ class AnswerParts:
         with tqdm(total=self.total, initial=start, desc=label, unit="", disable=None) as bar:
             while start < self.total:
                 part = start // self.rows_per_part
-                with self.path(part).open("ab", buffering=0) as file:
+                with AnswerFile(self.path(part)).growing() as append:
                     for record in islice(records, self.end(part) - start):
                         if record["index"] != start:
                             raise RuntimeError(f"row {record['index']} came where row {start} was due")
-                        _write_line(file, record)
+                        append(record)
                         seen["answered" if record["error"] is None else "error"] += 1
                         start += 1
                         bar.update()
@@ -386,14 +384,8 @@ class AnswerParts:
             ("where", "image", "prompt", "answer", "error"), pyarrow.string()
         )
         table = pyarrow.Table.from_pylist(list(AnswerFile(self.path(part))), pyarrow.schema(list(kinds.items())))
-        draft = self.folder / f".part-{part:05d}.draft"
-        try:
-            pyarrow.parquet.write_table(table, draft)
-            os.replace(draft, self.path(part, "parquet"))
-        except OSError as error:
-            raise RuntimeError(
-                f"{self.path(part, 'parquet')} cannot be written ({error.strerror}): make room"
-            ) from error
+        with file_beside(self.path(part, "parquet")) as fresh:
+            pyarrow.parquet.write_table(table, fresh)
         self.path(part).unlink()
 
     def __iter__(self) -> Iterator[dict]:
@@ -409,18 +401,6 @@ class AnswerParts:
 
 
 _PART = re.compile(r"part-(\d{5,})\.(?:jsonl|parquet)")
-
-
-def _write_line(file: io.FileIO, record: dict) -> None:
-    left = memoryview(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-    try:
-        while left:
-            left = left[file.write(left) :]
-    except OSError as error:
-        raise RuntimeError(
-            f"{file.name}: {error.strerror}. All answers before this one are on the disk: make room, then give the same "
-            "command again"
-        ) from error
 
 
 def answer_here(

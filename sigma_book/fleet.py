@@ -19,13 +19,13 @@ from sigma_book.bulk import (
     open_rows,
 )
 from sigma_book.data import Example
-from sigma_book.evaluation import claim_run
 from sigma_book.generation import whole_number
 from sigma_book.lora import CONFIG_FILE, LoraLinear, merge_lora
 from sigma_book.paligemma import PaliGemma
+from sigma_book.processor import folder_beside
 from sigma_book.runs import _alone, _asker, _file_mark, _full, _model_mark
-from sigma_book.training import remark
-from sigma_book.weights import DTYPES, find_folder, folder_beside, pick_device, read_json, save_model, write_json
+from sigma_book.training import claim_folder, remark
+from sigma_book.weights import DTYPES, find_folder, pick_device, read_json, save_model, write_json
 from sigma_book.world import TASKS, ask, draw_scene, make_scene
 
 __all__ = ["answer_file", "compare", "export_model"]
@@ -92,8 +92,8 @@ def answer_file(
     run = {"data": _file_mark(data), "root": _full(root), "model": _model_mark(model), "dtype": str(dtype)}
     run |= {"quantize": quantize, "adapter": None if adapter is None else _model_mark(adapter)}
     run |= {"max_new_tokens": max_new_tokens, "form": form, "rows_per_part": rows_per_part}
-    AnswerParts(Path(out), len(rows), rows_per_part, form)  # what is wrong is said before anything is written
-    parts = AnswerParts(claim_run(out, run), len(rows), rows_per_part, form)
+    parts = AnswerParts(Path(out), len(rows), rows_per_part, form)
+    claim_folder(parts.folder, run, saved=("part-*",))
     with _alone(parts.folder):
         if (start := parts.next_index()) < len(rows):
             if start:

@@ -316,7 +316,7 @@ def test_a_kill_between_parquet_and_the_lines_it_replaces(stubbed, tmp_path):
     expected = list(parts)
     lines = b"".join(json.dumps(record).encode() + b"\n" for record in expected[18:])
     parts.path(3).write_bytes(lines)
-    (parts.folder / ".part-00003.draft").write_bytes(b"half")
+    (parts.folder / ".part-00003.parquet.part").write_bytes(b"half")
     assert parts.next_index() == 23 and not parts.path(3).exists()
     assert list(parts) == expected
 
@@ -432,7 +432,7 @@ def test_two_actors_answer_as_one_process_does(shelf, tiny_folder, tiny_model, t
     assert again.stdout == done.stdout and time.perf_counter() - begun < 60
     assert read_parts(tmp_path / "out") == records
     other = subprocess.run([*command[:-1], "30"], capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
-    assert other.returncode == 2 and "rows_per_part is 25" in other.stderr
+    assert other.returncode == 2 and "rows_per_part = 25" in other.stderr
 
 
 def count_lines(folder: Path) -> int:
