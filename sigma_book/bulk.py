@@ -445,12 +445,21 @@ class BulkConfig:
 
 
 class BulkActor:
-    """What each actor holds: the rows, and a function that asks the model. Called with a block, it gives JSON lines."""
+    """What each actor holds: the rows, and a function that asks the model. Called with a block, it gives JSON lines.
+
+    A model that cannot be loaded is told in the place of answers: raised here, the sentence would be lost among others.
+    """
 
     def __init__(self, rows: LineRows | ParquetRows, make_answer: Callable[[], Callable[[list[Example]], list[str]]]):
-        self._rows, self._answer = rows, make_answer()
+        self._rows, self._failure = rows, None
+        try:
+            self._answer = make_answer()
+        except (ValueError, OSError, RuntimeError) as error:
+            self._failure = _one_sentence(error)
 
     def __call__(self, block: dict) -> dict:
+        if self._failure is not None:
+            return {"line": [json.dumps({"failure": self._failure})]}
         ranges = zip(block["start"].tolist(), block["stop"].tolist(), strict=True)
         records = [record for one in ranges for record in answer_range(self._rows, *one, self._answer)]
         return {
@@ -483,7 +492,8 @@ def answer_with_ray(
     ValueError
         If the actors claim more than the machines have.
     RuntimeError
-        If Ray is not installed, or actors die again and again.
+        If Ray is not installed, the model cannot be loaded, an actor fails in a way that no row explains, or no answer comes
+        for half an hour: a row may end the process of its actor each time that it is asked.
     """
     with _ray_running(config) as ray:
         context = ray.data.DataContext.get_current()
@@ -498,24 +508,30 @@ def answer_with_ray(
             compute=ray.data.ActorPoolStrategy(size=config.actors),
             num_cpus=config.cpus,
             num_gpus=config.gpus,
-            ray_remote_args_fn=_few_restarts,
         )
         try:
             for row in answers.iter_rows():
-                yield json.loads(row["line"])
-        except ray.exceptions.RayError as error:
+                record = json.loads(row["line"])
+                if "failure" in record:
+                    raise RuntimeError(record["failure"])
+                yield record
+        except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as error:
             raise RuntimeError(
                 f"an actor failed ({_last_cause(error)}); the answers so far stand, and the same command goes on behind them"
             ) from error
 
 
+_QUIET_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_DATA_LOG_LEVEL": "CRITICAL"}
+
+
 @contextmanager
 def _ray_running(config: BulkConfig):
     """The package, with Ray running; it ends with the block if it was started here."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in _QUIET_RAY.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
-        import ray.data
+        import ray.data.exceptions
     except ImportError as error:
         raise RuntimeError(f"answering with actors needs Ray: {_EXTRA}") from error
     ours, quiet = not ray.is_initialized(), {"log_to_driver": False, "logging_level": "ERROR"}
@@ -537,15 +553,8 @@ def _ray_running(config: BulkConfig):
             ray.shutdown()
 
 
-def _few_restarts() -> dict:
-    """Ray would restart an actor for ever, also if a row ends its process each time."""
-    return {"max_restarts": 3, "max_task_retries": 3}
-
-
 def _last_cause(error: BaseException) -> str:
-    """What was raised first, in one line; Ray packs an error of an actor into several others."""
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = inner
+    """The last line that Ray has to tell: it packs an error of an actor, with all its lines, into others."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 

@@ -98,9 +98,10 @@ def answer_file(
         if (start := parts.next_index()) < len(rows):
             if start:
                 remark(f"going on behind row {start:,} of {len(rows):,}")
-            options = {"device": device, "dtype": dtype, "quantize": quantize, "adapter": _full(adapter)}
-            threads = max(1, _processors() // actors)
-            make_answer = partial(_load_asker, threads, max_new_tokens, _full(model), options)
+            make_model = partial(
+                load, _full(model), device=device, dtype=dtype, quantize=quantize, adapter=_full(adapter)
+            )
+            make_answer = partial(_load_asker, max(1, _processors() // actors), max_new_tokens, make_model)
             parts.write(answer_with_ray(rows, start, make_answer, config))
         return Counter("answered" if record["error"] is None else "error" for record in parts)
 
@@ -120,11 +121,11 @@ def _shared(actors: int, batch_size: int, device: str) -> BulkConfig:
 
 
 def _load_asker(
-    threads: int, max_new_tokens: int, model: str | None, options: dict
+    threads: int, max_new_tokens: int, make_model: Callable[[], PaliGemma]
 ) -> Callable[[list[Example]], list[str]]:
     """In an actor: load the model, and give the function that asks it."""
     torch.set_num_threads(threads)
-    return _asker(load(model, **options), max_new_tokens, 1)
+    return _asker(make_model(), max_new_tokens, 1)
 
 
 def export_model(
