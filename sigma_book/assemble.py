@@ -15,6 +15,7 @@ from sigma_book.generation import (
     check_beams,
     generate_answers,
     read_stop_ids,
+    read_stop_strings,
     stream_answer,
     whole_number,
 )
@@ -268,10 +269,7 @@ def read_settings(
         raise ValueError(f"grammar is {grammar!r}: expected 'detect' or 'segment', or none")
     if seed is None:
         sampling = replace(sampling, seed=int(torch.randint(2**62, ())))
-    listed = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if not isinstance(listed, list | tuple) or not all(isinstance(text, str) and text for text in listed):
-        raise ValueError(f"stop is {stop!r}: expected a string, or a list of strings, none of them empty")
-    return sampling, list(listed)
+    return sampling, read_stop_strings(stop)
 
 
 def _rows(image, prompt) -> tuple[list, list[str]]:

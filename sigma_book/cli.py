@@ -305,6 +305,75 @@ def _train(options: argparse.Namespace) -> None:
     print(finetune(options.data, options.out, config, **arguments, **{name: getattr(options, name) for name in rest}))
 
 
+def _serve_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", metavar="DIR", help="folder or hub id of a PaliGemma (default: the pocket model)")
+    command.add_argument("--name", metavar="NAME", help="what requests call the model (default: its folder's name)")
+    command.add_argument("--host", metavar="H", default="127.0.0.1", help="0.0.0.0 for all (default: 127.0.0.1)")
+    command.add_argument("--port", metavar="N", type=int, default=8000, help="0 is any free one (default: 8000)")
+    command.add_argument("--max-rows", metavar="N", type=int, default=8, help="answered together (default: 8)")
+    command.add_argument(
+        "--max-length", metavar="N", type=int, help="tokens of picture, prompt and answer (default: the model's)"
+    )
+    command.add_argument("--queue", metavar="N", type=int, default=64, help="that wait; more get a 429 (default: 64)")
+    command.add_argument("--max-tokens", metavar="N", type=int, help="longest answer (default: the model's context)")
+    command.add_argument("--max-body", metavar="BYTES", type=int, default=20_000_000, help="(default: 20000000)")
+    command.add_argument("--max-pixels", metavar="N", type=int, default=50_000_000, help="(default: 50000000)")
+    command.add_argument(
+        "--deadline", metavar="S", type=float, default=60.0, help="seconds an answer has (default: 60)"
+    )
+    command.add_argument(
+        "--grace", metavar="S", type=float, default=30.0, help="seconds to finish after SIGTERM (default: 30)"
+    )
+    command.add_argument("--api-keys", metavar="FILE", help="keys, one a line (default: SIGMA_BOOK_API_KEYS, or none)")
+    command.add_argument("--image-root", metavar="DIR", type=Path, help="folder whose pictures may be named by path")
+    command.add_argument(
+        "--cors", metavar="ORIGIN", action="append", default=[], help="a site that may ask; repeatable"
+    )
+    command.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
+    command.add_argument("--device", metavar="D", default="auto", help="auto, cuda, cuda:0, mps or cpu (default: auto)")
+    command.add_argument(
+        "--dtype", metavar="T", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
+    )
+    command.add_argument("--quantize", metavar="Q", help="nf4 stores the decoder in 4 bits (default: as stored)")
+    command.add_argument("--adapter", metavar="DIR", help="folder or hub id of a LoRA adapter for the model")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from sigma_book.assemble import load
+    from sigma_book.server import ServerConfig
+    from sigma_book.serving import read_api_keys, serve
+
+    config = ServerConfig(
+        model_name=options.name or (Path(options.model).name if options.model else "pocket"),
+        max_body=options.max_body,
+        max_pixels=options.max_pixels,
+        max_new_tokens=options.max_tokens,
+        max_waiting=options.max_rows + options.queue,
+        deadline=options.deadline,
+        api_keys=read_api_keys(options.api_keys),
+        cors_origins=tuple(options.cors),
+        image_root=options.image_root,
+        log_prompts=options.log_prompts,
+    )
+    model = load(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        adapter=options.adapter,
+    )
+    serve(
+        model,
+        config,
+        host=options.host,
+        port=options.port,
+        max_rows=options.max_rows,
+        max_length=options.max_length,
+        queue_size=options.queue,
+        grace=options.grace,
+    )
+
+
 def _answer_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", metavar="FILE", required=True, help="JSON lines or Parquet with image and prompt")
     command.add_argument("--out", metavar="DIR", required=True, help="folder of this run; the same again goes on")
@@ -375,6 +444,7 @@ COMMANDS = (
     ("data", "look at a file of examples before training on it", _data_arguments, _data),
     ("train", "teach a model what a file of examples says", _train_arguments, _train),
     ("evaluate", "ask a model a whole data set and score its answers", _evaluate_arguments, _evaluate),
+    ("serve", "answer over HTTP on a port", _serve_arguments, _serve),
     ("answer", "answer a file of pictures and prompts with many processes", _answer_arguments, _answer),
     ("export", "write a model as a folder that other engines read", _export_arguments, _export),
     ("compare", "find out whether an engine reads picture and prompt as it must", _compare_arguments, _compare),
