@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from sigma_book import __version__
@@ -324,6 +325,8 @@ def _serve_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--grace", metavar="S", type=float, default=30.0, help="seconds to finish after SIGTERM (default: 30)"
     )
+    command.add_argument("--replicas", metavar="N", type=int, default=1, help="of the model, by Ray Serve (default: 1)")
+    command.add_argument("--max-replicas", metavar="N", type=int, help="under load, up to N (default: as --replicas)")
     command.add_argument("--api-keys", metavar="FILE", help="keys, one a line (default: SIGMA_BOOK_API_KEYS, or none)")
     command.add_argument("--image-root", metavar="DIR", type=Path, help="folder whose pictures may be named by path")
     command.add_argument(
@@ -355,23 +358,26 @@ def _serve(options: argparse.Namespace) -> None:
         image_root=options.image_root,
         log_prompts=options.log_prompts,
     )
-    model = load(
-        options.model,
+    sizes = {"max_rows": options.max_rows, "max_length": options.max_length, "queue_size": options.queue}
+    address = {"host": options.host, "port": options.port}
+    source = (
+        options.model if options.model is None or not Path(options.model).exists() else Path(options.model).resolve()
+    )
+    make_model = partial(
+        load,
+        source,
         device=options.device,
         dtype=options.dtype,
         quantize=options.quantize,
         adapter=options.adapter,
     )
-    serve(
-        model,
-        config,
-        host=options.host,
-        port=options.port,
-        max_rows=options.max_rows,
-        max_length=options.max_length,
-        queue_size=options.queue,
-        grace=options.grace,
-    )
+    if options.replicas == 1 and options.max_replicas is None:
+        serve(make_model(), config, grace=options.grace, **address, **sizes)
+        return
+    from sigma_book.replicas import serve_replicas, share
+
+    shared = share(options.replicas, options.max_replicas, options.max_rows, options.device)
+    serve_replicas(make_model, config, shared, **address, **sizes)
 
 
 def _answer_arguments(command: argparse.ArgumentParser) -> None:

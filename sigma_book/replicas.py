@@ -2,6 +2,9 @@
 
 import logging
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +19,10 @@ from sigma_book.paligemma import PaliGemma
 from sigma_book.server import ServerConfig, create_app
 from sigma_book.serving import STATIC
 
-__all__ = ["ReplicaConfig", "replicas_running"]
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_SERVE_LOG_TO_STDERR": "0"}
+NAME = "sigma-book"
+
+__all__ = ["ReplicaConfig", "replicas_running", "serve_replicas", "share"]
 
 
 @dataclass(frozen=True)
@@ -117,32 +123,61 @@ def replicas_running(
     RuntimeError
         If Ray is not installed, or the replicas do not start.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
         from ray import serve
     except ImportError as error:
         raise RuntimeError("replicas need Ray: pip install 'sigma-book[scale]'") from error
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False, logging_level="ERROR")
+        ray.init(**quiet)
     else:
-        ray.init(
-            "local",
-            include_dashboard=False,
-            object_store_memory=100 * 2**20,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        ray.init("local", include_dashboard=False, object_store_memory=100 * 2**20, **quiet)
     try:
-        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         engine = {"max_rows": max_rows, "max_length": max_length, "queue_size": queue_size}
-        make_app = partial(_make_app, max(1, processors // shared.replicas), make_model, config, engine)
-        options = shared.options(max_rows + queue_size)
+        make_app = partial(_make_app, max(1, processors() // shared.replicas), make_model, config, engine)
         serve.start(http_options={"host": host, "port": port})
-        deployment = serve.deployment(serve.ingress()(Replica)).options(name="sigma-book", **options)
-        serve.run(deployment.bind(make_app), name="sigma-book", route_prefix="/")
+        deployment = serve.deployment(serve.ingress()(Replica)).options(
+            name=NAME, **shared.options(max_rows + queue_size)
+        )
+        serve.run(deployment.bind(make_app), name=NAME, route_prefix="/")
         yield f"http://{host}:{port}"
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share(replicas: int, most: int | None, busy: float, device: str) -> ReplicaConfig:
+    """Claims with which so many replicas fit on this machine; on a cluster, a processor or a GPU for each."""
+    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    cpus = 1.0 if "RAY_ADDRESS" in os.environ else min(1.0, round(processors() / max(1, most or replicas), 3))
+    return ReplicaConfig(replicas, most, busy, cpus, 1.0 if cuda else 0.0)
+
+
+def serve_replicas(
+    make_model: Callable[[], PaliGemma],
+    config: ServerConfig,
+    shared: ReplicaConfig,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_rows: int = 8,
+    max_length: int | None = None,
+    queue_size: int = 64,
+) -> None:
+    """`replicas_running` until SIGTERM or SIGINT comes; running requests are finished first."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    sizes = {"max_rows": max_rows, "max_length": max_length, "queue_size": queue_size}
+    with replicas_running(make_model, config, shared, host=host, port=port, **sizes) as url:
+        print(f"listening on {url}, {shared.replicas} replicas", file=sys.stderr, flush=True)
+        stop.wait()
