@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from sigma_book import __version__
@@ -365,6 +366,8 @@ def _serve_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--grace", metavar="S", type=float, default=30.0, help="seconds to finish after SIGTERM (default: 30)"
     )
+    command.add_argument("--replicas", metavar="N", type=int, default=1, help="of the model, by Ray Serve (default: 1)")
+    command.add_argument("--max-replicas", metavar="N", type=int, help="under load, up to N (default: as --replicas)")
     command.add_argument("--api-keys", metavar="FILE", help="keys, one a line (default: SIGMA_BOOK_API_KEYS, or none)")
     command.add_argument("--image-root", metavar="DIR", type=Path, help="folder whose pictures may be named by path")
     command.add_argument(
@@ -396,23 +399,90 @@ def _serve(options: argparse.Namespace) -> None:
         image_root=options.image_root,
         log_prompts=options.log_prompts,
     )
-    model = load(
-        options.model,
+    sizes = {"max_rows": options.max_rows, "max_length": options.max_length, "queue_size": options.queue}
+    address = {"host": options.host, "port": options.port}
+    source = (
+        options.model if options.model is None or not Path(options.model).exists() else Path(options.model).resolve()
+    )
+    make_model = partial(
+        load,
+        source,
         device=options.device,
         dtype=options.dtype,
         quantize=options.quantize,
         adapter=options.adapter,
     )
-    serve(
-        model,
-        config,
-        host=options.host,
-        port=options.port,
-        max_rows=options.max_rows,
-        max_length=options.max_length,
-        queue_size=options.queue,
-        grace=options.grace,
+    if options.replicas == 1 and options.max_replicas is None:
+        serve(make_model(), config, grace=options.grace, **address, **sizes)
+        return
+    from sigma_book.replicas import serve_replicas, share
+
+    shared = share(options.replicas, options.max_replicas, options.max_rows, options.device)
+    serve_replicas(make_model, config, shared, **address, **sizes)
+
+
+def _answer_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data", metavar="FILE", required=True, help="JSON lines or Parquet with image and prompt")
+    command.add_argument("--out", metavar="DIR", required=True, help="folder of this run; the same again goes on")
+    _model_arguments(command)
+    command.add_argument("--root", metavar="DIR", help="where paths of pictures begin (default: the file's folder)")
+    command.add_argument("--actors", metavar="N", type=int, default=1, help="processes with the model (default: 1)")
+    command.add_argument("--batch-size", metavar="N", type=int, default=16, help="answered together (default: 16)")
+    command.add_argument("--max-new-tokens", metavar="N", type=int, default=100, help="longest answer (default: 100)")
+    command.add_argument("--quantize", metavar="Q", help="nf4 stores the decoder in 4 bits (default: as stored)")
+    command.add_argument(
+        "--form", metavar="F", default="jsonl", help="of the answers: jsonl or parquet (default: jsonl)"
     )
+    command.add_argument(
+        "--rows-per-part", metavar="N", type=int, default=10_000, help="rows in a file (default: 10000)"
+    )
+
+
+def _model_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", metavar="DIR", help="folder or hub id of a PaliGemma (default: the pocket model)")
+    command.add_argument("--adapter", metavar="DIR", help="folder or hub id of a LoRA adapter for the model")
+    command.add_argument("--device", metavar="D", default="auto", help="auto, cuda, cuda:0, mps or cpu (default: auto)")
+    command.add_argument(
+        "--dtype", metavar="T", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
+    )
+
+
+def _answer(options: argparse.Namespace) -> None:
+    from sigma_book.fleet import answer_file
+
+    settings = {name: value for name, value in vars(options).items() if name not in ("run", "data", "out")}
+    counts = answer_file(options.data, options.out, **settings)
+    print(f"{counts.total():,} rows: {counts['answered']:,} answered, {counts['error']:,} with an error")
+
+
+def _export_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", metavar="DIR", required=True, help="folder that the model is written to")
+    command.add_argument("--model", metavar="DIR", help="what to write (default: the pocket model)")
+    command.add_argument("--adapter", metavar="DIR", help="LoRA adapter that is added to the weights")
+    command.add_argument("--dtype", metavar="T", default="auto", help="of the numbers (default: as stored)")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from sigma_book.fleet import export_model
+
+    print(export_model(options.out, model=options.model, adapter=options.adapter, dtype=options.dtype))
+
+
+def _compare_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--url", metavar="URL", required=True, help="such as http://localhost:8000/v1")
+    _model_arguments(command)
+    command.add_argument("--questions", metavar="N", type=int, default=8, help="about drawn scenes (default: 8)")
+    command.add_argument("--key", metavar="KEY", help="sent to the engine (default: what OPENAI_API_KEY holds)")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from sigma_book.fleet import compare
+
+    settings = {name: value for name, value in vars(options).items() if name not in ("run", "url", "key")}
+    report = compare(options.url, key=options.key or os.environ.get("OPENAI_API_KEY"), **settings)
+    print("\n".join(report.lines()))
+    if report.mask != "whole":
+        raise RuntimeError(f"{options.url}: {report.verdict()}")
 
 
 # name, one line of help, what adds its arguments, what runs it
@@ -423,6 +493,9 @@ COMMANDS = (
     ("evaluate", "ask a model a whole data set and score its answers", _evaluate_arguments, _evaluate),
     ("bench", "measure how fast a model answers, and predict it", _bench_arguments, _bench),
     ("serve", "answer over HTTP on a port", _serve_arguments, _serve),
+    ("answer", "answer a file of pictures and prompts with many processes", _answer_arguments, _answer),
+    ("export", "write a model as a folder that other engines read", _export_arguments, _export),
+    ("compare", "find out whether an engine reads picture and prompt as it must", _compare_arguments, _compare),
     ("pocket", "teach the pocket model from nothing", _pocket_arguments, _pocket),
 )
 
