@@ -1,4 +1,4 @@
-"""Why did it say that?.
+"""Why did it say that?
 
 Which patches did an answer token look at, and may we believe what a map shows?
 

@@ -31,13 +31,11 @@ import sys, torch
 from sigma_book import load
 from sigma_book.server import ServerConfig
 from sigma_book.serving import serve
-from sigma_book.why import explain, looks_as_json
 torch.set_num_threads(1)
 model = load(device="cpu")
 if "endless" in sys.argv:
     model.stop_ids = [model.config.text.vocab_size - 1]  # a token that is never said
-maps = None if "mute" in sys.argv else lambda image, *words: looks_as_json(explain(model, image, *words))
-serve(model, ServerConfig("pocket", api_keys=("open-sesame",) if "locked" in sys.argv else ()), port=0, explain=maps)
+serve(model, ServerConfig("pocket", api_keys=("open-sesame",) if "locked" in sys.argv else ()), port=0, explaining="mute" not in sys.argv)
 """
 
 
