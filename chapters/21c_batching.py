@@ -460,7 +460,7 @@ class RunningBatch:
                 dtype=like.key.dtype,
                 device=like.key.device,
             )
-            for like in model.language_model.new_caches(1, max_length)
+            for like in model.language_model.new_caches(1, 1)
         ]
 
     @property
