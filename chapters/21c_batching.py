@@ -1324,6 +1324,27 @@ print(
 print(f"{stats.prefill_seconds:.2f} s went into {stats.prompts} prompts, {stats.decode_seconds:.2f} s into the steps")
 
 # %% [markdown]
+# Why not sixteen times? Each request costs one reading of a prompt, $p$ seconds, and $n$ steps of $s$ seconds, which $R$ rows
+# share. Company divides only the second part:
+#
+# $$ \text{gain} \le \frac{p + n\, s_1}{p' + n\, s_R / R} $$
+#
+# With the times measured above ($p'$ is a prompt's share when seven or eight are read together), for short answers and long
+# ones:
+
+# %%
+most_gain = {
+    count: (reading[1] + count * stepping[1]) / (reading[8] / 8 + count * stepping[16] / 16) for count in (10, 40, 200)
+}
+assert most_gain[10] < most_gain[200]
+for count, times in most_gain.items():
+    print(f"answers of {count:3} tokens: at most {times:.1f} times")
+
+# %% [markdown]
+# A caption of ten tokens is mostly reading. Long answers gain much more. And a second question about a picture that was
+# just encoded gains at the other end: chapter 21b keeps the features of pictures.
+
+# %% [markdown]
 # ## The bill
 #
 # First the memory that is set aside at the start: columns for every row. (On a CPU the system finds real memory for it only

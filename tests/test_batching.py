@@ -953,14 +953,18 @@ def throughput(model, pictures, clients: int, requests: int, most: int, rows: in
 
 
 @pytest.mark.slow
-def test_sixteen_clients(pictures):
+@pytest.mark.parametrize(("what", "most", "times"), [("captions", 40, 1.3), ("answers of 40 tokens", 40, 3.0)])
+def test_sixteen_clients(pictures, what, most, times):
+    """Captions of scenes have ten tokens, so half of their time goes into reading prompts, where company saves little."""
     model = load()
-    throughput(model, pictures, 16, 16, most=40)
-    single, together = throughput(model, pictures, 16, 96, most=40)
+    if what != "captions":
+        model.stop_ids = [model.config.text.vocab_size]  # nothing stops it
+    throughput(model, pictures, 16, 16, most=most)
+    single, together = throughput(model, pictures, 16, 96, most=most)
     print(
-        f"pocket model: {single:.0f} tokens/s one by one, {together:.0f} with 16 clients: {together / single:.1f} times"
+        f"pocket, {what}: {single:.0f} tokens/s one by one, {together:.0f} with 16 clients: {together / single:.1f} times"
     )
-    assert together > 3 * single
+    assert together > times * single
 
 
 def model_of_300_million() -> PaliGemma:
