@@ -253,8 +253,9 @@ class ServerConfig:
         Largest picture, in pixels, looked at before it is unpacked.
     max_new_tokens : int, optional
         Longest answer that may be asked for; the model's context by default.
-    max_waiting : int
-        Requests that are answered or wait for it; more are sent away.
+    max_waiting : int, optional
+        Requests that are answered or wait for it, those whose picture is still unpacked included; more are sent away.
+        By default the rows and the queue of the engine.
     body_seconds : float
         In which a body must have come.
     deadline : float
@@ -279,7 +280,7 @@ class ServerConfig:
     max_held: int = 256_000_000
     max_pixels: int = 50_000_000
     max_new_tokens: int | None = None
-    max_waiting: int = 72
+    max_waiting: int | None = None
     body_seconds: float = 30.0
     deadline: float = 60.0
     api_keys: tuple[str, ...] = ()
@@ -288,10 +289,9 @@ class ServerConfig:
     log_prompts: bool = False
 
     def __post_init__(self):
-        for name in ("max_body", "max_held", "max_pixels", "max_waiting"):
-            whole_number(name, getattr(self, name), least=1)
-        if self.max_new_tokens is not None:
-            whole_number("max_new_tokens", self.max_new_tokens, least=1)
+        for name in ("max_body", "max_held", "max_pixels", "max_new_tokens", "max_waiting"):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), least=1)
         for name in ("body_seconds", "deadline"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected seconds, more than 0")
@@ -660,6 +660,7 @@ class Service:
         self.meters = Meters(engine)
         self.names = TokenNames(engine.model.processor.tokenizer)
         self.context = engine.max_length
+        self.most_asked = config.max_waiting or engine.max_rows + engine.queue_size
         self.created = int(time.time())
         self.draining = False  # set by whoever stops the server: no new work, the running work is finished
         self.in_flight = 0  # requests that are not over
@@ -693,7 +694,7 @@ class Service:
                 deadline=max(0.001, record.asked + self.config.deadline - time.monotonic()),
             )
 
-        if self.asked >= self.config.max_waiting:
+        if self.asked >= self.most_asked:  # before the picture costs anything
             raise _busy(f"{self.asked} requests are waiting")
         self.asked += 1
         record.cancel = partial(self._let_go, reply)
@@ -1144,11 +1145,12 @@ save(figure, "23_load")
 
 # %% [markdown]
 # *Figure: above, the time to an answer against the rate of requests, as two lines for the middle and the slowest
-# twentieth: both rise up to the server's capacity and stay level beyond it. Below, the share sent away: none up to the
-# capacity, then more and more, along the dotted line of the formula.*
+# twentieth: both rise around the server's capacity and level off beyond it. Below, the share sent away: none well below
+# the capacity, then more and more, over the dotted line of the formula.*
 #
-# Left of the line the server has time. Right of it, the wait no longer grows: it has reached what four waiting requests
-# take, and the rest is told to come back.
+# Left of the grey line the server has time. Right of it, the wait levels off: it has reached what four waiting requests
+# take, and the rest is told to come back. More are sent away than the formula says, because a no costs something too:
+# its request was read, by a processor that also plays the clients here.
 #
 # ## A careful end
 #
