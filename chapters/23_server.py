@@ -440,6 +440,10 @@ class Guard:
         except ApiError as error:
             record.fields["code"] = error.code
             await error_response(error)(scope, receive, answer)
+        except asyncio.CancelledError:  # the server stops, and the time it gave its requests is over
+            if status:
+                raise
+            await error_response(_stopping())(scope, receive, answer)
         except Exception:
             logger.exception("failed", extra={"fields": {"id": record.id}})
             if status:
@@ -465,7 +469,7 @@ class Guard:
     async def _read_body(self, headers: dict[bytes, bytes], receive, record: Record) -> Callable:
         """Take the body in, and give a `receive` that hands it on. No more than the limit is ever held."""
         if self.service.draining:
-            raise ApiError(503, "the server is stopping: ask another", code="stopping")
+            raise _stopping()
         too_large = ApiError(
             413, f"the body is larger than {self.config.max_body:,} bytes: send a smaller picture", code="too_large"
         )
@@ -520,6 +524,10 @@ def _fingerprint(secret: bytes) -> bytes:
 def _request_id(given: bytes) -> str:
     """The client's own id if it is a plain word, else a new one: what is written into logs and headers is ours."""
     return given.decode() if re.fullmatch(rb"[A-Za-z0-9._-]{1,64}", given) else uuid.uuid4().hex
+
+
+def _stopping() -> ApiError:
+    return ApiError(503, "the server is stopping: ask another", code="stopping")
 
 
 def _busy(reason: str, seconds: float = 1.0) -> ApiError:
@@ -595,7 +603,7 @@ class Reply:
         if event.finish == "deadline":
             fault = ApiError(504, "the answer was not complete at its deadline", code="deadline")
         if event.finish == "cancelled" and self.service.draining:
-            fault = ApiError(503, "the server is stopping: ask another", code="stopping")
+            fault = _stopping()
         elif event.finish == "cancelled":
             fault = ApiError(499, "the client went away", code="client_gone")
         self.record.fields["code"] = fault.code
@@ -705,7 +713,7 @@ class Service:
         except ValueError as error:
             raise ApiError(400, str(error)) from error
         except RuntimeError as error:  # the engine is closed
-            raise ApiError(503, f"the server is stopping ({error}): ask another", code="stopping") from error
+            raise _stopping() from error
         self.meters.tokens.labels("prompt").inc(reply.ticket.prompt_tokens)
         return reply
 
@@ -865,7 +873,7 @@ class Service:
     async def ready(self):
         """200 while requests may come: if not, send them elsewhere."""
         if self.draining:
-            raise ApiError(503, "the server is stopping", code="stopping")
+            raise _stopping()
         return await self.live()
 
     async def metrics(self):
