@@ -58,6 +58,7 @@ from sigma_book.protocol import (
 )
 
 __all__ = [
+    "ASKING_PATHS",
     "DEFAULT_TOKENS",
     "OPEN_PATHS",
     "SECONDS",
@@ -216,6 +217,7 @@ class Record:
     cancel: Callable[[], None] | None = None
 
 
+ASKING_PATHS = ("/v1/chat/completions", "/generate", "/detect")  # those that need a row of the engine
 OPEN_PATHS = ("/", "/docs", "/openapi.json", "/health/live", "/health/ready")  # for those without a key
 
 
@@ -250,6 +252,7 @@ class Guard:
         try:
             self._check_key(scope["path"], headers.get(b"authorization", b""))
             if scope["method"] == "POST":
+                self._check_room(scope["path"])
                 receive = await self._read_body(headers, receive, record)
             await self.app(scope, receive, answer)
         except ApiError as error:
@@ -281,10 +284,15 @@ class Guard:
             sentence = "the API key is missing or wrong: send the header Authorization: Bearer KEY"
             raise ApiError(401, sentence, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
-    async def _read_body(self, headers: dict[bytes, bytes], receive, record: Record) -> Callable:
-        """Take the body in, and give a `receive` that hands it on. No more than the limit is ever held."""
+    def _check_room(self, path: str) -> None:
+        """A no costs least before the body is read."""
         if self.service.draining:
             raise _stopping()
+        if path in ASKING_PATHS:
+            self.service.check_room()
+
+    async def _read_body(self, headers: dict[bytes, bytes], receive, record: Record) -> Callable:
+        """Take the body in, and give a `receive` that hands it on. No more than the limit is ever held."""
         too_large = ApiError(
             413, f"the body is larger than {self.config.max_body:,} bytes: send a smaller picture", code="too_large"
         )
@@ -493,8 +501,7 @@ class Service:
                 deadline=max(0.001, record.asked + self.config.deadline - time.monotonic()),
             )
 
-        if self.asked >= self.most_asked:  # before the picture costs anything
-            raise _busy(f"{self.asked} requests are waiting")
+        self.check_room()  # again: others may have come while the body did
         self.asked += 1
         record.cancel = partial(self._let_go, reply)
         try:
@@ -507,6 +514,11 @@ class Service:
             raise _stopping() from error
         self.meters.tokens.labels("prompt").inc(reply.ticket.prompt_tokens)
         return reply
+
+    def check_room(self) -> None:
+        """Raise a 429 if as many requests are under way as may be."""
+        if self.asked >= self.most_asked:
+            raise _busy(f"{self.asked} requests are under way")
 
     def _let_go(self, reply: Reply) -> None:
         self.asked -= 1
