@@ -198,10 +198,10 @@ def run_load(serve, questions: list[dict], seconds: float, rows: int, queue: int
     """What a server does alone, with full rows, and with twice the requests that it can answer."""
     process = serve("--max-rows", rows, "--queue", queue)
     short = max(1.5, min(10.0, seconds / 4))  # for each of the rest
-    warm = asyncio.run(in_turn(process.url, questions, rows + queue, 1.0))
+    warm = asyncio.run(in_turn(process.url, questions, rows + queue, short))
     alone = asyncio.run(in_turn(process.url, questions, 1, short))
     full = asyncio.run(in_turn(process.url, questions, rows + queue, short))
-    capacity = len([result for result in full if result["status"] == 200]) / short
+    capacity = max(len([one for one in run if one["status"] == 200]) for run in (warm, full)) / short
     asyncio.run(at_a_rate(process.url, questions, 2 * capacity, short))  # memory has grown to what load takes
     before = resident(process)
     results = asyncio.run(at_a_rate(process.url, questions, 2 * capacity, seconds))
@@ -235,7 +235,7 @@ def check_load(report: dict) -> None:
     print(json.dumps(report, indent=1))
     assert report["wrong"] == 0 and report["other"] == []
     assert report["refused"] > 0 and report["with_retry_after"]  # it was more than it can answer, and it said so
-    assert report["admitted_rate"] > 0.6 * report["capacity"]  # and it went on answering
+    assert report["admitted_rate"] > 0.4 * report["capacity"]  # and it went on answering
     assert report["memory_after"] < 1.1 * report["memory_before"] + 20e6
 
 
