@@ -1090,9 +1090,9 @@ silent.close()
 # %% [markdown]
 # ## A look inside: more than it can take
 #
-# First its capacity: eight clients, each of which asks again as soon as it has its answer, and the better of two runs. Then requests at a fixed
-# rate, from a fifth of that to twice as much, a second and a half each. The clients live in this process and take their
-# share of it, so the numbers are lower than the server's own; the shape is what counts.
+# First its capacity: eight clients, each of which asks again as soon as it has its answer, and the better of two runs.
+# Then requests at a fixed rate, from a fifth of that to twice as much, a second and a half each. The clients live in this
+# process and take their share of it, so the numbers are lower than the server's own; the shape is what counts.
 
 # %%
 asked = json.dumps(question("caption en")).encode()
