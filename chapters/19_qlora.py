@@ -37,12 +37,12 @@ import time
 from statistics import NormalDist
 
 import matplotlib.pyplot as plt
-from torch.utils.checkpoint import checkpoint
 
 from sigma_book import generate, load
 from sigma_book.lora import LoraConfig, add_lora
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig, count_parameters
 from sigma_book.style import ANSWER, GREY, PICTURE, PROMPT, check, save, use_style
+from sigma_book.training import recompute_activations
 from sigma_book.world import caption, draw_scene, make_scene
 
 use_style()
@@ -614,14 +614,12 @@ print(f"captions right, of {len(truth)}: {right}")
 # ## A step of QLoRA
 #
 # Rank 64 and alpha 16, the adapters in float32, the base in four bits. And one more saving, *activation checkpointing*: of
-# each block only the input is kept, and the block is computed again on the way back. Chapter 16 has a function for it; here
-# we wrap the blocks by hand, to see both savings in one place.
+# each block only the input is kept, and the block is computed again on the way back, as chapter 16 does it.
 
 # %%
 add_lora(model, LoraConfig())
 model.train()
-for block in model.language_model.layers:
-    block.forward = lambda *given, forward=block.forward: checkpoint(forward, *given, use_reentrant=False)
+recompute_activations(model.language_model.layers)
 
 pictures = [draw_scene(make_scene(seed)) for seed in range(4)]
 answers = [caption(make_scene(seed)) for seed in range(4)]

@@ -4,12 +4,11 @@ The answer alone goes to standard output, remarks go to standard error. A wrong 
 """
 
 import argparse
-import io
 import json
 import os
 import sys
-import uuid
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from sigma_book import __version__
@@ -24,12 +23,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"sigma-book: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{_speaker()}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"sigma-book: {interrupt or 'interrupted'}", file=sys.stderr)
+        print(f"{_speaker()}: {interrupt or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
+
+
+def _speaker() -> str:
+    """Who says a sentence: under torchrun, which of the processes."""
+    return f"sigma-book, rank {os.environ['RANK']}" if "RANK" in os.environ else "sigma-book"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,14 +78,17 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype", metavar="T", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
     )
-    command.add_argument("--quantize", metavar="Q", help="nf4 stores the decoder in 4 bits (default: as stored)")
+    command.add_argument(
+        "--quantize", metavar="Q", help="int8, int4 or nf4: weights in 8 or 4 bits (default: as stored)"
+    )
+    command.add_argument("--compile", action="store_true", help="lay the weights out for speed first")
     command.add_argument("--adapter", metavar="DIR", help="folder or hub id of a LoRA adapter for the model")
 
 
 def _generate(options: argparse.Namespace) -> None:
     from sigma_book.assemble import generate, load, read_settings
     from sigma_book.locate import MASKS_VARIABLE, describe, draw, load_mask_vae, parse
-    from sigma_book.processor import load_image
+    from sigma_book.processor import encode_picture, file_beside, load_image
 
     settings = {
         "max_new_tokens": options.max_new_tokens,
@@ -106,6 +113,7 @@ def _generate(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         quantize=options.quantize,
         adapter=options.adapter,
+        compile=options.compile,
     )
     answer = generate(image, options.prompt, model=model, stream=options.stream, **settings)
     if options.stream:
@@ -121,7 +129,8 @@ def _generate(options: argparse.Namespace) -> None:
     else:
         print(answer)
     if options.save is not None:
-        _save_picture(draw(image, answer, vae), options.save)
+        with file_beside(options.save) as fresh:
+            fresh.write_bytes(encode_picture(draw(image, answer, vae), PICTURES[options.save.suffix.lower()]))
         for remark in parse(answer, image.height, image.width)[1]:
             print(f"sigma-book: {remark}", file=sys.stderr)
 
@@ -136,22 +145,6 @@ def _check_picture_name(path: Path) -> None:
         raise ValueError(f"--save {path} is a folder: give the name of a picture in it")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--save {path}: no such folder: {path.parent}")
-
-
-def _save_picture(picture, path: Path) -> None:
-    """Write a picture beside its place, then move it there."""
-    encoded = io.BytesIO()  # Pillow does not notice a full disk when it writes by itself
-    picture.save(encoded, PICTURES[path.suffix.lower()])
-    fresh = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{path.suffix}")
-    try:
-        fresh.write_bytes(encoded.getvalue())
-        os.replace(fresh, path)
-    except OSError as error:
-        raise RuntimeError(
-            f"{path} cannot be written ({error.strerror}): check the room and the permissions"
-        ) from error
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
@@ -177,7 +170,7 @@ def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from sigma_book.evaluation import score_table
+    from sigma_book.answers import score_table
     from sigma_book.runs import evaluate
 
     settings = {name: value for name, value in vars(options).items() if name not in ("run", "task", "data", "out")}
@@ -212,7 +205,8 @@ def _data_arguments(command: argparse.ArgumentParser) -> None:
 
 def _data(options: argparse.Namespace) -> None:
     from sigma_book.assemble import POCKET
-    from sigma_book.data import read_examples, survey, write_survey
+    from sigma_book.batches import survey, write_survey
+    from sigma_book.data import read_examples
     from sigma_book.locate import load_mask_vae
     from sigma_book.processor import Processor
     from sigma_book.weights import find_folder, read_config
@@ -239,7 +233,7 @@ TRAINING_OPTIONS = (
     ("--method", "method", str, "full, lora or qlora (default: full)"),
     ("--max-steps", "max_steps", int, "stop after N steps"),
     ("--epochs", "epochs", int, "show every example N times (default: once, if --max-steps says nothing)"),
-    ("--batch-size", "batch_size", int, "examples in a batch (default: 8)"),
+    ("--batch-size", "batch_size", int, "examples in a batch, of all ranks together (default: 8)"),
     ("--accumulate", "accumulate", int, "batches in a step (default: 1)"),
     ("--learning-rate", "learning_rate", float, "the highest (default: 1e-5, with lora and qlora 2e-4)"),
     ("--vision-rate", "vision_rate", float, "the same for the vision tower alone"),
@@ -288,6 +282,9 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
         "--truncate", action="store_true", help="cut rows that are too long, in place of refusing them"
     )
     command.add_argument("--device", metavar="D", default="auto", help="auto, cuda, cuda:0, mps or cpu (default: auto)")
+    command.add_argument(
+        "--parallel", metavar="WAY", help="under torchrun: ddp or fsdp (default: ddp where the model fits, else fsdp)"
+    )
     command.add_argument("--wandb", metavar="PROJECT", help="follow the run with Weights & Biases")
     command.add_argument("--dry-run", action="store_true", help="print what a step would cost, and write nothing")
 
@@ -316,9 +313,38 @@ def _train(options: argparse.Namespace) -> None:
         "keep",
         "workers",
         "on_error",
+        "parallel",
         "wandb",
     )
-    print(finetune(options.data, options.out, config, **arguments, **{name: getattr(options, name) for name in rest}))
+    final = finetune(options.data, options.out, config, **arguments, **{name: getattr(options, name) for name in rest})
+    if os.environ.get("RANK", "0") == "0":  # torchrun gives each process its number
+        print(final)
+
+
+def _bench_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", metavar="DIR", help="folder or hub id of a PaliGemma (default: the pocket model)")
+    command.add_argument("--size", metavar="S", help="pocket; or, with --random, 300m, 1b or 3b")
+    command.add_argument("--random", action="store_true", help="weights of that size are random, written once")
+    command.add_argument("--against", metavar="NAME", action="append", default=[], help="run transformers too")
+    command.add_argument("--quantize", metavar="Q", help="as in generate")
+    command.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16 (default: float32 on a CPU)")
+    command.add_argument("--device", metavar="D", default="cpu", help="cpu, cuda, mps or auto (default: cpu)")
+    command.add_argument("--batch", metavar="N", type=int, default=1, help="pictures answered together (default: 1)")
+    command.add_argument("--prompt", metavar="TEXT", default="caption en", help="(default: caption en)")
+    command.add_argument("--prompt-tokens", metavar="N", type=int, help="repeat or cut the prompt to N tokens")
+    command.add_argument("--new-tokens", metavar="N", type=int, default=16, help="of each answer (default: 16)")
+    command.add_argument("--warmup", metavar="N", type=int, default=1, help="turns that do not count (default: 1)")
+    command.add_argument("--repeat", metavar="N", type=int, default=5, help="turns that count (default: 5)")
+    command.add_argument("--bill", action="store_true", help="predict each part and hold it against the measurement")
+    command.add_argument("--growth", dest="grow", action="store_true", help="time larger pictures, batches and answers")
+    command.add_argument("--json", dest="json_file", metavar="FILE", type=Path, help="write all that was measured")
+    command.add_argument("--save", dest="picture", metavar="FILE", type=Path, help="write a picture, FILE.png")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from sigma_book.bench import run_bench
+
+    print("\n".join(run_bench(**{name: value for name, value in vars(options).items() if name != "run"})))
 
 
 def _serve_arguments(command: argparse.ArgumentParser) -> None:
@@ -340,6 +366,8 @@ def _serve_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--grace", metavar="S", type=float, default=30.0, help="seconds to finish after SIGTERM (default: 30)"
     )
+    command.add_argument("--replicas", metavar="N", type=int, default=1, help="of the model, by Ray Serve (default: 1)")
+    command.add_argument("--max-replicas", metavar="N", type=int, help="under load, up to N (default: as --replicas)")
     command.add_argument("--api-keys", metavar="FILE", help="keys, one a line (default: SIGMA_BOOK_API_KEYS, or none)")
     command.add_argument("--image-root", metavar="DIR", type=Path, help="folder whose pictures may be named by path")
     command.add_argument(
@@ -370,23 +398,90 @@ def _serve(options: argparse.Namespace) -> None:
         image_root=options.image_root,
         log_prompts=options.log_prompts,
     )
-    model = load(
-        options.model,
+    sizes = {"max_rows": options.max_rows, "max_length": options.max_length, "queue_size": options.queue}
+    address = {"host": options.host, "port": options.port}
+    source = (
+        options.model if options.model is None or not Path(options.model).exists() else Path(options.model).resolve()
+    )
+    make_model = partial(
+        load,
+        source,
         device=options.device,
         dtype=options.dtype,
         quantize=options.quantize,
         adapter=options.adapter,
     )
-    serve(
-        model,
-        config,
-        host=options.host,
-        port=options.port,
-        max_rows=options.max_rows,
-        max_length=options.max_length,
-        queue_size=options.queue,
-        grace=options.grace,
+    if options.replicas == 1 and options.max_replicas is None:
+        serve(make_model(), config, grace=options.grace, **address, **sizes)
+        return
+    from sigma_book.replicas import serve_replicas, share
+
+    shared = share(options.replicas, options.max_replicas, options.max_rows, options.device)
+    serve_replicas(make_model, config, shared, **address, **sizes)
+
+
+def _answer_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data", metavar="FILE", required=True, help="JSON lines or Parquet with image and prompt")
+    command.add_argument("--out", metavar="DIR", required=True, help="folder of this run; the same again goes on")
+    _model_arguments(command)
+    command.add_argument("--root", metavar="DIR", help="where paths of pictures begin (default: the file's folder)")
+    command.add_argument("--actors", metavar="N", type=int, default=1, help="processes with the model (default: 1)")
+    command.add_argument("--batch-size", metavar="N", type=int, default=16, help="answered together (default: 16)")
+    command.add_argument("--max-new-tokens", metavar="N", type=int, default=100, help="longest answer (default: 100)")
+    command.add_argument("--quantize", metavar="Q", help="nf4 stores the decoder in 4 bits (default: as stored)")
+    command.add_argument(
+        "--form", metavar="F", default="jsonl", help="of the answers: jsonl or parquet (default: jsonl)"
     )
+    command.add_argument(
+        "--rows-per-part", metavar="N", type=int, default=10_000, help="rows in a file (default: 10000)"
+    )
+
+
+def _model_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", metavar="DIR", help="folder or hub id of a PaliGemma (default: the pocket model)")
+    command.add_argument("--adapter", metavar="DIR", help="folder or hub id of a LoRA adapter for the model")
+    command.add_argument("--device", metavar="D", default="auto", help="auto, cuda, cuda:0, mps or cpu (default: auto)")
+    command.add_argument(
+        "--dtype", metavar="T", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
+    )
+
+
+def _answer(options: argparse.Namespace) -> None:
+    from sigma_book.fleet import answer_file
+
+    settings = {name: value for name, value in vars(options).items() if name not in ("run", "data", "out")}
+    counts = answer_file(options.data, options.out, **settings)
+    print(f"{counts.total():,} rows: {counts['answered']:,} answered, {counts['error']:,} with an error")
+
+
+def _export_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", metavar="DIR", required=True, help="folder that the model is written to")
+    command.add_argument("--model", metavar="DIR", help="what to write (default: the pocket model)")
+    command.add_argument("--adapter", metavar="DIR", help="LoRA adapter that is added to the weights")
+    command.add_argument("--dtype", metavar="T", default="auto", help="of the numbers (default: as stored)")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from sigma_book.fleet import export_model
+
+    print(export_model(options.out, model=options.model, adapter=options.adapter, dtype=options.dtype))
+
+
+def _compare_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--url", metavar="URL", required=True, help="such as http://localhost:8000/v1")
+    _model_arguments(command)
+    command.add_argument("--questions", metavar="N", type=int, default=8, help="about drawn scenes (default: 8)")
+    command.add_argument("--key", metavar="KEY", help="sent to the engine (default: what OPENAI_API_KEY holds)")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from sigma_book.fleet import compare
+
+    settings = {name: value for name, value in vars(options).items() if name not in ("run", "url", "key")}
+    report = compare(options.url, key=options.key or os.environ.get("OPENAI_API_KEY"), **settings)
+    print("\n".join(report.lines()))
+    if report.mask != "whole":
+        raise RuntimeError(f"{options.url}: {report.verdict()}")
 
 
 # name, one line of help, what adds its arguments, what runs it
@@ -395,7 +490,11 @@ COMMANDS = (
     ("data", "look at a file of examples before training on it", _data_arguments, _data),
     ("train", "teach a model what a file of examples says", _train_arguments, _train),
     ("evaluate", "ask a model a whole data set and score its answers", _evaluate_arguments, _evaluate),
+    ("bench", "measure how fast a model answers, and predict it", _bench_arguments, _bench),
     ("serve", "answer over HTTP on a port", _serve_arguments, _serve),
+    ("answer", "answer a file of pictures and prompts with many processes", _answer_arguments, _answer),
+    ("export", "write a model as a folder that other engines read", _export_arguments, _export),
+    ("compare", "find out whether an engine reads picture and prompt as it must", _compare_arguments, _compare),
     ("pocket", "teach the pocket model from nothing", _pocket_arguments, _pocket),
 )
 

@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn import functional as F
 
+from sigma_book.npz import read_npz_array, read_npz_header
 from sigma_book.processor import Tokenizer, load_image
-from sigma_book.weights import read_npz_array, read_npz_header
 
 __all__ = [
     "BINS",

@@ -10,8 +10,11 @@ import itertools
 import json
 import os
 import re
+import shutil
+import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +24,17 @@ import tokenizers
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-__all__ = ["Batch", "Processor", "Tokenizer", "load_image", "pixels"]
+__all__ = [
+    "Batch",
+    "Processor",
+    "Tokenizer",
+    "encode_picture",
+    "file_beside",
+    "folder_beside",
+    "load_image",
+    "pixels",
+    "to_disk",
+]
 
 
 def load_image(source: "str | Path | bytes | np.ndarray | Image.Image") -> Image.Image:
@@ -387,6 +400,84 @@ class Batch:
         return replace(self, **moved)
 
 
+@contextmanager
+def file_beside(path: Path) -> Iterator[Path]:
+    """A name next to the wanted one, for a file that moves into place once it is written and on the disk.
+
+    The name is always the same, so that what a kill leaves behind is written over by the next try.
+
+    Raises
+    ------
+    RuntimeError
+        If it cannot be written.
+    """
+    fresh = path.with_name(f".{path.name}.part")
+    try:
+        yield fresh
+        to_disk(fresh)
+        os.replace(fresh, path)
+    except OSError as error:
+        raise RuntimeError(_NOT_WRITTEN.format(path, error.strerror or error)) from error
+    finally:
+        with suppress(OSError):
+            fresh.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_beside(folder: Path) -> Iterator[Path]:
+    """A temporary folder next to the wanted one. Once all in it is on the disk it moves into place.
+
+    Where there is such a folder, the new files move into it, and others stay.
+
+    Raises
+    ------
+    ValueError
+        If `folder` is a file.
+    RuntimeError
+        If it cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: expected a folder to write to, or a name that is free")
+    folder = folder.resolve()
+    fresh = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+        for path in (*fresh.iterdir(), fresh):
+            to_disk(path)
+        if folder.exists():
+            for path in sorted(fresh.iterdir(), reverse=True):  # the weights before the configuration
+                os.replace(path, folder / path.name)
+        else:
+            os.replace(fresh, folder)
+        to_disk(folder.parent)  # the new name too
+    except OSError as error:
+        raise RuntimeError(_NOT_WRITTEN.format(folder, error.strerror or error)) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def encode_picture(picture: Image.Image, kind: str) -> bytes:
+    """A picture as the bytes of a file, such as PNG; Pillow does not notice a full disk when it writes by itself."""
+    encoded = io.BytesIO()
+    picture.save(encoded, kind)
+    return encoded.getvalue()
+
+
+_NOT_WRITTEN = "{} cannot be written ({}): check the room and the permissions, then try again"
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's table of names, is on the disk."""
+    if os.name == "nt":  # Windows has no such call for folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 class Processor:
     """Pictures and prompts to a batch, and ids back to text.
 
@@ -493,8 +584,6 @@ class Processor:
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files as they were read, and how pictures are prepared; `transformers` reads both.
 
-        Each file is written beside its name and moved into place.
-
         Raises
         ------
         ValueError
@@ -502,26 +591,13 @@ class Processor:
         RuntimeError
             If the files cannot be written.
         """
-        folder = Path(folder)
         settings = _how_prepared(self.image_size, self.num_image_tokens)
         settings |= {"do_convert_rgb": True, "image_processor_type": "SiglipImageProcessor"}
         settings |= {"processor_class": "PaliGemmaProcessor"}
         content = json.dumps(settings, indent=2, sort_keys=True).encode()
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file: expected a folder to write to, or a name that is free")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        with folder_beside(Path(folder)) as fresh:
             for name, raw in (self.tokenizer.files | {"preprocessor_config.json": content}).items():
-                fresh = folder / f".{name}-{os.getpid()}"
-                try:
-                    fresh.write_bytes(raw)
-                    os.replace(fresh, folder / name)
-                finally:
-                    fresh.unlink(missing_ok=True)
-        except OSError as error:
-            raise RuntimeError(
-                f"{folder} cannot be written ({error.strerror}): check the room and the permissions"
-            ) from error
+                (fresh / name).write_bytes(raw)
 
 
 def _check_row(prompt: str, suffix: str, images: "Image.Image | Sequence[Image.Image]") -> list[Image.Image]:

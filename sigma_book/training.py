@@ -18,7 +18,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,17 +33,19 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from sigma_book.data import Example, collate
+from sigma_book.batches import collate
+from sigma_book.data import Example
 from sigma_book.generation import Sampling, generate_answers
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
-from sigma_book.processor import Batch, Processor, load_image
-from sigma_book.weights import folder_beside
+from sigma_book.processor import Batch, Processor, file_beside, folder_beside, load_image
 
 __all__ = [
+    "ALONE",
     "AUTOCAST",
     "LOG_COLUMNS",
     "METHODS",
     "PARTS",
+    "Alone",
     "Bill",
     "Checkpoints",
     "Progress",
@@ -65,7 +67,6 @@ __all__ = [
     "saved_bytes",
     "train",
     "training_bill",
-    "write_whole",
 ]
 
 
@@ -93,7 +94,7 @@ def learning_rate_factor(step: int, steps: int, warmup: int, hold: float = 0.0, 
 
 
 def answer_loss(model: PaliGemma, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy over the answers of a batch: what the ordinary batches of chapter 15 are for."""
+    """Mean cross-entropy over the answers of a batch: what the ordinary batches of chapter 15b are for."""
     return model.loss(batch.input_ids, batch.pixel_values, batch.attention_mask, batch.token_type_ids, batch.labels)
 
 
@@ -102,11 +103,46 @@ def answer_tokens(batch: Batch) -> int:
     return int((batch.labels[:, 1:] != -100).sum())
 
 
+class Alone:
+    """What the loop asks of other processes where there are none; `Ranks` of chapter 22 is the one for many.
+
+    Attributes
+    ----------
+    rank, size : int
+        Which process this is, and of how many. Rank 0 writes and speaks for all.
+    """
+
+    rank, size = 0, 1
+
+    def sum(self, *numbers: float) -> tuple[float, ...]:
+        """Each number, added up over all processes."""
+        return numbers
+
+    def first(self, number: float) -> float:
+        """What rank 0 says, for all."""
+        return number
+
+    def adding(self, last: bool) -> AbstractContextManager:
+        """Around each small batch of a step: gradients of all processes are added up, at the latest around the last."""
+        return nullcontext()
+
+    def clip(self, parameters: list[nn.Parameter], most: float) -> float:
+        """Shorten the gradient to at most this length, and give the length that it had."""
+        return nn.utils.clip_grad_norm_(parameters, most).item()
+
+    def leave(self) -> None:
+        """Say goodbye to the others."""
+
+
+ALONE = Alone()
+
+
 def add_gradients(
     loss: Callable[..., torch.Tensor],
     group: Sequence,
     counts: Sequence[int],
     scale: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
+    ranks: Alone = ALONE,
 ) -> float:
     """Add to each `.grad` what one large batch would, from the small ones it was cut into.
 
@@ -121,25 +157,29 @@ def add_gradients(
         the tokens of the whole group.
     scale : callable
         What is done to a loss before its gradient is taken.
+    ranks : Alone
+        Who else has a part of the group.
 
     Returns
     -------
     float
-        The mean over all tokens of the group.
+        The mean over all tokens of the group; of several processes each has a part of it, and the sum is the mean.
 
     Raises
     ------
     FloatingPointError
         At the first small batch whose loss is not a finite number; it names none of them.
     """
-    total, mean = sum(counts), 0.0
-    for small, count in zip(group, counts, strict=True):
-        share = count / total
-        value = loss(small)
-        mean += value.item() * share
-        if not math.isfinite(mean):
-            raise FloatingPointError(str(value.item()))
-        scale(value * share).backward()  # frees the activations of this small batch before the next one comes
+    (total,), mean = ranks.sum(sum(counts)), 0.0
+    for place, (small, count) in enumerate(zip(group, counts, strict=True), start=1):
+        share = count / total if count else 0.0
+        with ranks.adding(last=place == len(group)):
+            value = loss(small)
+            mean += value.item() * share
+            if not math.isfinite(mean):
+                raise FloatingPointError(str(value.item()))
+            # many processes take the mean of their gradients, where the sum is wanted: hence the size
+            scale(value * (share * ranks.size)).backward()  # frees the activations before the next small batch comes
     return mean
 
 
@@ -152,7 +192,7 @@ class Progress:
     rows : list
         A row a step, as in the log: step, loss, gradient norm, share of the peak rate, tokens read, seconds.
     data : dict, optional
-        The place in the data, as chapter 15 gives it.
+        The place in the data, as chapter 15b gives it.
     notes : list of dict
         What was found at intervals.
     scale : dict, optional
@@ -189,10 +229,9 @@ def _log(path: Path | None, rows: list[list[float]]) -> Iterator[Callable[[list]
         yield lambda row: None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}")
-    with fresh.open("w", newline="") as file:
+    with file_beside(path) as fresh, fresh.open("w", newline="") as file:
         csv.writer(file).writerows([LOG_COLUMNS, *map(_as_text, rows)])
-    os.replace(fresh, path)  # lines behind the checkpoint are gone, and none is there twice
+    # lines behind the checkpoint are gone, and none is there twice
     with path.open("ab", buffering=0) as file:
 
         def write(row: list[float]) -> None:
@@ -275,6 +314,7 @@ def train(
     each: Callable[[list[float]], None] | None = None,
     progress: Progress | None = None,
     checkpoints: "Checkpoints | None" = None,
+    ranks: Alone = ALONE,
 ) -> list[float]:
     """Take steps: loss, gradients, clipping, update.
 
@@ -285,7 +325,7 @@ def train(
     loss : callable
         Takes a batch, gives a scalar tensor, a mean over some tokens.
     batches : iterable
-        At least `steps` times `accumulate` batches; the last group may be short. A `TrainingBatch` of chapter 15
+        At least `steps` times `accumulate` batches; the last group may be short. A `TrainingBatch` of chapter 15b
         also says where its examples come from and how to go on behind it.
     optimizers : list
         Their learning rates are the peaks; the schedule scales them all alike.
@@ -310,6 +350,9 @@ def train(
         Where to go on; it grows with the run.
     checkpoints : Checkpoints, optional
         Where the run is saved. With it, Ctrl-C ends the step that runs, saves, and stops.
+    ranks : Alone
+        The processes that take each step together, each with its part of the batches. `log` and `each` are for one of
+        them alone; all call `report` and `checkpoints`.
 
     Returns
     -------
@@ -341,7 +384,7 @@ def train(
 
     with (
         _log(log, progress.rows) as write,
-        tqdm(total=steps, initial=progress.step, desc=label, mininterval=2.0) as bar,
+        tqdm(total=steps, initial=progress.step, desc=label, mininterval=2.0, disable=ranks.rank > 0) as bar,
         _asked_to_stop(checkpoints is not None) as asked,
     ):
         while progress.step < steps:
@@ -356,18 +399,19 @@ def train(
                 raise ValueError(f"the batches ended after {step} of {steps} steps: give more examples or fewer steps")
             counts = [count(batch) for batch in small]
             try:
-                mean = add_gradients(cast_loss, small, counts, scaler.scale)
+                mean = add_gradients(cast_loss, small, counts, scaler.scale, ranks)
             except FloatingPointError as error:
                 raise RuntimeError(_not_finite(f"the loss is {error}", step, small, autocast)) from error
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(parameters, clip).item()
+            norm = ranks.clip(parameters, clip)
             if not math.isfinite(norm) and not scaler.is_enabled():  # a scaler skips such a step, and scales less
                 raise RuntimeError(_not_finite(f"the gradient is {norm}", step, small, autocast))
             for optimizer in optimizers:
                 scaler.step(optimizer)
             scaler.update()
-            seconds, read = time.perf_counter() - started, sum(map(_tokens_read, small))
+            seconds = time.perf_counter() - started
+            mean, read, stop = ranks.sum(mean, sum(map(_tokens_read, small)), asked.is_set())
             progress.rows.append([step, mean, norm, factor, read, seconds])
             progress.data = getattr(small[-1], "state", None)
             progress.scale = scaler.state_dict() if scaler.is_enabled() else None
@@ -377,10 +421,12 @@ def train(
             bar.update()
             bar.set_postfix_str(_speed(progress.rows[-50:]), refresh=False)
             if report is not None and (step + 1) % report_every == 0:
-                remark(f"{label} {step + 1}: {report(step + 1)}")
-            if checkpoints is not None and (asked.is_set() or checkpoints.is_due(step + 1, steps)):
+                found = report(step + 1)
+                if ranks.rank == 0:
+                    remark(f"{label} {step + 1}: {found}")
+            if checkpoints is not None and (stop or checkpoints.is_due(step + 1, steps)):
                 checkpoints.save(progress)
-            if asked.is_set():
+            if stop:
                 raise KeyboardInterrupt(
                     f"stopped after step {step + 1} of {steps}, which is saved: give the same command again to go on"
                 )
@@ -624,17 +670,14 @@ class Checkpoints:
             tensors[f"random.cuda.{index}"] = torch.cuda.get_rng_state(index)
         kept = {"data": progress.data, "notes": progress.notes, "scale": progress.scale}
         state |= kept | {"step": progress.step, "random": random.getstate()}
-
-        def fill(fresh: Path) -> None:
-            weights = {name: parameter.detach().contiguous() for name, parameter in self.learning.items()}
-            save_file(weights, fresh / "weights.safetensors")
-            save_file(tensors, fresh / "optimizer.safetensors")
-            (fresh / "state.json").write_text(json.dumps(state))
-            manifest = {path.name: [path.stat().st_size, file_checksum(path)] for path in sorted(fresh.iterdir())}
-            (fresh / "manifest.json").write_text(json.dumps(manifest))
-
+        weights = {name: parameter.detach().contiguous() for name, parameter in self.learning.items()}
         try:
-            write_whole(self.folder / f"step-{progress.step:06d}", fill)
+            with folder_beside(self.folder / f"step-{progress.step:06d}") as fresh:
+                save_file(weights, fresh / "weights.safetensors")
+                save_file(tensors, fresh / "optimizer.safetensors")
+                (fresh / "state.json").write_text(json.dumps(state))
+                manifest = {path.name: [path.stat().st_size, file_checksum(path)] for path in sorted(fresh.iterdir())}
+                (fresh / "manifest.json").write_text(json.dumps(manifest))
         except (RuntimeError, SafetensorError, OSError) as error:
             raise RuntimeError(
                 f"the checkpoint of step {progress.step} cannot be written ({error}); those before it stand: "
@@ -747,32 +790,6 @@ def file_checksum(path: Path, most: int | None = None) -> int:
         while left > 0 and (piece := file.read(min(left, 1 << 22))):
             value, left = zlib.crc32(piece, value), left - len(piece)
     return value
-
-
-def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let a function fill a folder beside the wanted one, wait until all of it is on the disk, then give it the name.
-
-    Raises
-    ------
-    RuntimeError
-        If it cannot be written.
-    """
-    with folder_beside(folder) as fresh:
-        fill(fresh)
-        for path in (*fresh.iterdir(), fresh):
-            _to_disk(path)
-    _to_disk(folder.parent)  # the new name too
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's table of names, is on the disk."""
-    if os.name == "nt":  # Windows has no such call for folders
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def recompute_activations(blocks: Iterable[nn.Module]) -> None:
@@ -937,43 +954,50 @@ def _adamw_bytes(parameter: torch.Tensor, optimizer: str) -> int:
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}  # None: no autocast is needed
 
 
-def claim_folder(out: Path, identity: dict) -> None:
+def claim_folder(
+    out: Path, identity: dict, saved: Sequence[str] = ("checkpoints/*", "final"), alone: bool = True
+) -> None:
     """Make a folder the home of a run, or make sure that it is the home of this one already.
 
     Parameters
     ----------
     out : Path
-        Gets `run.json`. As long as nothing is saved there, a run with other values may take it over.
+        Gets `run.json`.
     identity : dict
         All that decides the numbers of the run, of plain values.
+    saved : sequence of str
+        Patterns of what a run leaves there. As long as there is nothing like it, a run with other values may take over.
+    alone : bool
+        Whether a folder without `run.json` must be empty, or may hold all but what is `saved`.
 
     Raises
     ------
     ValueError
-        If the folder holds another run, or something else; the sentence names what differs.
+        If it is a file, or the folder holds another run, or something else; the sentence names what differs.
     """
-    path = out / "run.json"
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give a folder that is empty or new")
+    path, begun = out / "run.json", any(any(out.glob(pattern)) for pattern in saved)
     if path.exists():
         try:
-            known = json.loads(path.read_text())
+            known = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}): give another folder, or remove this one") from error
+            raise ValueError(f"{path} is broken ({error}): give another folder, or remove this one") from error
         wanted = json.loads(json.dumps(identity))
         differing = [key for key in wanted if key not in known or known[key] != wanted[key]]
         if not differing:
             return
-        if any((out / "checkpoints").glob("*")) or (out / "final").exists():
+        if begun:
             key = differing[0]
             raise ValueError(
                 f"{out} holds a run with {key} = {known.get(key)!r}, this one has {wanted[key]!r}: "
                 "give the same to go on with it, or another folder for a new run"
             )
-    elif out.exists() and (not out.is_dir() or any(entry.name != ".run.json" for entry in out.iterdir())):
+    elif begun or (alone and out.exists() and any(entry.name != ".run.json.part" for entry in out.iterdir())):
         raise ValueError(f"{out} holds something else and no run.json: give a folder that is empty or new")
     out.mkdir(parents=True, exist_ok=True)
-    fresh = out / ".run.json"
-    fresh.write_text(json.dumps(identity, indent=2) + "\n")
-    os.replace(fresh, path)
+    with file_beside(path) as fresh:
+        fresh.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
 
 
 def draw_losses(progress: Progress, path: Path) -> None:

@@ -19,20 +19,9 @@ from pycocotools.coco import COCO
 from transformers import AutoProcessor
 
 from sigma_book import data, load
+from sigma_book.batches import Batches, collate, draw_lengths, epoch_order, survey, token_counts, write_survey
 from sigma_book.cli import main
-from sigma_book.data import (
-    Batches,
-    Example,
-    collate,
-    epoch_order,
-    index_document,
-    index_lines,
-    read_examples,
-    read_mask,
-    survey,
-    token_counts,
-    write_survey,
-)
+from sigma_book.data import Example, index_document, index_lines, read_examples, read_mask
 from sigma_book.locate import MASKS_VARIABLE, MaskVAE, load_mask_vae, parse
 from sigma_book.processor import Processor
 from sigma_book.world import draw_scene, make_scene
@@ -848,8 +837,7 @@ def test_a_form_can_be_forced(tmp_path, gallery):
         read_examples(path, form="yolo")
     with pytest.raises(ValueError, match="no array 'questions', which the form vqav2 needs"):
         read_examples(path, form="vqav2")
-    with pytest.raises(ValueError, match="per_image is for coco-captions"):
-        read_examples(path, per_image=True)
+    assert read_examples(path, root=gallery, per_image=True)[:] == read_examples(path, root=gallery)[:]
 
 
 def test_the_form_is_found_behind_broken_lines(tmp_path, gallery):
@@ -1010,7 +998,8 @@ def test_it_goes_on_behind_any_batch(small, rows37):
 CHILD = """
 import json, sys, torch
 torch.set_num_threads(1)
-from sigma_book.data import Batches, read_examples
+from sigma_book.batches import Batches
+from sigma_book.data import read_examples
 from sigma_book.processor import Processor
 from sigma_book.assemble import POCKET
 file, root, workers, start = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
@@ -1228,7 +1217,8 @@ def test_examples_without_a_place_are_numbered(small, tmp_path):
 MEASURE = """
 import sys, torch
 torch.set_num_threads(1)
-from sigma_book.data import Batches, read_examples
+from sigma_book.batches import Batches
+from sigma_book.data import read_examples
 from sigma_book.processor import Processor
 from sigma_book.assemble import POCKET
 
@@ -1383,7 +1373,7 @@ def test_the_height_of_bars_is_the_number_of_rows(small, gallery, tmp_path):
     """Read back from the picture: a length that thrice as many rows have stands thrice as high."""
     rows = [{"image": "1.png", "prefix": "a", "suffix": "red" + " star" * (i % 4 == 0)} for i in range(40)]
     seen = survey(read_examples(write_rows(tmp_path / "t.jsonl", rows), root=gallery), small)
-    picture = np.asarray(data.draw_lengths(seen))
+    picture = np.asarray(draw_lengths(seen))
     green = (picture == (0, 0x9E, 0x73)).all(-1).sum(0)
     high, low = sorted({int(height) for height in green if height}, reverse=True)
     assert len(set(seen.answer_tokens.tolist())) == 2 and abs(high / low - 3) < 0.1

@@ -13,32 +13,35 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sigma_book import data
+from sigma_book.answers import (
+    AnswerFile,
+    answer_examples,
+    score_answers,
+    score_table,
+    true_count,
+    worst_page,
+    write_world_files,
+)
 from sigma_book.cli import main
 from sigma_book.data import Example, read_examples
 from sigma_book.evaluation import (
-    AnswerFile,
     PictureBoxes,
-    answer_examples,
     average_precision,
     bleu,
     cider,
-    claim_run,
     count_scores,
     mean_mask_iou,
     ngram_frequencies,
     ptb_tokens,
     read_count,
     rouge_l,
-    score_answers,
-    score_table,
-    true_count,
     vqa_accuracy,
     vqa_plain,
-    worst_page,
-    write_world_files,
 )
 from sigma_book.locate import Detection
 from sigma_book.runs import evaluate
+from sigma_book.training import claim_folder
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +205,7 @@ def test_two_processes_do_not_share_a_file(tmp_path):
     path = tmp_path / "answers.jsonl"
     script = f"""
 from pathlib import Path
-from sigma_book.evaluation import answer_examples
+from sigma_book.answers import answer_examples
 from sigma_book.data import Example
 example = Example(b"", "caption", "a", "row", ("a",))
 answer_examples("caption", [example], lambda rows: ["a"], {str(path)!r})
@@ -259,7 +262,7 @@ def test_memory_is_flat(tmp_path):
 import re, sys
 from pathlib import Path
 from sigma_book.data import read_examples
-from sigma_book.evaluation import answer_examples, write_world_files
+from sigma_book.answers import answer_examples, write_world_files
 files = write_world_files(sys.argv[1], 2000)
 examples = read_examples(files["captions"], per_image=True)
 held, asked = {}, 0
@@ -368,6 +371,15 @@ def test_captions_and_boxes_of_plain_rows(world, tmp_path):
         assert scores["asked"] == 8 and scores[key] > least, scores
 
 
+def test_a_file_of_captions_is_read_through_once(world, tiny_folder, tmp_path, monkeypatch):
+    """COCO's are hundreds of megabytes. Once to index it; its checksum is another matter."""
+    read, index = [], data.index_document
+    monkeypatch.setattr(data, "index_document", lambda path: read.append(path) or index(path))
+    evaluate("caption", world["captions"], tmp_path / "out", model=tiny_folder, num_examples=1, max_new_tokens=1)
+    assert read == [world["captions"]]
+    assert len(list(AnswerFile(tmp_path / "out" / "answers.jsonl"))[0]["answers"]) == 5
+
+
 def test_the_page_shows_the_worst_cases_with_their_pictures(world, tiny_folder, tmp_path):
     evaluate("detect", world["instances"], tmp_path / "out", model=tiny_folder, num_examples=6, max_new_tokens=8)
     page = (tmp_path / "out" / "worst.html").read_text()
@@ -408,21 +420,21 @@ def test_a_folder_with_another_run_is_refused(world, tiny_folder, tmp_path, caps
     assert main(["evaluate", *map(str, first)]) == 0
     before = (tmp_path / "out" / "answers.jsonl").read_bytes()
     capsys.readouterr()
-    assert "holds another run: there model is" in refused(capsys, "--task", "caption", *base)
+    assert "holds a run with model = " in refused(capsys, "--task", "caption", *base)
     other = [world["instances"] if value is world["captions"] else value for value in first]
     other[1] = "detect"
-    assert "holds another run: there task is 'caption', here 'detect'" in refused(capsys, *other)
+    assert "holds a run with task = 'caption', this one has 'detect'" in refused(capsys, *other)
     longer = [
         3 if value == 2 and first[place - 1] == "--max-new-tokens" else value for place, value in enumerate(first)
     ]
-    assert "max_new_tokens is 2, here 3" in refused(capsys, *longer)
+    assert "max_new_tokens = 2, this one has 3" in refused(capsys, *longer)
     assert (tmp_path / "out" / "answers.jsonl").read_bytes() == before
     (tmp_path / "out" / "run.json").unlink()
     assert "no run.json" in refused(capsys, *first)
     (tmp_path / "out" / "run.json").write_text("{")
     assert "run.json is broken" in refused(capsys, *first)
     with pytest.raises(ValueError, match="is a file"):
-        claim_run(world["captions"], {})
+        claim_folder(world["captions"], {})
 
 
 def test_data_that_do_not_fit_the_task(world, tmp_path, capsys):

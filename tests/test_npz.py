@@ -19,10 +19,10 @@ from sigma_book import generate, load
 from sigma_book.assemble import POCKET
 from sigma_book.cli import main
 from sigma_book.gemma import GemmaConfig
+from sigma_book.npz import load_npz, read_npz_config, read_npz_header
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 from sigma_book.processor import Tokenizer
 from sigma_book.siglip import SiglipConfig
-from sigma_book.weights import load_npz, read_npz_config, read_npz_header
 
 ROWS = 1850  # of the embedding in the file: the pocket tokenizer's <image> is the first that is added
 GEMMA_2 = {
@@ -322,7 +322,7 @@ def test_a_flipped_byte_in_the_numbers(write, seed):
 PEAK = """
 import resource, sys, torch
 from pathlib import Path
-from sigma_book.weights import load_npz
+from sigma_book.npz import load_npz
 
 def held(key):
     return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
@@ -360,7 +360,7 @@ def test_never_two_copies(write, tmp_path, dtype, bound):
 )
 def test_the_real_sizes(monkeypatch, tmp_path, width, mlp, layers, heads, kv, head_dim, scale):
     """PaliGemma 2's three sizes, from shapes alone: no file of that size is written."""
-    from sigma_book import weights
+    from sigma_book import npz
 
     tower, llm = "params/img/Transformer/encoderblock", "params/llm/layers"
     attention = f"{tower}/MultiHeadDotProductAttention_0"
@@ -392,7 +392,7 @@ def test_the_real_sizes(monkeypatch, tmp_path, width, mlp, layers, heads, kv, he
         },
         "params/llm/final_norm/scale": (width,),
     }
-    monkeypatch.setattr(weights, "read_npz_header", lambda path: {k: (v, np.dtype("V2")) for k, v in shapes.items()})
+    monkeypatch.setattr(npz, "read_npz_header", lambda path: {k: (v, np.dtype("V2")) for k, v in shapes.items()})
     shutil.copy(POCKET / "tokenizer.json", tmp_path)
     config = read_npz_config(tmp_path / "large.npz")
     assert config.vision == SiglipConfig(1152, 4304, 27, 16, image_size=448, patch_size=14)

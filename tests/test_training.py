@@ -23,7 +23,8 @@ from transformers import AutoModelForImageTextToText, get_cosine_schedule_with_w
 
 import sigma_book
 from sigma_book import training
-from sigma_book.data import Example, collate
+from sigma_book.batches import collate
+from sigma_book.data import Example
 from sigma_book.processor import Batch, Processor
 from sigma_book.training import (
     Checkpoints,
@@ -777,7 +778,7 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     with pytest.raises(ValueError, match="holds something else"):
         claim_folder(tmp_path / "other", first)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="is a file"):
         claim_folder(tmp_path / "file", first)
 
 

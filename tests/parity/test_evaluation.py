@@ -19,10 +19,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from sigma_book.answers import answer_examples, score_answers, write_official, write_world_files
 from sigma_book.data import read_examples
 from sigma_book.evaluation import (
     PictureBoxes,
-    answer_examples,
     average_precision,
     bleu,
     cider,
@@ -30,10 +30,7 @@ from sigma_book.evaluation import (
     ngram_frequencies,
     ptb_tokens,
     rouge_l,
-    score_answers,
     vqa_accuracy,
-    write_official,
-    write_world_files,
 )
 from sigma_book.locate import Detection, encode_boxes
 from sigma_book.runs import evaluate
