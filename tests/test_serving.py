@@ -17,7 +17,7 @@ from sigma_book import generate
 from sigma_book.cli import main
 from sigma_book.serving import read_api_keys
 
-LOAD_SECONDS = float(os.environ.get("SIGMA_BOOK_LOAD_SECONDS", 5))  # 60 is what an operator would want
+LOAD_SECONDS = float(os.environ.get("SIGMA_BOOK_LOAD_SECONDS", 4))  # 60 is what an operator would want
 # A request waits and is answered for (rows + queue) / capacity seconds under load: few of both keep that short.
 ROWS, QUEUE = (int(number) for number in os.environ.get("SIGMA_BOOK_LOAD_ROWS", "4,2").split(","))
 
@@ -197,7 +197,7 @@ def resident(process: subprocess.Popen) -> float:
 def run_load(serve, questions: list[dict], seconds: float, rows: int, queue: int) -> dict:
     """What a server does alone, with full rows, and with twice the requests that it can answer."""
     process = serve("--max-rows", rows, "--queue", queue)
-    short = max(1.5, min(10.0, seconds / 4))  # for each of the rest
+    short = max(1.0, min(10.0, seconds / 4))  # for each of the rest
     warm = asyncio.run(in_turn(process.url, questions, rows + queue, short))
     alone = asyncio.run(in_turn(process.url, questions, 1, short))
     full = asyncio.run(in_turn(process.url, questions, rows + queue, short))
