@@ -392,7 +392,6 @@ def _serve(options: argparse.Namespace) -> None:
         max_body=options.max_body,
         max_pixels=options.max_pixels,
         max_new_tokens=options.max_tokens,
-        max_waiting=options.max_rows + options.queue,
         deadline=options.deadline,
         api_keys=read_api_keys(options.api_keys),
         cors_origins=tuple(options.cors),
