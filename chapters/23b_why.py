@@ -724,7 +724,7 @@ with torch.no_grad():
             parameter.copy_(torch.randn_like(parameter) * parameter.std())
 crowded = [row for row in found if len(row[0].things) >= 4]
 on_thing = {"trained": [], "noise": []}
-for scene, prompt, thing, weights, *_ in crowded[:30]:
+for scene, prompt, thing, weights, *_ in crowded[:40]:
     (look,) = explain(noise, draw_scene(scene), prompt, thing.colour)
     for name, grid in (("trained", weights), ("noise", look.weights)):
         on_thing[name].append(lies_on(int(grid.argmax()), thing.box)[0])
