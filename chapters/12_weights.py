@@ -552,11 +552,7 @@ def load_model(
     device = pick_device(device)
     with torch.device("meta"), _Unfilled():
         model = PaliGemma(config)
-    places = _locate_tensors(folder)
-    head = places.pop("lm_head.weight", None) if config.text.tie_word_embeddings else None
-    _compare(folder, places, model.state_dict())
-    if head is not None:
-        _check_tie(places["language_model.embed_tokens.weight"], head)
+    places = find_tensors(folder, config, model.state_dict())
     sizes = {name: math.prod(entry["shape"]) * BYTES[entry["dtype"]] for name, (_, _, entry) in places.items()}
     dtype = pick_dtype(dtype, _most_common_dtype(places, sizes), device)
     tensors, windows = {}, {}
@@ -565,8 +561,8 @@ def load_model(
             path, stored_name, entry = places[name]
             stays = place is None and device.type == "cpu" and DTYPES[entry["dtype"]] == dtype
             if stays and path not in windows:
-                windows[path] = _map_file(path)  # one window for all that stays
-            tensor = _read_tensor(windows[path] if stays else _map_file(path), stored_name)
+                windows[path] = map_file(path)  # one window for all that stays
+            tensor = _read_tensor(windows[path] if stays else map_file(path), stored_name)
             tensor = tensor.to(device=device, dtype=dtype)
             tensors |= {name: tensor} if place is None else place(model, name, tensor)
             del tensor
@@ -575,7 +571,14 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-def _map_file(path: Path) -> safe_open:
+def open_tensor(folder: str | Path, name: str) -> torch.Tensor:
+    """One tensor of a checkpoint, by our name, as a window into its file: what is not used is not read."""
+    path, stored_name, _ = _locate_tensors(Path(folder))[name]
+    return _read_tensor(map_file(path), stored_name)
+
+
+def map_file(path: Path) -> safe_open:
+    """A window into a file of tensors: what is not looked at is not read."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -597,12 +600,38 @@ def _most_common_dtype(places: dict, sizes: dict[str, int]) -> torch.dtype:
 
 def _check_tie(embedding: tuple[Path, str, dict], head: tuple[Path, str, dict]) -> None:
     """A tied head is the embedding. Files that store it all the same must store the same numbers."""
-    rows, columns = (_read_tensor(_map_file(path), name) for path, name, _ in (embedding, head))
+    rows, columns = (_read_tensor(map_file(path), name) for path, name, _ in (embedding, head))
     if rows.dtype != columns.dtype or not torch.equal(rows, columns):
         raise ValueError(
             f"{head[0]}: tensor {head[1]} differs from {embedding[1]}, but config.json says by "
             "tie_word_embeddings that they are one: set it to false if the head was trained apart, or remove the tensor"
         )
+
+
+def find_tensors(
+    folder: Path, config: PaliGemmaConfig, expected: dict[str, torch.Tensor]
+) -> dict[str, tuple[Path, str, dict]]:
+    """For each tensor of a checkpoint, by our name: its file, its name there, and its entry in the header.
+
+    Parameters
+    ----------
+    folder : Path
+    config : PaliGemmaConfig
+        What the folder's `config.json` says.
+    expected : dict
+        The state dict that is to be filled: names and shapes are held against it.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError, RuntimeError
+        As `load_model`.
+    """
+    places = _locate_tensors(folder)
+    head = places.pop("lm_head.weight", None) if config.text.tie_word_embeddings else None
+    _compare(folder, places, expected)
+    if head is not None:
+        _check_tie(places["language_model.embed_tokens.weight"], head)
+    return places
 
 
 def _locate_tensors(folder: Path) -> dict[str, tuple[Path, str, dict]]:

@@ -33,7 +33,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -250,6 +250,49 @@ def answer_tokens(batch: Batch) -> int:
     return int((batch.labels[:, 1:] != -100).sum())
 
 
+# %% [markdown]
+# The large batch may also be cut over several processes, on several graphics cards: chapter 22. There four things need a
+# word with the others: how many tokens there are together, when gradients are added up, how long the whole gradient is, and
+# who writes. They stand in one small object, so that the loop is the same here and there. This is the one for a process
+# that is alone: there is nobody to talk to.
+
+
+# %%
+# | export
+class Alone:
+    """What the loop asks of other processes where there are none; `Ranks` of chapter 22 is the one for many.
+
+    Attributes
+    ----------
+    rank, size : int
+        Which process this is, and of how many. Rank 0 writes and speaks for all.
+    """
+
+    rank, size = 0, 1
+
+    def sum(self, *numbers: float) -> tuple[float, ...]:
+        """Each number, added up over all processes."""
+        return numbers
+
+    def first(self, number: float) -> float:
+        """What rank 0 says, for all."""
+        return number
+
+    def adding(self, last: bool) -> AbstractContextManager:
+        """Around each small batch of a step: gradients of all processes are added up, at the latest around the last."""
+        return nullcontext()
+
+    def clip(self, parameters: list[nn.Parameter], most: float) -> float:
+        """Shorten the gradient to at most this length, and give the length that it had."""
+        return nn.utils.clip_grad_norm_(parameters, most).item()
+
+    def leave(self) -> None:
+        """Say goodbye to the others."""
+
+
+ALONE = Alone()
+
+
 # %%
 # | export
 def add_gradients(
@@ -257,6 +300,7 @@ def add_gradients(
     group: Sequence,
     counts: Sequence[int],
     scale: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
+    ranks: Alone = ALONE,
 ) -> float:
     """Add to each `.grad` what one large batch would, from the small ones it was cut into.
 
@@ -271,25 +315,29 @@ def add_gradients(
         the tokens of the whole group.
     scale : callable
         What is done to a loss before its gradient is taken.
+    ranks : Alone
+        Who else has a part of the group.
 
     Returns
     -------
     float
-        The mean over all tokens of the group.
+        The mean over all tokens of the group; of several processes each has a part of it, and the sum is the mean.
 
     Raises
     ------
     FloatingPointError
         At the first small batch whose loss is not a finite number; it names none of them.
     """
-    total, mean = sum(counts), 0.0
-    for small, count in zip(group, counts, strict=True):
-        share = count / total
-        value = loss(small)
-        mean += value.item() * share
-        if not math.isfinite(mean):
-            raise FloatingPointError(str(value.item()))
-        scale(value * share).backward()  # frees the activations of this small batch before the next one comes
+    (total,), mean = ranks.sum(sum(counts)), 0.0
+    for place, (small, count) in enumerate(zip(group, counts, strict=True), start=1):
+        share = count / total if count else 0.0
+        with ranks.adding(last=place == len(group)):
+            value = loss(small)
+            mean += value.item() * share
+            if not math.isfinite(mean):
+                raise FloatingPointError(str(value.item()))
+            # many processes take the mean of their gradients, where the sum is wanted: hence the size
+            scale(value * (share * ranks.size)).backward()  # frees the activations before the next small batch comes
     return mean
 
 
@@ -508,6 +556,7 @@ def train(
     each: Callable[[list[float]], None] | None = None,
     progress: Progress | None = None,
     checkpoints: "Checkpoints | None" = None,
+    ranks: Alone = ALONE,
 ) -> list[float]:
     """Take steps: loss, gradients, clipping, update.
 
@@ -543,6 +592,9 @@ def train(
         Where to go on; it grows with the run.
     checkpoints : Checkpoints, optional
         Where the run is saved. With it, Ctrl-C ends the step that runs, saves, and stops.
+    ranks : Alone
+        The processes that take each step together, each with its part of the batches. `log` and `each` are for one of
+        them alone; all call `report` and `checkpoints`.
 
     Returns
     -------
@@ -574,7 +626,7 @@ def train(
 
     with (
         _log(log, progress.rows) as write,
-        tqdm(total=steps, initial=progress.step, desc=label, mininterval=2.0) as bar,
+        tqdm(total=steps, initial=progress.step, desc=label, mininterval=2.0, disable=ranks.rank > 0) as bar,
         _asked_to_stop(checkpoints is not None) as asked,
     ):
         while progress.step < steps:
@@ -589,18 +641,19 @@ def train(
                 raise ValueError(f"the batches ended after {step} of {steps} steps: give more examples or fewer steps")
             counts = [count(batch) for batch in small]
             try:
-                mean = add_gradients(cast_loss, small, counts, scaler.scale)
+                mean = add_gradients(cast_loss, small, counts, scaler.scale, ranks)
             except FloatingPointError as error:
                 raise RuntimeError(_not_finite(f"the loss is {error}", step, small, autocast)) from error
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(parameters, clip).item()
+            norm = ranks.clip(parameters, clip)
             if not math.isfinite(norm) and not scaler.is_enabled():  # a scaler skips such a step, and scales less
                 raise RuntimeError(_not_finite(f"the gradient is {norm}", step, small, autocast))
             for optimizer in optimizers:
                 scaler.step(optimizer)
             scaler.update()
-            seconds, read = time.perf_counter() - started, sum(map(_tokens_read, small))
+            seconds = time.perf_counter() - started
+            mean, read, stop = ranks.sum(mean, sum(map(_tokens_read, small)), asked.is_set())
             progress.rows.append([step, mean, norm, factor, read, seconds])
             progress.data = getattr(small[-1], "state", None)
             progress.scale = scaler.state_dict() if scaler.is_enabled() else None
@@ -610,10 +663,12 @@ def train(
             bar.update()
             bar.set_postfix_str(_speed(progress.rows[-50:]), refresh=False)
             if report is not None and (step + 1) % report_every == 0:
-                remark(f"{label} {step + 1}: {report(step + 1)}")
-            if checkpoints is not None and (asked.is_set() or checkpoints.is_due(step + 1, steps)):
+                found = report(step + 1)
+                if ranks.rank == 0:
+                    remark(f"{label} {step + 1}: {found}")
+            if checkpoints is not None and (stop or checkpoints.is_due(step + 1, steps)):
                 checkpoints.save(progress)
-            if asked.is_set():
+            if stop:
                 raise KeyboardInterrupt(
                     f"stopped after step {step + 1} of {steps}, which is saved: give the same command again to go on"
                 )

@@ -14,17 +14,14 @@
 #
 # *What stands between a model that answers and a service that an operator would trust?*
 #
-# **You build** an HTTP service that speaks OpenAI's language, and the door in front of it.
-# **You need** chapters 14 (boxes) and 21c (batching).
+# **You build** an HTTP service, and the door in front of it.
+# **You need** chapters 21c (batching) and 22c (what may be asked).
 # **Exports** the module `sigma_book.server`.
 
-# %% [markdown]
-# @@IMPORTS
+
 # %%
 # | export
 import asyncio
-import base64
-import binascii
 import hashlib
 import hmac
 import io
@@ -35,13 +32,12 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import unquote, urlsplit
+from typing import Annotated, Any
 
 import anyio.to_thread
 import torch
@@ -49,114 +45,196 @@ from fastapi import FastAPI, File, Form, Request, Security, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, RedirectResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, exposition
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from sigma_book.batching import Engine, EngineStats, Event, QueueFull
 from sigma_book.generation import Sampling, whole_number
 from sigma_book.locate import describe, draw
-from sigma_book.processor import Tokenizer, load_image
-
-
-# %% [markdown]
-# @@ERRORS
-# %%
-# | export
-class ApiError(Exception):
-    """A request that cannot be answered: a status, a sentence, and what OpenAI's clients look at.
-
-    Parameters
-    ----------
-    status : int
-        Of HTTP, 400 or above.
-    message : str
-        What was wrong, what was expected, what to do.
-    code : str, optional
-        A short name of the fault, for programs.
-    param : str, optional
-        The field that it is about.
-    headers : dict, optional
-        More headers for the answer, such as `Retry-After`.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        headers: dict[str, str] | None = None,
-    ):
-        super().__init__(message)
-        self.status, self.code, self.param, self.headers = status, code, param, headers
-
-
-class PlainJson(JSONResponse):
-    """JSON in ASCII: halves of characters, which a request may hold, cannot be written in UTF-8."""
-
-    def render(self, content: Any) -> bytes:
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
-
-
-def error_body(error: ApiError) -> dict:
-    """The one shape that all errors have: OpenAI's."""
-    kind = "rate_limit_error" if error.status == 429 else "invalid_request_error"
-    kind = kind if error.status < 500 else "server_error"
-    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
-
-
-def error_response(error: ApiError) -> PlainJson:
-    return PlainJson(error_body(error), error.status, headers=error.headers)
+from sigma_book.protocol import (
+    ApiError,
+    Ask,
+    ChatAnswer,
+    ChatRequest,
+    ErrorBody,
+    PlainJson,
+    TokenNames,
+    check_extras,
+    error_response,
+    open_picture,
+    read_messages,
+    read_picture,
+    read_sampling,
+    read_stops,
+)
 
 
 # %%
-# | export
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
+import base64
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyBboxPatch
+
+from sigma_book import generate, load
+from sigma_book.kv_cache import KVCache
+from sigma_book.serving import GracefulServer
+from sigma_book.style import ANSWER, GREY, PICTURE, PROMPT, check, save, use_style
+from sigma_book.world import draw_scene, make_scene
+
+use_style()
+model = load()
+encoded = io.BytesIO()
+draw_scene(make_scene(3)).save(encoded, "PNG")
+scene = encoded.getvalue()
+
+# %% [markdown]
+# ## The picture
+#
+# A model answers a call. A *service* answers whoever finds its address: the patient and the hasty, the broken and the
+# hostile, one or a thousand of them. Between the address and the engine of chapter 21c stand four places, and at each
+# of them a request can be turned away with a number that says why.
+
+# %%
+stations = [("door", "401 413\n408 503", PROMPT), ("shape", "400 404", PROMPT), ("picture", "400 429", PICTURE)]
+stations += [("queue", "429", GREY), ("rows", "504 500", ANSWER)]
+figure, axis = plt.subplots(figsize=(8.4, 1.9))
+axis.text(-0.9, 0.5, "request", ha="center", va="center")
+for place, (name, codes, colour) in enumerate(stations):
+    x = 1.6 * place
+    axis.add_patch(FancyBboxPatch((x, 0.25), 1, 0.5, boxstyle="round,pad=0.06", facecolor=colour, lw=0))
+    ink = "black" if colour == PROMPT else "white"
+    axis.text(x + 0.5, 0.5, name, ha="center", va="center", color=ink)
+    axis.text(x + 0.5, -0.45, codes, ha="center", va="center", fontsize=9, color="0.3")
+    for start, end in (((x - 0.5, 0.5), (x - 0.1, 0.5)), ((x + 0.5, 0.15), (x + 0.5, -0.2))):
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "0.4"})
+axis.plot([6.9, 7.4, 7.4, -0.9, -0.9], [0.85, 0.85, 1.15, 1.15, 0.75], color=ANSWER, lw=1.5)
+axis.text(3.3, 1.25, "tokens, one by one", ha="center", va="bottom", color=ANSWER, fontsize=9)
+axis.set(xlim=(-1.5, 7.8), ylim=(-0.8, 1.6))
+axis.axis("off")
+save(figure, "23_way")
+
+# %% [markdown]
+# *Figure: a request passes five boxes from left to right: door, shape, picture, queue, rows. Under each stand the
+# numbers with which it may be turned away there. A line leads from the last box back to the beginning: the tokens.*
+#
+# ## An answer over a wire, by hand
+#
+# HTTP is text. A client opens a connection and writes a line that says what it wants, some lines of the form
+# `name: value`, an empty line, and then bytes, if it has any. The server writes back in the same form.
+#
+# So a service is a loop: take a connection, read up to the empty line, read as many bytes as `content-length` says,
+# answer, close. Here the bytes are a picture, and the prompt stands in the path.
 
 
-class ErrorBody(BaseModel):
-    """What comes with every status of 400 and above."""
-
-    error: ErrorDetail
-
-
-def _framework_error(request: Request, error: HTTPException) -> Response:
-    """What FastAPI refuses by itself: an unknown path, another method, a body that is not JSON."""
-    path = request.url.path[:200]
-    sentences = {
-        404: f"there is nothing at {path}: /docs lists what there is",
-        405: f"{path} does not take {request.method}: /docs says what it takes",
-    }
-    sentence = sentences.get(error.status_code, f"{error.detail}: /docs says what is expected")
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    return error_response(ApiError(error.status_code, sentence, code=code, headers=error.headers))
-
-
-def _shape_error(request: Request, error: RequestValidationError) -> Response:
-    """The fault that lies deepest in the body, in words, as a 400: that is what OpenAI's clients expect."""
-    deepest = max(error.errors(), key=lambda fault: len(fault["loc"]))
-    if deepest["type"] == "json_invalid":
-        return error_response(ApiError(400, f"the body is not JSON: {deepest['ctx']['error']}", code="invalid_json"))
-    place = [str(step) for step in deepest["loc"][1:] if step != "str" and "[" not in str(step)]
-    param = ".".join(place) or None
-    given = deepest.get("input")
-    shown = f", got {given!r:.80}" if isinstance(given, str | int | float | bool) else ""
-    return error_response(ApiError(400, f"{param or 'the body'}: {deepest['msg']}{shown}", param=param))
+# %%
+def answer_naive(listener: socket.socket, count: int) -> None:
+    for _ in range(count):
+        connection, _ = listener.accept()
+        with connection:
+            received = b""
+            while b"\r\n\r\n" not in received:
+                if not (piece := connection.recv(4096)):
+                    return  # the client hung up
+                received += piece
+            head, _, body = received.partition(b"\r\n\r\n")
+            lines = head.decode().split("\r\n")
+            prompt = lines[0].split(" ")[1].strip("/").replace("+", " ")
+            (length,) = [int(line.split(":")[1]) for line in lines if line.lower().startswith("content-length:")]
+            while len(body) < length:
+                body += connection.recv(4096)
+            text = generate(body, prompt, model=model).encode()
+            connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(text), text))
 
 
 # %% [markdown]
-# @@CONFIG
+# Any HTTP client can talk to it. The one of Python's library will do.
+
+# %%
+listener = socket.create_server(("127.0.0.1", 0))  # port 0: any that is free
+naive_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+serving = threading.Thread(target=answer_naive, args=(listener, 2), daemon=True)
+serving.start()
+with urllib.request.urlopen(f"{naive_url}/caption+en", data=scene) as response:
+    said = response.read().decode()
+assert said == generate(scene, "caption en", model=model)
+said
+
+# %% [markdown]
+# It works, and it is not a service. Somebody connects and says nothing. The next client waits behind him, for as long
+# as he likes.
+
+# %%
+silent = socket.create_connection(listener.getsockname())
+try:
+    urllib.request.urlopen(f"{naive_url}/caption+en", data=scene, timeout=0.3)
+    waited = False
+except TimeoutError:
+    waited = True
+assert waited
+silent.close()
+listener.close()
+
+# %% [markdown]
+# That was the mildest of visitors. Others send a body without an end, or a picture of a kilobyte that unpacks to ten
+# gigabytes, or ask for a billion tokens; an honest one closes the page after the second word, and the loop above would
+# say the rest to nobody.
+#
+# Reading HTTP with care is work that others have done: **uvicorn** holds the connections, **FastAPI** finds the function
+# for a path. Both run on one *event loop*: one thread that goes from connection to connection and never waits for
+# any of them. What we write is what they leave open.
+#
+# ## How long does one wait?
+#
+# Before any code, the one formula of this chapter. The engine has $R$ rows, and a request keeps its row for $S$ seconds.
+# So it can end $C = R / S$ requests a second, its **capacity**. If more than that come, a queue grows for as long as they
+# come, and with it everybody's wait. No queue is long enough for that.
+#
+# So the queue is bounded. With room for $Q$ requests, whoever is let in waits for at most
+#
+# $$ W \approx \frac{Q}{C} = \frac{Q}{R}\,S $$
+#
+# seconds for a row, and of $\lambda$ requests a second the share $1 - C/\lambda$ is told at once to come back later: status
+# 429, with the seconds to wait in `Retry-After`. A short no is kinder than a long maybe.
+
+
+# %%
+def waiting_naive(rows: int, room: int, service: int, every: int, count: int) -> tuple[int, int]:
+    """The longest wait and the number sent away, when a request comes every so many ticks."""
+    free_at, starts, longest, refused = [0] * rows, [], 0, 0
+    for number in range(count):
+        now = number * every
+        starts = [start for start in starts if start > now]  # those that still wait
+        if len(starts) == room:
+            refused += 1
+            continue
+        row = min(range(rows), key=lambda index: free_at[index])
+        start = max(now, free_at[row])
+        free_at[row] = start + service
+        starts.append(start)
+        longest = max(longest, start - now)
+    return longest, refused
+
+
+longest, refused = waiting_naive(rows=4, room=8, service=100, every=12, count=1000)  # twice what 4 rows can take
+assert longest <= 8 / 4 * 100  # Q / R * S
+assert 0.46 < refused / 1000 < 0.54  # 1 - C / lambda, which is 0.52
+longest, refused
+
+
+# %% [markdown]
+# ## What an operator decides
+#
+# Every limit is a number with a name, checked when the server starts and not when the first request meets it.
 # %%
 # | export
 @dataclass(frozen=True)
@@ -225,231 +303,11 @@ class ServerConfig:
 
 
 # %% [markdown]
-# @@SHAPE
-# %%
-# | export
-class _Strict(BaseModel):
-    """No guessing: "5" is not 5, and an unknown field is a mistake."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-
-class ImageUrl(_Strict):
-    url: str
-    detail: Literal["auto", "low", "high"] | None = None
-
-
-class ImagePart(_Strict):
-    type: Literal["image_url"]
-    image_url: ImageUrl
-
-
-class TextPart(_Strict):
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(max_length=64)]
-
-
-class StreamOptions(_Strict):
-    include_usage: bool = False
-    include_obfuscation: bool = False
-
-
-class ChatRequest(BaseModel):
-    """One picture and one prompt, in the form of OpenAI's chat completions.
-
-    `temperature` is 0 unless given: the answer is then the same each time. `top_k` and `repetition_penalty` are
-    additions.
-    """
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    model: str
-    messages: list[Message] = Field(min_length=1, max_length=256)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(None, ge=1, le=2**31)
-    repetition_penalty: float | None = Field(None, gt=0, le=100, allow_inf_nan=False)
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-
-
-# %%
-# | export
-# Fields of OpenAI's API that change nothing in an answer here, whatever they say.
-HARMLESS = (
-    "metadata",
-    "parallel_tool_calls",
-    "prediction",
-    "prompt_cache_key",
-    "prompt_cache_options",
-    "prompt_cache_retention",
-    "safety_identifier",
-    "service_tier",
-    "store",
-    "user",
-)
-# Fields that would change it, and the values that ask for nothing.
-NEUTRAL = {
-    "audio": (),
-    "frequency_penalty": (0,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "modalities": (["text"],),
-    "moderation": (),
-    "n": (1,),
-    "presence_penalty": (0,),
-    "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-
-
-def check_extras(extras: dict[str, Any]) -> None:
-    """Let pass what changes nothing; refuse what would silently be left undone.
-
-    Raises
-    ------
-    ApiError
-        400, with the name of the field.
-    """
-    for name, value in extras.items():
-        if value is None or name in HARMLESS or value in NEUTRAL.get(name, ()):
-            continue
-        shown = f"{value!r:.60}"
-        if name not in NEUTRAL:
-            raise ApiError(400, f"unknown field {name!r:.80}: /docs lists those there are", param=name[:80])
-        allowed = " or ".join(json.dumps(neutral) for neutral in NEUTRAL[name])
-        wanted = f"it may only be {allowed}, or be left out" if allowed else "leave it out"
-        raise ApiError(400, f"{name} is {shown}, and PaliGemma has nothing of the kind: {wanted}", param=name)
-
-
-def read_messages(messages: list[Message]) -> tuple[str, str]:
-    """The picture's URL and the prompt of a conversation, which must be one turn.
-
-    Raises
-    ------
-    ApiError
-        400, if there is a system message or a second turn, no picture or several, or several texts.
-    """
-    for place, message in enumerate(messages):
-        param = f"messages.{place}"
-        if message.role != "user":
-            problem = f"a message of the role {message.role!r}"
-            raise ApiError(400, f"{problem}: PaliGemma has no chat, send one user message", param=f"{param}.role")
-        for name in message.model_extra or {}:
-            if name != "name":
-                raise ApiError(400, f"unknown field {name!r:.80} of a message: leave it out", param=param)
-    if len(messages) > 1:
-        raise ApiError(
-            400, f"{len(messages)} messages: PaliGemma has no chat, each question is asked alone", param="messages"
-        )
-    content = messages[0].content
-    parts = [] if isinstance(content, str) else content
-    pictures = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
-    texts = [content] if isinstance(content, str) else [part.text for part in parts if isinstance(part, TextPart)]
-    where = "messages.0.content"
-    if len(pictures) != 1:
-        wanted = 'expected one part {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
-        raise ApiError(400, f"{len(pictures) or 'no'} pictures: {wanted}", param=where)
-    if len(texts) != 1:
-        raise ApiError(400, f"{len(texts) or 'no'} text parts: expected one, the prompt", param=where)
-    return pictures[0], texts[0]
-
-
-# %% [markdown]
-# @@PICTURE
-# %%
-# | export
-def read_picture(url: str, root: Path | None, max_bytes: int) -> bytes:
-    """The bytes that a picture's URL stands for: a data URL, or, under `root`, a file.
-
-    Nothing is fetched from the net: a server that fetches what it is told to can be told to ask its neighbours.
-
-    Raises
-    ------
-    ApiError
-        400 for another kind of URL, a path that is not under `root`, or bad base64; 413 for a file that is too large.
-    """
-    scheme = url.partition(":")[0].lower() if ":" in url[:20] else ""
-    if scheme == "data":
-        head, comma, data = url.partition(",")
-        if not comma or not head.lower().endswith(";base64"):
-            raise ApiError(400, "a data URL reads data:image/png;base64,... and this one does not", param="url")
-        try:
-            return base64.b64decode(data, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise ApiError(400, f"the data URL is not base64: {error}", param="url") from error
-    if scheme not in ("", "file") or root is None:
-        raise ApiError(
-            400,
-            f"the picture's URL begins {url[:12]!r}: this server fetches nothing, send the picture as a data URL",
-            code="url_not_allowed",
-            param="url",
-        )
-    return _read_under(root, unquote(urlsplit(url).path) if scheme else url, max_bytes)
-
-
-def _read_under(root: Path, name: str, max_bytes: int) -> bytes:
-    """A file in a folder or below it. Whatever is wrong, the sentence is one and tells nothing about other files."""
-    try:
-        path = (root / name).resolve(strict=True)  # follows links: what counts is where they end
-        if not path.is_relative_to(root.resolve()) or not path.is_file():
-            raise FileNotFoundError
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ApiError(
-            400, f"no picture {name!r:.120} in the folder that this server reads", code="no_such_file", param="url"
-        ) from error
-    if len(content) > max_bytes:
-        raise ApiError(413, f"{name!r:.120} is larger than {max_bytes:,} bytes", code="too_large", param="url")
-    return content
-
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # Pillow reads more, some of them programs
-
-
-def open_picture(content: bytes, max_pixels: int) -> Image.Image:
-    """A picture as RGB; its size is looked at before it is unpacked.
-
-    Raises
-    ------
-    ValueError
-        If it is empty, not a picture, damaged, or larger than `max_pixels`.
-    """
-    if not content:
-        raise ValueError("the picture is empty: send a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF")
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as probe:
-            width, height = probe.size
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"the picture would unpack to more than {max_pixels:,} pixels: reduce it first") from error
-    except Exception as error:  # Pillow raises nearly every kind there is
-        raise ValueError("the picture cannot be read: send a whole JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF") from error
-    if width * height > max_pixels:
-        raise ValueError(f"the picture is {width} x {height}: at most {max_pixels:,} pixels are taken, reduce it first")
-    return load_image(content)
-
-
-# %% [markdown]
-# @@METERS
+# ## Numbers for whoever watches
+#
+# **Prometheus** is a program that reads numbers from services every few seconds and keeps them. It asks `/metrics`, and
+# gets lines of text: a name, a value. A *counter* only grows; a *histogram* counts how many values were below each of
+# some limits, from which "99 of 100 were faster than ..." can be read later, over any time and any number of servers.
 # %%
 # | export
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -500,7 +358,20 @@ def _batch_rows(stats: EngineStats) -> HistogramMetricFamily:
 
 
 # %% [markdown]
-# @@GUARD
+# ## The door
+#
+# Every request passes it, on its way in and out. FastAPI calls such a thing *middleware*: it is called with the request,
+# a function that gives the next piece of the body, and a function that takes the next piece of the answer.
+#
+# The body is the dangerous part. The door takes it in itself, and counts: a body that says it is too large is refused
+# before it is read, one that turns out too large as soon as it is, one that does not come is given up. All bodies
+# together have a limit too, or a hundred clients with a body each below the limit would fill the memory.
+#
+# An API key is compared as a digest, in a time that does not depend on how much of it was right; whoever measures the
+# time of many guesses learns nothing.
+#
+# The log gets one line for each request: when, how long, how many tokens. The prompt is somebody's question, and the
+# picture somebody's picture: neither is written, unless the operator asks for prompts.
 # %%
 # | export
 logger = logging.getLogger("sigma_book.server")
@@ -594,7 +465,7 @@ class Guard:
     async def _read_body(self, headers: dict[bytes, bytes], receive, record: Record) -> Callable:
         """Take the body in, and give a `receive` that hands it on. No more than the limit is ever held."""
         if self.service.draining:
-            raise ApiError(503, "the server is stopping: ask another", code="stopping", headers={"Connection": "close"})
+            raise ApiError(503, "the server is stopping: ask another", code="stopping")
         too_large = ApiError(
             413, f"the body is larger than {self.config.max_body:,} bytes: send a smaller picture", code="too_large"
         )
@@ -657,43 +528,18 @@ def _busy(reason: str, seconds: float = 1.0) -> ApiError:
 
 
 # %% [markdown]
-# @@REPLY
+# ## From the engine's thread to the loop
+#
+# The engine of chapter 21c calls a *listener* in its own thread, once a token. The loop must not wait for a thread, and the
+# thread not for a client. So each event is handed over with `call_soon_threadsafe`, which puts it into a queue that the
+# loop reads when it comes by.
+#
+# This is also where time is taken: to the first token, and from token to token.
+#
+# When a client goes away, the loop hears of it from the connection, and gives the request up. The engine then frees its
+# row before the next token.
 # %%
 # | export
-@dataclass(frozen=True)
-class Ask:
-    """What the engine is to do with a picture."""
-
-    prompt: str
-    max_new_tokens: int
-    sampling: Sampling
-    stop: tuple[str, ...] = ()
-    top: int = 0
-
-
-class TokenNames:
-    """The text of single tokens, and their bytes where they stand for any."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._decode = tokenizer.decode
-        self._before = tokenizer.encode("a")[-1:]  # a space at the beginning of a text would be lost
-        self._skip = len(self._decode(self._before))
-        self._byte = {}
-        for value in range(256):
-            try:
-                self._byte[tokenizer.token_id(f"<0x{value:02X}>")] = value
-            except ValueError:  # this tokenizer has no pieces of bytes
-                break
-
-    def __call__(self, token: int) -> tuple[str, list[int] | None]:
-        if token in self._byte:
-            value = self._byte[token]
-            return bytes([value]).decode("utf-8", "replace"), [value]
-        text = self._decode([*self._before, token], skip_special_tokens=False)[self._skip :]
-        silent = text and not self._decode([token])
-        return text, None if silent else list(text.encode())
-
-
 class Reply:
     """An answer while it comes: the engine's events, brought from its thread into the loop, timed and counted."""
 
@@ -708,7 +554,8 @@ class Reply:
 
     def listen(self, event: Event) -> None:
         """Called from the engine's thread."""
-        self._loop.call_soon_threadsafe(self._events.put_nowait, (time.monotonic(), event))
+        with suppress(RuntimeError):  # the loop has ended, and with it whoever listened
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (time.monotonic(), event))
 
     @property
     def usage(self) -> dict[str, int]:
@@ -739,15 +586,20 @@ class Reply:
                 meters.next_token.observe(seconds)
         if event.finish is not None:
             self.record.fields |= self.usage | {"finish": event.finish}
-        if event.finish == "deadline":
-            raise ApiError(504, "the answer was not complete at its deadline", code="deadline")
-        if event.finish == "cancelled":
-            if self.service.draining:
-                raise ApiError(503, "the server is stopping: ask another", code="stopping")
-            raise ApiError(499, "the client went away", code="client_gone")
-        if event.finish == "error":
-            raise ApiError(500, f"the model failed: {event.error}", code="model_failed")
+        if event.finish not in (None, "stop", "length"):
+            raise self._fault(event)
         return event
+
+    def _fault(self, event: Event) -> ApiError:
+        fault = ApiError(500, f"the model failed: {event.error}", code="model_failed")
+        if event.finish == "deadline":
+            fault = ApiError(504, "the answer was not complete at its deadline", code="deadline")
+        if event.finish == "cancelled" and self.service.draining:
+            fault = ApiError(503, "the server is stopping: ask another", code="stopping")
+        elif event.finish == "cancelled":
+            fault = ApiError(499, "the client went away", code="client_gone")
+        self.record.fields["code"] = fault.code
+        return fault
 
     async def rest(self, *begun: Event) -> list[Event]:
         """All events to the end."""
@@ -774,24 +626,16 @@ async def cancelled_when_gone(request: Request, reply: Reply) -> AsyncIterator[N
 
 
 # %% [markdown]
-# @@SERVICE
+# ## What is answered where
+#
+# `begin` is the way of every question: look at its size, unpack the picture in a thread of its own (the loop has other
+# clients), shrink it to the square that the model sees (a waiting request then holds some kilobytes, not a photograph),
+# and hand it to the engine, which says no if its queue is full.
+#
+# What differs is only the form of the answer: whole or as *server-sent events*, lines that begin with `data:` and come
+# one by one; a chat completion, plain JSON, boxes in pixels, or a picture with the boxes drawn.
 # %%
 # | export
-def _logprobs(events: list[Event], names: TokenNames, top: int) -> dict:
-    """Log-probabilities in OpenAI's form, one entry for each token; its `bytes` are null where it has no text."""
-
-    def entry(token: int, logprob: float) -> dict:
-        text, raw = names(token)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": raw}
-
-    content = []
-    for event in events:
-        if event.token is not None:
-            others = [entry(token, logprob) for token, logprob in event.top[:top]]
-            content.append(entry(event.token, event.logprob) | {"top_logprobs": others})
-    return {"content": content, "refusal": None}
-
-
 def _drawn(content: bytes, answer: str, max_pixels: int) -> bytes:
     """A PNG of a picture with the boxes and masks of an answer."""
     encoded = io.BytesIO()
@@ -800,70 +644,6 @@ def _drawn(content: bytes, answer: str, max_pixels: int) -> bytes:
     except FileNotFoundError as error:
         raise ApiError(400, f"the answer holds masks, and this server cannot draw them: {error}") from error
     return encoded.getvalue()
-
-
-def _sampling(
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    repetition_penalty: float | None,
-    seed: int | None,
-) -> Sampling:
-    """How to choose, where what was not said is greedy and changes nothing."""
-    return Sampling(temperature or 0.0, 1.0 if top_p is None else top_p, top_k, repetition_penalty or 1.0, seed)
-
-
-def _stops(stop: tuple[str, ...]) -> tuple[str, ...]:
-    if not all(stop):
-        raise ApiError(400, "a stop string is empty: leave it out", param="stop")
-    return stop
-
-
-class _Chat:
-    """An answer in the two forms of OpenAI's chat completions: whole, and as a stream of chunks."""
-
-    def __init__(self, reply: Reply, names: TokenNames, body: ChatRequest, model: str):
-        self.reply, self.names, self.body = reply, names, body
-        self.head = {"id": f"chatcmpl-{reply.record.id}", "created": int(time.time()), "model": model}
-
-    def _logprobs(self, events: list[Event]) -> dict | None:
-        return _logprobs(events, self.names, self.body.top_logprobs or 0) if self.body.logprobs else None
-
-    def whole(self, events: list[Event]) -> dict:
-        message = {"role": "assistant", "content": "".join(event.text for event in events), "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": self._logprobs(events)}
-        choice["finish_reason"] = events[-1].finish
-        return self.head | {"object": "chat.completion", "choices": [choice], "usage": self.reply.usage}
-
-    async def stream(self, event: Event) -> AsyncIterator[str]:
-        """Server-sent events: the role, a chunk for each piece of text, why it ended, the usage if asked for."""
-        counted = self.body.stream_options is not None and self.body.stream_options.include_usage
-        yield self._chunk({"role": "assistant", "content": ""}, None, None, counted)
-        try:
-            while True:
-                if event.text or (self.body.logprobs and event.token is not None):
-                    yield self._chunk({"content": event.text}, self._logprobs([event]), None, counted)
-                if event.finish is not None:
-                    break
-                event = await self.reply.next()
-            yield self._chunk({}, None, event.finish, counted)
-            if counted:
-                yield _sse(self.head | {"object": _CHUNK, "choices": [], "usage": self.reply.usage})
-            yield "data: [DONE]\n\n"
-        except ApiError as error:  # the status has been sent; the error comes as an event
-            self.reply.record.fields["code"] = error.code
-            yield _sse(error_body(error))
-
-    def _chunk(self, delta: dict, logprobs: dict | None, finish: str | None, counted: bool) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return _sse(self.head | {"object": _CHUNK, "choices": [choice]} | ({"usage": None} if counted else {}))
-
-
-_CHUNK = "chat.completion.chunk"
-
-
-def _sse(content: dict) -> str:
-    return f"data: {json.dumps(content)}\n\n"
 
 
 PictureFile = Annotated[UploadFile, File(description="the picture: JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF")]
@@ -879,7 +659,7 @@ class Service:
         self.engine, self.config, self._explain = engine, config, explain
         self.meters = Meters(engine)
         self.names = TokenNames(engine.model.processor.tokenizer)
-        self.context = engine.model.config.text.max_position_embeddings
+        self.context = engine.max_length
         self.created = int(time.time())
         self.draining = False  # set by whoever stops the server: no new work, the running work is finished
         self.in_flight = 0  # requests that are not over
@@ -954,13 +734,14 @@ class Service:
         ask = self._read_ask(body, prompt)
         read = partial(read_picture, url, self.config.image_root, self.config.max_body)
         reply = await self.begin(request, read, ask)
-        chat = _Chat(reply, self.names, body, self.config.model_name)
+        form = ChatAnswer(reply.record.id, body, self.names)
         async with cancelled_when_gone(request, reply):
             if not body.stream:
-                return PlainJson(chat.whole(await reply.rest()))
+                return PlainJson(form.whole(await reply.rest(), reply.usage))
             first = await reply.next()  # faults up to here have their status
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(chat.stream(first), media_type="text/event-stream", headers=headers)
+        told = form.stream(first, reply.next, lambda: reply.usage)
+        return StreamingResponse(told, media_type="text/event-stream", headers=headers)
 
     def _check_model(self, name: str) -> None:
         if name != self.config.model_name:
@@ -978,8 +759,8 @@ class Service:
         return Ask(
             prompt,
             body.max_completion_tokens or body.max_tokens or DEFAULT_TOKENS,
-            _sampling(body.temperature, body.top_p, body.top_k, body.repetition_penalty, body.seed),
-            _stops(stop),
+            read_sampling(body.temperature, body.top_p, body.top_k, body.repetition_penalty, body.seed),
+            read_stops(stop),
             body.top_logprobs or 0,
         )
 
@@ -997,8 +778,8 @@ class Service:
         stop: Annotated[list[str] | None, Form(max_length=4)] = None,
     ):
         """Ask about a picture, as a form: `curl -F file=@cat.png -F prompt="caption en"`."""
-        sampling = _sampling(temperature, top_p, top_k, repetition_penalty, seed)
-        ask = Ask(prompt, max_tokens, sampling, _stops(tuple(stop or ())))
+        sampling = read_sampling(temperature, top_p, top_k, repetition_penalty, seed)
+        ask = Ask(prompt, max_tokens, sampling, read_stops(tuple(stop or ())))
         answer, finish, reply = await self._answer(request, file, ask)
         return PlainJson({"prompt": prompt, "answer": answer, "finish_reason": finish, "usage": reply.usage})
 
@@ -1103,7 +884,10 @@ async def _docs() -> Response:
 
 
 # %% [markdown]
-# @@APP
+# ## The application
+#
+# `create_app` connects paths with functions. The page at `/docs` is made by FastAPI from the types above; its script comes
+# from this server and not from somebody else's, so it works in a cellar.
 # %%
 # | export
 def create_app(
@@ -1167,6 +951,30 @@ _DETECT_FORMS = {200: {"content": {"application/json": {}, "image/png": {}}}}
 _METRICS_FORM = {200: {"content": {"text/plain": {}}}}
 
 
+def _framework_error(request: Request, error: HTTPException) -> Response:
+    """What FastAPI refuses by itself: an unknown path, another method, a body that is not JSON."""
+    path = request.url.path[:200]
+    sentences = {
+        404: f"there is nothing at {path}: /docs lists what there is",
+        405: f"{path} does not take {request.method}: /docs says what it takes",
+    }
+    sentence = sentences.get(error.status_code, f"{error.detail}: /docs says what is expected")
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    return error_response(ApiError(error.status_code, sentence, code=code, headers=error.headers))
+
+
+def _shape_error(request: Request, error: RequestValidationError) -> Response:
+    """The fault that lies deepest in the body, in words, as a 400: that is what OpenAI's clients expect."""
+    deepest = max(error.errors(), key=lambda fault: len(fault["loc"]))
+    if deepest["type"] == "json_invalid":
+        return error_response(ApiError(400, f"the body is not JSON: {deepest['ctx']['error']}", code="invalid_json"))
+    place = [str(step) for step in deepest["loc"][1:] if step != "str" and "[" not in str(step)]
+    param = ".".join(place) or None
+    given = deepest.get("input")
+    shown = f", got {given!r:.80}" if isinstance(given, str | int | float | bool) else ""
+    return error_response(ApiError(400, f"{param or 'the body'}: {deepest['msg']}{shown}", param=param))
+
+
 def _known_error(request: Request, error: ApiError) -> Response:
     request.state.record.fields["code"] = error.code
     return error_response(error)
@@ -1182,3 +990,248 @@ def _add_pages(app: FastAPI, static: Path | None) -> None:
     app.add_api_route("/", front, include_in_schema=False)
     if static is not None and static.is_dir():
         app.mount("/static", StaticFiles(directory=static))
+
+
+# %% [markdown]
+# ## Proof
+#
+# `sigma_book/serving.py` puts the application on a port. (The command `sigma-book serve` does the same.) It adds what
+# belongs to a process: time limits for connections, and a careful end. We start it in a thread of this notebook.
+
+# %%
+engine = Engine(model, max_rows=4, queue_size=4)
+server = GracefulServer(create_app(engine, ServerConfig("pocket")))
+thread = threading.Thread(target=server.run)
+thread.start()
+while not server.started:
+    time.sleep(0.01)
+url = f"http://127.0.0.1:{server.port}"
+
+
+def post(path: str, content: dict) -> tuple[int, bytes]:
+    """The status and the body that come back for some JSON."""
+    request = urllib.request.Request(f"{url}{path}", json.dumps(content).encode(), {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as refused:
+        return refused.code, refused.read()
+
+
+def question(prompt: str) -> dict:
+    data_url = f"data:image/png;base64,{base64.b64encode(scene).decode()}"
+    content = [{"type": "text", "text": prompt}, {"type": "image_url", "image_url": {"url": data_url}}]
+    return {"model": "pocket", "messages": [{"role": "user", "content": content}]}
+
+
+# %% [markdown]
+# The answer is that of a call, and the usage counts what was read and said. The picture is most of it.
+
+# %%
+status, body = post("/v1/chat/completions", question("caption en"))
+completion = json.loads(body)
+assert status == 200
+assert completion["choices"][0]["message"]["content"] == generate(scene, "caption en", model=model)
+usage = completion["usage"]
+assert usage["prompt_tokens"] > model.config.num_image_tokens
+usage
+
+# %% [markdown]
+# As a stream it comes in pieces; joined, they are the same.
+
+# %%
+status, body = post("/v1/chat/completions", question("caption en") | {"stream": True})
+lines = [line.removeprefix("data: ") for line in body.decode().splitlines() if line]
+assert lines[-1] == "[DONE]"
+pieces = [json.loads(line)["choices"][0]["delta"].get("content", "") for line in lines[:-1]]
+assert "".join(pieces) == completion["choices"][0]["message"]["content"]
+pieces
+
+# %% [markdown]
+# And what is wrong is said. (`tests/test_server.py` has many more, with the `openai` package as the client.)
+
+# %%
+wrong = [{"max_tokens": 10**9}, {"model": "gpt-4o"}, {"n": 3}, {"messages": []}]
+wrong.append({"messages": [{"role": "system", "content": "You are a pirate."}, *question("caption en")["messages"]]})
+for change in wrong:
+    status, body = post("/v1/chat/completions", question("caption en") | change)
+    assert status in (400, 404)
+    print(status, json.loads(body)["error"]["message"])
+
+# %% [markdown]
+# The one who connects and says nothing now waits alone.
+
+# %%
+silent = socket.create_connection(("127.0.0.1", server.port))
+assert post("/v1/chat/completions", question("caption en"))[0] == 200
+silent.close()
+
+# %% [markdown]
+# ## A look inside: more than it can take
+#
+# First its capacity: eight clients, each of which asks again as soon as it has its answer. Then requests at a fixed
+# rate, from a fifth of that to twice as much, a second and a half each. The clients live in this process and take their
+# share of it, so the numbers are lower than the server's own; the shape is what counts.
+
+# %%
+asked = json.dumps(question("caption en")).encode()
+head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(asked)}\r\n"
+wire = f"{head}Content-Type: application/json\r\n\r\n".encode() + asked
+
+
+async def ask_once(results: list) -> None:
+    start = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(wire)
+    answer = await reader.read()
+    writer.close()
+    results.append((int(answer[9:12]), time.perf_counter() - start))
+
+
+async def closed_loop(clients: int, seconds: float) -> list:
+    results, end = [], time.perf_counter() + seconds
+
+    async def client() -> None:
+        while time.perf_counter() < end:
+            await ask_once(results)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return results
+
+
+async def steady(rate: float, seconds: float) -> list:
+    results, tasks, start = [], [], time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        tasks += [asyncio.create_task(ask_once(results)) for _ in range(int(elapsed * rate) + 1 - len(tasks))]
+        await asyncio.sleep(0.2 / rate)
+    await asyncio.gather(*tasks)
+    return results
+
+
+def in_a_loop(work) -> list:
+    """Run a coroutine in a thread with a loop of its own: the notebook's is taken."""
+    results = []
+    runner = threading.Thread(target=lambda: results.extend(asyncio.run(work)))
+    runner.start()
+    runner.join()
+    return results
+
+
+capacity = len(in_a_loop(closed_loop(8, 2.0))) / 2.0
+shares = (0.2, 0.5, 0.8, 1.2, 1.6, 2.0)
+measured = [in_a_loop(steady(share * capacity, 1.5)) for share in shares]
+assert {status for results in measured for status, _ in results} <= {200, 429}
+
+# %%
+admitted = [sorted(seconds for status, seconds in results if status == 200) for results in measured]
+median = [1000 * seconds[len(seconds) // 2] for seconds in admitted]
+slowest = [1000 * seconds[int(0.95 * (len(seconds) - 1))] for seconds in admitted]
+refused_share = [sum(status == 429 for status, _ in results) / len(results) for results in measured]
+assert refused_share[0] < 0.05 and refused_share[-1] > 0.2
+
+figure, (upper, lower) = plt.subplots(2, 1, figsize=(6.4, 4.2), sharex=True, height_ratios=(2, 1))
+for values, name, style in ((median, "half are faster", "-"), (slowest, "19 of 20 are faster", "--")):
+    upper.plot(shares, values, style, color=ANSWER, marker="o", ms=4)
+    upper.annotate(name, (shares[-1], values[-1]), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
+upper.set(ylabel="milliseconds\nof those let in", ylim=(0, None))
+lower.plot(shares, [100 * share for share in refused_share], color=PROMPT, marker="o", ms=4)
+lower.plot(shares, [100 * max(0.0, 1 - 1 / share) for share in shares], color="0.6", lw=1, ls=":")
+lower.annotate("1 - C/λ", (1.6, 37.5), xytext=(-4, 8), textcoords="offset points", ha="right", fontsize=9, color="0.4")
+lower.set(xlabel="requests that come, as a share of what can be answered", ylabel="% sent away", xlim=(0, 2.7))
+for axis in (upper, lower):
+    axis.axvline(1, color="0.8", lw=1)
+save(figure, "23_load")
+
+# %% [markdown]
+# *Figure: above, the time to an answer against the rate of requests, as two lines for the middle and the slowest
+# twentieth: both rise up to the server's capacity and stay level beyond it. Below, the share sent away: none up to the
+# capacity, then more and more, along the dotted line of the formula.*
+#
+# Left of the line the server has time. Right of it, the wait no longer grows: it has reached what four waiting requests
+# take, and the rest is told to come back.
+#
+# ## A careful end
+#
+# A server is stopped many times in its life, for each new version. `stop` is what the command does on a signal: new
+# requests get a 503, `/health/ready` says no, so that whoever spreads the requests sends them elsewhere; those under way
+# are finished. Then the process ends.
+
+# %%
+running = []
+asking = threading.Thread(target=lambda: running.append(post("/v1/chat/completions", question("caption en"))))
+asking.start()
+while engine.stats().running == 0 and not running:
+    time.sleep(0.001)
+server.stop()
+asking.join()
+thread.join()
+engine.close()
+assert running[0][0] == 200 and not thread.is_alive()
+
+# %% [markdown]
+# ## The bill
+#
+# What does a server hold? For each row, keys and values of as many tokens as a row has room for; for each waiting
+# request a square picture; and bodies, up to their common limit.
+
+
+# %%
+def bytes_per_token(layers: int, kv_heads: int, head_dim: int, size: int) -> int:
+    return 2 * layers * kv_heads * head_dim * size  # keys and values
+
+
+text = model.config.text
+cache = KVCache(batch=1, num_kv_heads=text.num_key_value_heads, max_length=10, head_dim=text.head_dim)
+per_token = bytes_per_token(text.num_hidden_layers, text.num_key_value_heads, text.head_dim, size=cache.key.itemsize)
+assert per_token * 10 == text.num_hidden_layers * (cache.key.nbytes + cache.value.nbytes)
+large = bytes_per_token(18, 1, 256, size=2)  # PaliGemma 3B in 16 bits
+assert large == 18_432
+rows, room, waiting, side = 8, 8192, 64, 224
+print(
+    f"3B: {rows} rows of {room} tokens {large * rows * room / 1e9:.2f} GB, of 512 tokens {large * rows * 512 / 1e6:.0f} MB"
+)
+print(f"{waiting} waiting pictures {waiting * side * side * 3 / 1e6:.1f} MB, bodies at most 256 MB")
+
+# %% [markdown]
+# That is why `--max-length` exists: answers to pictures are short, and rows for 8,192 tokens are room for nothing.
+#
+# ## Your turn
+#
+# **1.** ★ Write `sent_away(rate, capacity)`: the share of requests that a server with a bounded queue must refuse.
+
+
+# %%
+def sent_away(rate: float, capacity: float) -> float: ...
+
+
+check(sent_away, ((10.0, 20.0), 0.0), ((40.0, 20.0), 0.5), ((100.0, 20.0), 0.8))
+
+# %% [markdown]
+# **2.** ★★ Write `come_back(waiting, rows, seconds)`: the `Retry-After` of a full queue, in whole seconds, at least one: the
+# time until `waiting` requests have found rows, if each row is free again after `seconds`.
+
+
+# %%
+def come_back(waiting: int, rows: int, seconds: float) -> int: ...
+
+
+check(come_back, ((64, 8, 0.5), 4), ((4, 8, 0.1), 1), ((9, 2, 1.0), 5))
+
+# %% [markdown]
+# **3.** ★★★ Write `parse_head(head)`: method, path and a dictionary of the headers, names in small letters, of the bytes up to
+# the empty line. Give `None` for the headers if a line has no colon: such a request must be refused.
+
+
+# %%
+def parse_head(head: bytes) -> tuple[str, str, dict | None]: ...
+
+
+check(
+    parse_head,
+    ((b"GET /a HTTP/1.1\r\nHost: x",), ("GET", "/a", {"host": "x"})),
+    ((b"POST / HTTP/1.1\r\nA: b:c\r\nB:d",), ("POST", "/", {"a": "b:c", "b": "d"})),
+    ((b"GET / HTTP/1.1\r\nbad",), ("GET", "/", None)),
+)
+
+# %% [markdown]
+# Next: which patches an answer looked at, and a page to see it on.

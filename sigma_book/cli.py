@@ -23,12 +23,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"sigma-book: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{_speaker()}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"sigma-book: {interrupt or 'interrupted'}", file=sys.stderr)
+        print(f"{_speaker()}: {interrupt or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
+
+
+def _speaker() -> str:
+    """Who says a sentence: under torchrun, which of the processes."""
+    return f"sigma-book, rank {os.environ['RANK']}" if "RANK" in os.environ else "sigma-book"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,7 +78,10 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype", metavar="T", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
     )
-    command.add_argument("--quantize", metavar="Q", help="nf4 stores the decoder in 4 bits (default: as stored)")
+    command.add_argument(
+        "--quantize", metavar="Q", help="int8, int4 or nf4: weights in 8 or 4 bits (default: as stored)"
+    )
+    command.add_argument("--compile", action="store_true", help="lay the weights out for speed first")
     command.add_argument("--adapter", metavar="DIR", help="folder or hub id of a LoRA adapter for the model")
 
 
@@ -105,6 +113,7 @@ def _generate(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         quantize=options.quantize,
         adapter=options.adapter,
+        compile=options.compile,
     )
     answer = generate(image, options.prompt, model=model, stream=options.stream, **settings)
     if options.stream:
@@ -224,7 +233,7 @@ TRAINING_OPTIONS = (
     ("--method", "method", str, "full, lora or qlora (default: full)"),
     ("--max-steps", "max_steps", int, "stop after N steps"),
     ("--epochs", "epochs", int, "show every example N times (default: once, if --max-steps says nothing)"),
-    ("--batch-size", "batch_size", int, "examples in a batch (default: 8)"),
+    ("--batch-size", "batch_size", int, "examples in a batch, of all ranks together (default: 8)"),
     ("--accumulate", "accumulate", int, "batches in a step (default: 1)"),
     ("--learning-rate", "learning_rate", float, "the highest (default: 1e-5, with lora and qlora 2e-4)"),
     ("--vision-rate", "vision_rate", float, "the same for the vision tower alone"),
@@ -273,6 +282,9 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
         "--truncate", action="store_true", help="cut rows that are too long, in place of refusing them"
     )
     command.add_argument("--device", metavar="D", default="auto", help="auto, cuda, cuda:0, mps or cpu (default: auto)")
+    command.add_argument(
+        "--parallel", metavar="WAY", help="under torchrun: ddp or fsdp (default: ddp where the model fits, else fsdp)"
+    )
     command.add_argument("--wandb", metavar="PROJECT", help="follow the run with Weights & Biases")
     command.add_argument("--dry-run", action="store_true", help="print what a step would cost, and write nothing")
 
@@ -301,9 +313,38 @@ def _train(options: argparse.Namespace) -> None:
         "keep",
         "workers",
         "on_error",
+        "parallel",
         "wandb",
     )
-    print(finetune(options.data, options.out, config, **arguments, **{name: getattr(options, name) for name in rest}))
+    final = finetune(options.data, options.out, config, **arguments, **{name: getattr(options, name) for name in rest})
+    if os.environ.get("RANK", "0") == "0":  # torchrun gives each process its number
+        print(final)
+
+
+def _bench_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", metavar="DIR", help="folder or hub id of a PaliGemma (default: the pocket model)")
+    command.add_argument("--size", metavar="S", help="pocket; or, with --random, 300m, 1b or 3b")
+    command.add_argument("--random", action="store_true", help="weights of that size are random, written once")
+    command.add_argument("--against", metavar="NAME", action="append", default=[], help="run transformers too")
+    command.add_argument("--quantize", metavar="Q", help="as in generate")
+    command.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16 (default: float32 on a CPU)")
+    command.add_argument("--device", metavar="D", default="cpu", help="cpu, cuda, mps or auto (default: cpu)")
+    command.add_argument("--batch", metavar="N", type=int, default=1, help="pictures answered together (default: 1)")
+    command.add_argument("--prompt", metavar="TEXT", default="caption en", help="(default: caption en)")
+    command.add_argument("--prompt-tokens", metavar="N", type=int, help="repeat or cut the prompt to N tokens")
+    command.add_argument("--new-tokens", metavar="N", type=int, default=16, help="of each answer (default: 16)")
+    command.add_argument("--warmup", metavar="N", type=int, default=1, help="turns that do not count (default: 1)")
+    command.add_argument("--repeat", metavar="N", type=int, default=5, help="turns that count (default: 5)")
+    command.add_argument("--bill", action="store_true", help="predict each part and hold it against the measurement")
+    command.add_argument("--growth", dest="grow", action="store_true", help="time larger pictures, batches and answers")
+    command.add_argument("--json", dest="json_file", metavar="FILE", type=Path, help="write all that was measured")
+    command.add_argument("--save", dest="picture", metavar="FILE", type=Path, help="write a picture, FILE.png")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from sigma_book.bench import run_bench
+
+    print("\n".join(run_bench(**{name: value for name, value in vars(options).items() if name != "run"})))
 
 
 def _serve_arguments(command: argparse.ArgumentParser) -> None:
@@ -450,6 +491,7 @@ COMMANDS = (
     ("data", "look at a file of examples before training on it", _data_arguments, _data),
     ("train", "teach a model what a file of examples says", _train_arguments, _train),
     ("evaluate", "ask a model a whole data set and score its answers", _evaluate_arguments, _evaluate),
+    ("bench", "measure how fast a model answers, and predict it", _bench_arguments, _bench),
     ("serve", "answer over HTTP on a port", _serve_arguments, _serve),
     ("answer", "answer a file of pictures and prompts with many processes", _answer_arguments, _answer),
     ("export", "write a model as a folder that other engines read", _export_arguments, _export),

@@ -24,7 +24,17 @@ import tokenizers
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-__all__ = ["Batch", "Processor", "Tokenizer", "encode_picture", "file_beside", "folder_beside", "load_image", "pixels"]
+__all__ = [
+    "Batch",
+    "Processor",
+    "Tokenizer",
+    "encode_picture",
+    "file_beside",
+    "folder_beside",
+    "load_image",
+    "pixels",
+    "to_disk",
+]
 
 
 def load_image(source: "str | Path | bytes | np.ndarray | Image.Image") -> Image.Image:
@@ -404,7 +414,7 @@ def file_beside(path: Path) -> Iterator[Path]:
     fresh = path.with_name(f".{path.name}.part")
     try:
         yield fresh
-        _to_disk(fresh)
+        to_disk(fresh)
         os.replace(fresh, path)
     except OSError as error:
         raise RuntimeError(_NOT_WRITTEN.format(path, error.strerror or error)) from error
@@ -434,13 +444,13 @@ def folder_beside(folder: Path) -> Iterator[Path]:
         fresh.mkdir(parents=True)
         yield fresh
         for path in (*fresh.iterdir(), fresh):
-            _to_disk(path)
+            to_disk(path)
         if folder.exists():
             for path in sorted(fresh.iterdir(), reverse=True):  # the weights before the configuration
                 os.replace(path, folder / path.name)
         else:
             os.replace(fresh, folder)
-        _to_disk(folder.parent)  # the new name too
+        to_disk(folder.parent)  # the new name too
     except OSError as error:
         raise RuntimeError(_NOT_WRITTEN.format(folder, error.strerror or error)) from error
     finally:
@@ -457,7 +467,7 @@ def encode_picture(picture: Image.Image, kind: str) -> bytes:
 _NOT_WRITTEN = "{} cannot be written ({}): check the room and the permissions, then try again"
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
     """Wait until a file, or a folder's table of names, is on the disk."""
     if os.name == "nt":  # Windows has no such call for folders
         return

@@ -17,7 +17,7 @@ from sigma_book.batching import Engine
 from sigma_book.generation import whole_number
 from sigma_book.paligemma import PaliGemma
 from sigma_book.server import ServerConfig, create_app
-from sigma_book.serving import STATIC
+from sigma_book.serving import STATIC, explainer
 
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_SERVE_LOG_TO_STDERR": "0"}
 NAME = "sigma-book"
@@ -87,7 +87,8 @@ class Replica:
 
 def _make_app(threads: int, make_model: Callable[[], PaliGemma], config: ServerConfig, engine: dict) -> FastAPI:
     torch.set_num_threads(threads)
-    return create_app(Engine(make_model(), **engine), config, static=STATIC)
+    model = make_model()
+    return create_app(Engine(model, **engine), config, explain=explainer(model), static=STATIC)
 
 
 @contextmanager

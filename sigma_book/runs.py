@@ -26,15 +26,33 @@ from sigma_book.answers import (
 from sigma_book.assemble import POCKET, generate, load
 from sigma_book.batches import Batches
 from sigma_book.data import Example, Examples, read_examples
-from sigma_book.generation import whole_number
+from sigma_book.generation import read_stop_ids, whole_number
 from sigma_book.locate import load_mask_vae
 from sigma_book.lora import CONFIG_FILE, DECODER_LINEARS, LoraConfig, add_lora, find_linears, save_adapter
 from sigma_book.npz import read_npz_config
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
-from sigma_book.processor import Processor, Tokenizer, file_beside, folder_beside
+from sigma_book.processor import Batch, Processor, Tokenizer, file_beside, folder_beside
 from sigma_book.qlora import nf4_bytes
+from sigma_book.scale import (
+    RankCheckpoints,
+    Ranks,
+    check_parallel,
+    choose_parallel,
+    copy_loss,
+    gather,
+    join_ranks,
+    load_sharded,
+    never_empty,
+    others_there,
+    same_place,
+    shape_model,
+    share_of_batch,
+    under_torchrun,
+)
 from sigma_book.training import (
+    ALONE,
     AUTOCAST,
+    Alone,
     Bill,
     Checkpoints,
     Progress,
@@ -54,7 +72,7 @@ from sigma_book.training import (
     train,
     training_bill,
 )
-from sigma_book.weights import find_folder, pick_device, read_config, save_model
+from sigma_book.weights import find_folder, pick_device, read_config, read_json, save_model
 
 __all__ = ["estimate", "evaluate", "finetune"]
 
@@ -79,8 +97,12 @@ def finetune(
     truncate: bool = False,
     wandb: str | None = None,
     device: str | torch.device = "auto",
+    parallel: str | None = None,
 ) -> Path:
     """Teach a model what a file of examples says; called again with the same arguments, go on where it stopped.
+
+    Under `torchrun` all its processes take each step together. The batch is that of all ranks together, so any number
+    of ranks sees the same batches, and a run may go on with another number.
 
     Parameters
     ----------
@@ -106,6 +128,9 @@ def finetune(
         A project of Weights & Biases that follows the run.
     device : str or torch.device
         auto, cuda, mps or cpu.
+    parallel : str, optional
+        Under `torchrun`: ddp (each rank holds the whole model) or fsdp (each holds a part of every matrix). By default
+        what the memory that is free allows, see `choose_parallel`.
 
     Returns
     -------
@@ -124,61 +149,78 @@ def finetune(
         whole_number(name, value, least=1)
     if evaluate_every is not None:
         whole_number("evaluate_every", evaluate_every, least=1)
+    if parallel is not None and not under_torchrun():
+        raise ValueError(
+            f"parallel is {parallel!r}, but this process is alone: start it with torchrun, or leave it out"
+        )
+    ranks = join_ranks(device) if under_torchrun() else ALONE
+    say = remark if ranks.rank == 0 else _say_nothing
+    device = ranks.device if under_torchrun() else pick_device(device)
+    batch_size = share_of_batch(config.batch_size, ranks)
     source = {"form": form, "root": root, "annotations": annotations}
-    examples = _examples(data, source)
+    examples = _examples(data, source, say)
     held_out = None
     if evaluate is not None:
         asked = source | {"annotations": annotations if evaluate_annotations is None else evaluate_annotations}
-        held_out = _sample(_examples(evaluate, asked), evaluate_limit)
-    device = pick_device(device)
+        held_out = _sample(_examples(evaluate, asked, say), evaluate_limit)
     config = _settled(config, device)
     base = _model_source(model)
     if (base / CONFIG_FILE).is_file() and not (base / "config.json").is_file():
         raise ValueError(
             f"{base} is an adapter: give the model it was made for, or first merge the two (`merge_lora`) and save them"
         )
+    if under_torchrun():
+        parallel = _parallel(parallel, base, config, ranks)
+        say(f"{ranks.size} ranks, {parallel}: {batch_size} of the {config.batch_size} examples of a batch for each")
     files = {"data": data, "annotations": annotations, "evaluate": evaluate}
     files |= {"evaluate_annotations": evaluate_annotations}
     identity = {"model": _model_mark(model)} | {name: _file_mark(path) for name, path in files.items() if path}
-    with _alone(out) if (out / "run.json").exists() else nullcontext():  # it may be another's, who is at work
-        claim_folder(out, identity | asdict(config))
-    with _alone(out):
+    identity |= asdict(config) | ({} if parallel is None else {"processes": "many"})
+    if ranks.rank == 0:
+        with _alone(out) if (out / "run.json").exists() else nullcontext():  # it may be another's, who is at work
+            _same_kind(out, parallel)
+            claim_folder(out, identity)
+    with others_there(str(out)), _alone(out) if ranks.rank == 0 else nullcontext():
         final, steps = out / "final", _steps(config, len(examples))
-        if final.is_dir():
-            remark(
-                f"{out} is finished: the model of its last step stands in {final}; give another folder for a new run"
-            )
+        if ranks.first(ranks.rank == 0 and final.is_dir()):
+            say(f"{out} is finished: the model of its last step stands in {final}; give another folder for a new run")
+            ranks.leave()
             return final
-        for rest in (*out.glob(".*best-*"), *out.glob(".*final-*")):  # save_model writes beside its folder as well
-            shutil.rmtree(rest)  # of a write that was killed
+        if ranks.rank == 0:
+            for rest in (*out.glob(".*best-*"), *out.glob(".*final-*")):  # save_model writes beside its folder as well
+                shutil.rmtree(rest)  # of a write that was killed
         torch.manual_seed(config.seed)
         random.seed(config.seed)
-        learner, write = _learner(model, config, device)
+        learner, save, loss = _ready(model, config, device, ranks, parallel)
         optimizers = [adamw_by_part(learner, config)]
-        checkpoints = Checkpoints(out / "checkpoints", learner, optimizers, every=save_every, keep=keep)
-        follower = None if wandb is None else _Follower(wandb, out, identity | asdict(config))
+        form = Checkpoints if parallel is None else partial(RankCheckpoints, ranks=ranks)
+        checkpoints = form(out / "checkpoints", learner, optimizers, every=save_every, keep=keep)
+        follower = None if wandb is None or ranks.rank else _Follower(wandb, out, identity)
         progress = checkpoints.restore()  # last, so that the random numbers are those of the checkpoint
         if progress.step:
-            remark(f"going on after step {progress.step} of {steps}")
+            say(f"going on after step {progress.step} of {steps}")
         batches = Batches(
             examples,
             learner.processor,
-            config.batch_size,
+            batch_size,
             config.seed,
             epochs=None if on_error == "skip" else config.epochs,  # what is left out is made up for
+            rank=ranks.rank,
+            world_size=ranks.size,
             workers=workers,
             on_error=on_error,
             skipped=out / "skipped.jsonl" if on_error == "skip" else None,
             max_length=learner.config.text.max_position_embeddings,
             truncate=truncate,
-            start=progress.data,
+            start=same_place(progress.data, batch_size, ranks.size),
         )
-        look = partial(_look, out, learner, held_out, config, progress, write, follower)
+        look = partial(_look, out, learner, held_out, config, progress, save, follower, ranks)
         if held_out and progress.step == 0:
-            remark(f"before: {look(0)}")
+            found = look(0)
+            say(f"before: {found}")
         train(
             learner,
-            lambda one: answer_loss(learner, one.batch.to(device)),
+            lambda one: loss(one.batch.to(device)),
             batches,
             optimizers,
             steps=steps,
@@ -188,21 +230,108 @@ def finetune(
             accumulate=config.accumulate,
             count=lambda one: answer_tokens(one.batch),
             autocast=AUTOCAST[config.dtype],
-            log=out / "log.csv",
+            log=out / "log.csv" if ranks.rank == 0 else None,
             report_every=evaluate_every or steps,
             report=look if held_out else None,
             each=None if follower is None else follower.step,
             progress=progress,
             checkpoints=checkpoints,
+            ranks=ranks,
         )
         if held_out and progress.notes[-1]["step"] != steps:
-            remark(f"after: {look(steps)}")
-        _say_and_draw(out, progress, batches)
+            found = look(steps)
+            say(f"after: {found}")
+        (cut,) = ranks.sum(batches.num_truncated)
+        if ranks.rank == 0:
+            _say_and_draw(out, progress, batches.num_skipped, int(cut))
         if follower is not None:
             follower.run.finish()
-        with folder_beside(final) as fresh:
-            write(fresh)
+        save(final)
+        ranks.leave()
         return final
+
+
+def _say_nothing(text: str) -> None:
+    """What ranks beside the first have to remark."""
+
+
+def _parallel(parallel: str | None, base: Path, config: TrainingConfig, ranks: Ranks) -> str:
+    """ddp or fsdp, as asked or as rank 0 finds right, once it is known to go together with the rest."""
+    if parallel is None:
+        sizes = read_npz_config(base) if base.is_file() else read_config(base)
+        chosen = choose_parallel(sizes, config, ranks.size, ranks.free_bytes())
+        parallel = ("ddp", "fsdp")[int(ranks.first(chosen == "fsdp"))]
+    check_parallel(parallel, config)
+    if parallel == "fsdp" and base.is_file():
+        raise ValueError(f"fsdp reads folders of safetensors: load {base} and save it with save_model, or take ddp")
+    return parallel
+
+
+def _same_kind(out: Path, parallel: str | None) -> None:
+    """One process and many save in different forms, so a run stays what it began as."""
+    path = out / "run.json"
+    many = path.exists() and read_json(path).get("processes") == "many"
+    if many and parallel is None:
+        raise ValueError(
+            f"{out} holds a run of many processes: go on with torchrun (any number of them, also 1), or give another folder"
+        )
+
+
+def _ready(
+    model: str | Path | None, config: TrainingConfig, device: torch.device, ranks: Alone, parallel: str | None
+) -> tuple[PaliGemma, Callable[[Path], None], Callable[[Batch], torch.Tensor]]:
+    """A model that is ready to learn, what writes it into a new folder (all ranks call it), and its loss."""
+    if parallel == "fsdp":
+        learner = load_sharded(_model_source(model), config, ranks)
+        folder = _model_source(model)
+        learner.processor = Processor.from_folder(folder)
+        learner.stop_ids = read_stop_ids(folder, learner.config.eos_token_id)
+        if config.recompute:
+            recompute_activations(blocks_of(learner))
+        learner.train()
+        save = partial(_gather_and_write, learner, config, _adapter_base(model), ranks)
+    else:
+        learner, write = _learner(model, config, device)
+        save = partial(_write_first, write, ranks)
+    if parallel is None:
+        return learner, save, partial(answer_loss, learner)
+    loss = copy_loss(learner, ranks) if parallel == "ddp" else partial(answer_loss, learner)
+    if ranks.rank:
+        torch.manual_seed(config.seed + ranks.rank)  # dropout is another on each rank
+    return learner, save, lambda batch: loss(never_empty(batch))
+
+
+def _write_first(write: Callable[[Path], None], ranks: Alone, folder: Path) -> None:
+    if ranks.rank == 0:
+        with folder_beside(folder) as fresh:
+            write(fresh)
+
+
+def _gather_and_write(
+    learner: PaliGemma, config: TrainingConfig, base: str | Path | None, ranks: Ranks, folder: Path
+) -> None:
+    """Write a model that is cut over the ranks: rank 0 holds the whole of it (or of its adapter) for a moment."""
+    tensors = gather(learner, ranks, learning=config.method != "full")
+    if ranks.rank == 0:
+        whole = shape_model(learner.config, config)
+        whole.load_state_dict(tensors, strict=config.method == "full", assign=True)
+        whole.processor = learner.processor
+        with folder_beside(folder) as fresh:
+            _write_model(whole, config, base, fresh)
+
+
+def _write_model(model: PaliGemma, config: TrainingConfig, base: str | Path | None, folder: Path) -> None:
+    """The model, or its adapter alone, as a folder that `load` reads."""
+    if config.method == "full":
+        save_model(model, folder)
+        model.processor.save(folder)
+    else:
+        save_adapter(model, folder, base)
+
+
+def _adapter_base(model: str | Path | None) -> str | Path | None:
+    """What an adapter says it was made for."""
+    return None if model is None else Path(model).resolve() if Path(model).exists() else model
 
 
 @contextmanager
@@ -223,11 +352,11 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _say_and_draw(out: Path, progress: Progress, batches: Batches) -> None:
+def _say_and_draw(out: Path, progress: Progress, skipped: int, cut: int) -> None:
     """What is left to tell of a run: rows that were left out or cut, and the picture of its losses."""
     for count, what in (
-        (batches.num_skipped, f"left out and listed in {out / 'skipped.jsonl'}"),
-        (batches.num_truncated, "cut"),
+        (skipped, f"left out and listed in {out / 'skipped.jsonl'}"),
+        (cut, "cut"),
     ):
         if count:
             remark(f"{count} rows were {what}")
@@ -237,13 +366,13 @@ def _say_and_draw(out: Path, progress: Progress, batches: Batches) -> None:
         remark("no picture of the losses: install matplotlib (pip install 'sigma-book[book]')")
 
 
-def _examples(path: str | Path, source: dict) -> Examples:
+def _examples(path: str | Path, source: dict, say: Callable[[str], None] = remark) -> Examples:
     """Open a file of examples, and say what it was taken for."""
     if source["form"] == "coco-segment":
         source = source | {"encode_mask": load_mask_vae().codes_of}
     examples = read_examples(path, **source)
     for text in (f"{len(examples):,} examples of the form {examples.form}", *examples.remarks):
-        remark(f"{path}: {text}")
+        say(f"{path}: {text}")
     return examples
 
 
@@ -300,24 +429,13 @@ def _learner(
         learner = load(model, device=device, dtype="float32")
         for parameter in learner.parameters():
             parameter.data = parameter.data.clone()  # not a window into the file
-        _prepare(config, learner)
-
-        def write(folder: Path) -> None:
-            save_model(learner, folder)
-            learner.processor.save(folder)
-
     else:
         quantize = "nf4" if config.method == "qlora" else None
         learner = load(model, device=device, dtype=config.dtype, quantize=quantize)
-        _prepare(config, learner)
-        base = None if model is None else Path(model).resolve() if Path(model).exists() else model
-
-        def write(folder: Path) -> None:
-            save_adapter(learner, folder, base)
-
+    _prepare(config, learner)
     if config.recompute:
         recompute_activations(blocks_of(learner))
-    return learner.train(), write
+    return learner.train(), partial(_write_model, learner, config, _adapter_base(model))
 
 
 def _prepare(config: TrainingConfig, model: PaliGemma) -> None:
@@ -356,19 +474,20 @@ def _look(
     held_out: list[Example],
     config: TrainingConfig,
     progress: Progress,
-    write: Callable[[Path], None],
+    save: Callable[[Path], None],
     follower: _Follower | None,
+    ranks: Alone,
     step: int,
 ) -> str:
     """Examine a model, note it, and keep it if it is the best so far; gives a line and some answers."""
     found = {"step": step} | examine(model, model.processor, held_out, autocast=AUTOCAST[config.dtype])
     former = [note["loss"] for note in progress.notes if note["step"] > 0]
-    if step > 0 and found["loss"] < min(former, default=float("inf")):
-        with folder_beside(out / "best") as fresh:
-            write(fresh)
+    if ranks.first(step > 0 and found["loss"] < min(former, default=float("inf"))):
+        save(out / "best")
     progress.notes.append(found)
-    with file_beside(out / "evaluations.json") as fresh:
-        fresh.write_text(json.dumps(progress.notes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if ranks.rank == 0:
+        with file_beside(out / "evaluations.json") as fresh:
+            fresh.write_text(json.dumps(progress.notes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if follower is not None:
         follower.note(found)
     answers = [f"  {one['prefix']}: {one['answer']!r}, truth {one['suffix']!r}" for one in found["answers"]]
@@ -402,6 +521,8 @@ def estimate(
     ValueError, FileNotFoundError, RuntimeError
         As `finetune`.
     """
+    if under_torchrun():
+        raise ValueError("a dry run counts one process: leave torchrun out (chapter 22 has the bill of many)")
     config, device = config or TrainingConfig(), pick_device(device)
     config = _settled(config, device)
     source = _model_source(model)

@@ -6,8 +6,6 @@ Tangled from chapters/23_server.py: edit there, then run python -m sigma_book.ta
 """
 
 import asyncio
-import base64
-import binascii
 import hashlib
 import hmac
 import io
@@ -18,13 +16,12 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import unquote, urlsplit
+from typing import Annotated, Any
 
 import anyio.to_thread
 import torch
@@ -32,144 +29,52 @@ from fastapi import FastAPI, File, Form, Request, Security, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, RedirectResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, exposition
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from sigma_book.batching import Engine, EngineStats, Event, QueueFull
 from sigma_book.generation import Sampling, whole_number
 from sigma_book.locate import describe, draw
-from sigma_book.processor import Tokenizer, load_image
+from sigma_book.protocol import (
+    ApiError,
+    Ask,
+    ChatAnswer,
+    ChatRequest,
+    ErrorBody,
+    PlainJson,
+    TokenNames,
+    check_extras,
+    error_response,
+    open_picture,
+    read_messages,
+    read_picture,
+    read_sampling,
+    read_stops,
+)
 
 __all__ = [
     "DEFAULT_TOKENS",
-    "FORMATS",
-    "HARMLESS",
-    "NEUTRAL",
     "OPEN_PATHS",
     "SECONDS",
     "STUCK_SECONDS",
-    "ApiError",
-    "Ask",
-    "ChatRequest",
-    "ErrorBody",
-    "ErrorDetail",
     "Guard",
-    "ImagePart",
-    "ImageUrl",
     "JsonLines",
     "MaxTokens",
-    "Message",
     "Meters",
     "PictureFile",
-    "PlainJson",
     "Record",
     "Reply",
     "ServerConfig",
     "Service",
-    "StreamOptions",
-    "TextPart",
-    "TokenNames",
     "cancelled_when_gone",
-    "check_extras",
     "create_app",
-    "error_body",
-    "error_response",
     "logger",
-    "open_picture",
-    "read_messages",
-    "read_picture",
 ]
-
-
-class ApiError(Exception):
-    """A request that cannot be answered: a status, a sentence, and what OpenAI's clients look at.
-
-    Parameters
-    ----------
-    status : int
-        Of HTTP, 400 or above.
-    message : str
-        What was wrong, what was expected, what to do.
-    code : str, optional
-        A short name of the fault, for programs.
-    param : str, optional
-        The field that it is about.
-    headers : dict, optional
-        More headers for the answer, such as `Retry-After`.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        headers: dict[str, str] | None = None,
-    ):
-        super().__init__(message)
-        self.status, self.code, self.param, self.headers = status, code, param, headers
-
-
-class PlainJson(JSONResponse):
-    """JSON in ASCII: halves of characters, which a request may hold, cannot be written in UTF-8."""
-
-    def render(self, content: Any) -> bytes:
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
-
-
-def error_body(error: ApiError) -> dict:
-    """The one shape that all errors have: OpenAI's."""
-    kind = "rate_limit_error" if error.status == 429 else "invalid_request_error"
-    kind = kind if error.status < 500 else "server_error"
-    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
-
-
-def error_response(error: ApiError) -> PlainJson:
-    return PlainJson(error_body(error), error.status, headers=error.headers)
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """What comes with every status of 400 and above."""
-
-    error: ErrorDetail
-
-
-def _framework_error(request: Request, error: HTTPException) -> Response:
-    """What FastAPI refuses by itself: an unknown path, another method, a body that is not JSON."""
-    path = request.url.path[:200]
-    sentences = {
-        404: f"there is nothing at {path}: /docs lists what there is",
-        405: f"{path} does not take {request.method}: /docs says what it takes",
-    }
-    sentence = sentences.get(error.status_code, f"{error.detail}: /docs says what is expected")
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    return error_response(ApiError(error.status_code, sentence, code=code, headers=error.headers))
-
-
-def _shape_error(request: Request, error: RequestValidationError) -> Response:
-    """The fault that lies deepest in the body, in words, as a 400: that is what OpenAI's clients expect."""
-    deepest = max(error.errors(), key=lambda fault: len(fault["loc"]))
-    if deepest["type"] == "json_invalid":
-        return error_response(ApiError(400, f"the body is not JSON: {deepest['ctx']['error']}", code="invalid_json"))
-    place = [str(step) for step in deepest["loc"][1:] if step != "str" and "[" not in str(step)]
-    param = ".".join(place) or None
-    given = deepest.get("input")
-    shown = f", got {given!r:.80}" if isinstance(given, str | int | float | bool) else ""
-    return error_response(ApiError(400, f"{param or 'the body'}: {deepest['msg']}{shown}", param=param))
 
 
 @dataclass(frozen=True)
@@ -235,220 +140,6 @@ class ServerConfig:
         for origin in self.cors_origins:
             if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
                 raise ValueError(f"{origin!r} is no origin: expected one such as https://example.org, without a path")
-
-
-class _Strict(BaseModel):
-    """No guessing: "5" is not 5, and an unknown field is a mistake."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-
-class ImageUrl(_Strict):
-    url: str
-    detail: Literal["auto", "low", "high"] | None = None
-
-
-class ImagePart(_Strict):
-    type: Literal["image_url"]
-    image_url: ImageUrl
-
-
-class TextPart(_Strict):
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(max_length=64)]
-
-
-class StreamOptions(_Strict):
-    include_usage: bool = False
-    include_obfuscation: bool = False
-
-
-class ChatRequest(BaseModel):
-    """One picture and one prompt, in the form of OpenAI's chat completions.
-
-    `temperature` is 0 unless given: the answer is then the same each time. `top_k` and `repetition_penalty` are
-    additions.
-    """
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    model: str
-    messages: list[Message] = Field(min_length=1, max_length=256)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(None, ge=1, le=2**31)
-    repetition_penalty: float | None = Field(None, gt=0, le=100, allow_inf_nan=False)
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-
-
-# Fields of OpenAI's API that change nothing in an answer here, whatever they say.
-HARMLESS = (
-    "metadata",
-    "parallel_tool_calls",
-    "prediction",
-    "prompt_cache_key",
-    "prompt_cache_options",
-    "prompt_cache_retention",
-    "safety_identifier",
-    "service_tier",
-    "store",
-    "user",
-)
-# Fields that would change it, and the values that ask for nothing.
-NEUTRAL = {
-    "audio": (),
-    "frequency_penalty": (0,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "modalities": (["text"],),
-    "moderation": (),
-    "n": (1,),
-    "presence_penalty": (0,),
-    "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-
-
-def check_extras(extras: dict[str, Any]) -> None:
-    """Let pass what changes nothing; refuse what would silently be left undone.
-
-    Raises
-    ------
-    ApiError
-        400, with the name of the field.
-    """
-    for name, value in extras.items():
-        if value is None or name in HARMLESS or value in NEUTRAL.get(name, ()):
-            continue
-        shown = f"{value!r:.60}"
-        if name not in NEUTRAL:
-            raise ApiError(400, f"unknown field {name!r:.80}: /docs lists those there are", param=name[:80])
-        allowed = " or ".join(json.dumps(neutral) for neutral in NEUTRAL[name])
-        wanted = f"it may only be {allowed}, or be left out" if allowed else "leave it out"
-        raise ApiError(400, f"{name} is {shown}, and PaliGemma has nothing of the kind: {wanted}", param=name)
-
-
-def read_messages(messages: list[Message]) -> tuple[str, str]:
-    """The picture's URL and the prompt of a conversation, which must be one turn.
-
-    Raises
-    ------
-    ApiError
-        400, if there is a system message or a second turn, no picture or several, or several texts.
-    """
-    for place, message in enumerate(messages):
-        param = f"messages.{place}"
-        if message.role != "user":
-            problem = f"a message of the role {message.role!r}"
-            raise ApiError(400, f"{problem}: PaliGemma has no chat, send one user message", param=f"{param}.role")
-        for name in message.model_extra or {}:
-            if name != "name":
-                raise ApiError(400, f"unknown field {name!r:.80} of a message: leave it out", param=param)
-    if len(messages) > 1:
-        raise ApiError(
-            400, f"{len(messages)} messages: PaliGemma has no chat, each question is asked alone", param="messages"
-        )
-    content = messages[0].content
-    parts = [] if isinstance(content, str) else content
-    pictures = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
-    texts = [content] if isinstance(content, str) else [part.text for part in parts if isinstance(part, TextPart)]
-    where = "messages.0.content"
-    if len(pictures) != 1:
-        wanted = 'expected one part {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
-        raise ApiError(400, f"{len(pictures) or 'no'} pictures: {wanted}", param=where)
-    if len(texts) != 1:
-        raise ApiError(400, f"{len(texts) or 'no'} text parts: expected one, the prompt", param=where)
-    return pictures[0], texts[0]
-
-
-def read_picture(url: str, root: Path | None, max_bytes: int) -> bytes:
-    """The bytes that a picture's URL stands for: a data URL, or, under `root`, a file.
-
-    Nothing is fetched from the net: a server that fetches what it is told to can be told to ask its neighbours.
-
-    Raises
-    ------
-    ApiError
-        400 for another kind of URL, a path that is not under `root`, or bad base64; 413 for a file that is too large.
-    """
-    scheme = url.partition(":")[0].lower() if ":" in url[:20] else ""
-    if scheme == "data":
-        head, comma, data = url.partition(",")
-        if not comma or not head.lower().endswith(";base64"):
-            raise ApiError(400, "a data URL reads data:image/png;base64,... and this one does not", param="url")
-        try:
-            return base64.b64decode(data, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise ApiError(400, f"the data URL is not base64: {error}", param="url") from error
-    if scheme not in ("", "file") or root is None:
-        raise ApiError(
-            400,
-            f"the picture's URL begins {url[:12]!r}: this server fetches nothing, send the picture as a data URL",
-            code="url_not_allowed",
-            param="url",
-        )
-    return _read_under(root, unquote(urlsplit(url).path) if scheme else url, max_bytes)
-
-
-def _read_under(root: Path, name: str, max_bytes: int) -> bytes:
-    """A file in a folder or below it. Whatever is wrong, the sentence is one and tells nothing about other files."""
-    try:
-        path = (root / name).resolve(strict=True)  # follows links: what counts is where they end
-        if not path.is_relative_to(root.resolve()) or not path.is_file():
-            raise FileNotFoundError
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ApiError(
-            400, f"no picture {name!r:.120} in the folder that this server reads", code="no_such_file", param="url"
-        ) from error
-    if len(content) > max_bytes:
-        raise ApiError(413, f"{name!r:.120} is larger than {max_bytes:,} bytes", code="too_large", param="url")
-    return content
-
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # Pillow reads more, some of them programs
-
-
-def open_picture(content: bytes, max_pixels: int) -> Image.Image:
-    """A picture as RGB; its size is looked at before it is unpacked.
-
-    Raises
-    ------
-    ValueError
-        If it is empty, not a picture, damaged, or larger than `max_pixels`.
-    """
-    if not content:
-        raise ValueError("the picture is empty: send a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF")
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as probe:
-            width, height = probe.size
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"the picture would unpack to more than {max_pixels:,} pixels: reduce it first") from error
-    except Exception as error:  # Pillow raises nearly every kind there is
-        raise ValueError("the picture cannot be read: send a whole JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF") from error
-    if width * height > max_pixels:
-        raise ValueError(f"the picture is {width} x {height}: at most {max_pixels:,} pixels are taken, reduce it first")
-    return load_image(content)
 
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -589,7 +280,7 @@ class Guard:
     async def _read_body(self, headers: dict[bytes, bytes], receive, record: Record) -> Callable:
         """Take the body in, and give a `receive` that hands it on. No more than the limit is ever held."""
         if self.service.draining:
-            raise ApiError(503, "the server is stopping: ask another", code="stopping", headers={"Connection": "close"})
+            raise ApiError(503, "the server is stopping: ask another", code="stopping")
         too_large = ApiError(
             413, f"the body is larger than {self.config.max_body:,} bytes: send a smaller picture", code="too_large"
         )
@@ -651,40 +342,6 @@ def _busy(reason: str, seconds: float = 1.0) -> ApiError:
     return ApiError(429, f"{reason}: ask again in {wait['Retry-After']} s", code="busy", headers=wait)
 
 
-@dataclass(frozen=True)
-class Ask:
-    """What the engine is to do with a picture."""
-
-    prompt: str
-    max_new_tokens: int
-    sampling: Sampling
-    stop: tuple[str, ...] = ()
-    top: int = 0
-
-
-class TokenNames:
-    """The text of single tokens, and their bytes where they stand for any."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._decode = tokenizer.decode
-        self._before = tokenizer.encode("a")[-1:]  # a space at the beginning of a text would be lost
-        self._skip = len(self._decode(self._before))
-        self._byte = {}
-        for value in range(256):
-            try:
-                self._byte[tokenizer.token_id(f"<0x{value:02X}>")] = value
-            except ValueError:  # this tokenizer has no pieces of bytes
-                break
-
-    def __call__(self, token: int) -> tuple[str, list[int] | None]:
-        if token in self._byte:
-            value = self._byte[token]
-            return bytes([value]).decode("utf-8", "replace"), [value]
-        text = self._decode([*self._before, token], skip_special_tokens=False)[self._skip :]
-        silent = text and not self._decode([token])
-        return text, None if silent else list(text.encode())
-
-
 class Reply:
     """An answer while it comes: the engine's events, brought from its thread into the loop, timed and counted."""
 
@@ -699,7 +356,8 @@ class Reply:
 
     def listen(self, event: Event) -> None:
         """Called from the engine's thread."""
-        self._loop.call_soon_threadsafe(self._events.put_nowait, (time.monotonic(), event))
+        with suppress(RuntimeError):  # the loop has ended, and with it whoever listened
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (time.monotonic(), event))
 
     @property
     def usage(self) -> dict[str, int]:
@@ -730,15 +388,20 @@ class Reply:
                 meters.next_token.observe(seconds)
         if event.finish is not None:
             self.record.fields |= self.usage | {"finish": event.finish}
-        if event.finish == "deadline":
-            raise ApiError(504, "the answer was not complete at its deadline", code="deadline")
-        if event.finish == "cancelled":
-            if self.service.draining:
-                raise ApiError(503, "the server is stopping: ask another", code="stopping")
-            raise ApiError(499, "the client went away", code="client_gone")
-        if event.finish == "error":
-            raise ApiError(500, f"the model failed: {event.error}", code="model_failed")
+        if event.finish not in (None, "stop", "length"):
+            raise self._fault(event)
         return event
+
+    def _fault(self, event: Event) -> ApiError:
+        fault = ApiError(500, f"the model failed: {event.error}", code="model_failed")
+        if event.finish == "deadline":
+            fault = ApiError(504, "the answer was not complete at its deadline", code="deadline")
+        if event.finish == "cancelled" and self.service.draining:
+            fault = ApiError(503, "the server is stopping: ask another", code="stopping")
+        elif event.finish == "cancelled":
+            fault = ApiError(499, "the client went away", code="client_gone")
+        self.record.fields["code"] = fault.code
+        return fault
 
     async def rest(self, *begun: Event) -> list[Event]:
         """All events to the end."""
@@ -764,21 +427,6 @@ async def cancelled_when_gone(request: Request, reply: Reply) -> AsyncIterator[N
         watching.cancel()
 
 
-def _logprobs(events: list[Event], names: TokenNames, top: int) -> dict:
-    """Log-probabilities in OpenAI's form, one entry for each token; its `bytes` are null where it has no text."""
-
-    def entry(token: int, logprob: float) -> dict:
-        text, raw = names(token)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": raw}
-
-    content = []
-    for event in events:
-        if event.token is not None:
-            others = [entry(token, logprob) for token, logprob in event.top[:top]]
-            content.append(entry(event.token, event.logprob) | {"top_logprobs": others})
-    return {"content": content, "refusal": None}
-
-
 def _drawn(content: bytes, answer: str, max_pixels: int) -> bytes:
     """A PNG of a picture with the boxes and masks of an answer."""
     encoded = io.BytesIO()
@@ -787,70 +435,6 @@ def _drawn(content: bytes, answer: str, max_pixels: int) -> bytes:
     except FileNotFoundError as error:
         raise ApiError(400, f"the answer holds masks, and this server cannot draw them: {error}") from error
     return encoded.getvalue()
-
-
-def _sampling(
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    repetition_penalty: float | None,
-    seed: int | None,
-) -> Sampling:
-    """How to choose, where what was not said is greedy and changes nothing."""
-    return Sampling(temperature or 0.0, 1.0 if top_p is None else top_p, top_k, repetition_penalty or 1.0, seed)
-
-
-def _stops(stop: tuple[str, ...]) -> tuple[str, ...]:
-    if not all(stop):
-        raise ApiError(400, "a stop string is empty: leave it out", param="stop")
-    return stop
-
-
-class _Chat:
-    """An answer in the two forms of OpenAI's chat completions: whole, and as a stream of chunks."""
-
-    def __init__(self, reply: Reply, names: TokenNames, body: ChatRequest, model: str):
-        self.reply, self.names, self.body = reply, names, body
-        self.head = {"id": f"chatcmpl-{reply.record.id}", "created": int(time.time()), "model": model}
-
-    def _logprobs(self, events: list[Event]) -> dict | None:
-        return _logprobs(events, self.names, self.body.top_logprobs or 0) if self.body.logprobs else None
-
-    def whole(self, events: list[Event]) -> dict:
-        message = {"role": "assistant", "content": "".join(event.text for event in events), "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": self._logprobs(events)}
-        choice["finish_reason"] = events[-1].finish
-        return self.head | {"object": "chat.completion", "choices": [choice], "usage": self.reply.usage}
-
-    async def stream(self, event: Event) -> AsyncIterator[str]:
-        """Server-sent events: the role, a chunk for each piece of text, why it ended, the usage if asked for."""
-        counted = self.body.stream_options is not None and self.body.stream_options.include_usage
-        yield self._chunk({"role": "assistant", "content": ""}, None, None, counted)
-        try:
-            while True:
-                if event.text or (self.body.logprobs and event.token is not None):
-                    yield self._chunk({"content": event.text}, self._logprobs([event]), None, counted)
-                if event.finish is not None:
-                    break
-                event = await self.reply.next()
-            yield self._chunk({}, None, event.finish, counted)
-            if counted:
-                yield _sse(self.head | {"object": _CHUNK, "choices": [], "usage": self.reply.usage})
-            yield "data: [DONE]\n\n"
-        except ApiError as error:  # the status has been sent; the error comes as an event
-            self.reply.record.fields["code"] = error.code
-            yield _sse(error_body(error))
-
-    def _chunk(self, delta: dict, logprobs: dict | None, finish: str | None, counted: bool) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return _sse(self.head | {"object": _CHUNK, "choices": [choice]} | ({"usage": None} if counted else {}))
-
-
-_CHUNK = "chat.completion.chunk"
-
-
-def _sse(content: dict) -> str:
-    return f"data: {json.dumps(content)}\n\n"
 
 
 PictureFile = Annotated[UploadFile, File(description="the picture: JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF")]
@@ -866,7 +450,7 @@ class Service:
         self.engine, self.config, self._explain = engine, config, explain
         self.meters = Meters(engine)
         self.names = TokenNames(engine.model.processor.tokenizer)
-        self.context = engine.model.config.text.max_position_embeddings
+        self.context = engine.max_length
         self.created = int(time.time())
         self.draining = False  # set by whoever stops the server: no new work, the running work is finished
         self.in_flight = 0  # requests that are not over
@@ -941,13 +525,14 @@ class Service:
         ask = self._read_ask(body, prompt)
         read = partial(read_picture, url, self.config.image_root, self.config.max_body)
         reply = await self.begin(request, read, ask)
-        chat = _Chat(reply, self.names, body, self.config.model_name)
+        form = ChatAnswer(reply.record.id, body, self.names)
         async with cancelled_when_gone(request, reply):
             if not body.stream:
-                return PlainJson(chat.whole(await reply.rest()))
+                return PlainJson(form.whole(await reply.rest(), reply.usage))
             first = await reply.next()  # faults up to here have their status
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(chat.stream(first), media_type="text/event-stream", headers=headers)
+        told = form.stream(first, reply.next, lambda: reply.usage)
+        return StreamingResponse(told, media_type="text/event-stream", headers=headers)
 
     def _check_model(self, name: str) -> None:
         if name != self.config.model_name:
@@ -965,8 +550,8 @@ class Service:
         return Ask(
             prompt,
             body.max_completion_tokens or body.max_tokens or DEFAULT_TOKENS,
-            _sampling(body.temperature, body.top_p, body.top_k, body.repetition_penalty, body.seed),
-            _stops(stop),
+            read_sampling(body.temperature, body.top_p, body.top_k, body.repetition_penalty, body.seed),
+            read_stops(stop),
             body.top_logprobs or 0,
         )
 
@@ -984,8 +569,8 @@ class Service:
         stop: Annotated[list[str] | None, Form(max_length=4)] = None,
     ):
         """Ask about a picture, as a form: `curl -F file=@cat.png -F prompt="caption en"`."""
-        sampling = _sampling(temperature, top_p, top_k, repetition_penalty, seed)
-        ask = Ask(prompt, max_tokens, sampling, _stops(tuple(stop or ())))
+        sampling = read_sampling(temperature, top_p, top_k, repetition_penalty, seed)
+        ask = Ask(prompt, max_tokens, sampling, read_stops(tuple(stop or ())))
         answer, finish, reply = await self._answer(request, file, ask)
         return PlainJson({"prompt": prompt, "answer": answer, "finish_reason": finish, "usage": reply.usage})
 
@@ -1148,6 +733,30 @@ _FAULTS = {"4XX": "what was wrong with the request, in a sentence", "5XX": "what
 _CHAT_FORMS = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 _DETECT_FORMS = {200: {"content": {"application/json": {}, "image/png": {}}}}
 _METRICS_FORM = {200: {"content": {"text/plain": {}}}}
+
+
+def _framework_error(request: Request, error: HTTPException) -> Response:
+    """What FastAPI refuses by itself: an unknown path, another method, a body that is not JSON."""
+    path = request.url.path[:200]
+    sentences = {
+        404: f"there is nothing at {path}: /docs lists what there is",
+        405: f"{path} does not take {request.method}: /docs says what it takes",
+    }
+    sentence = sentences.get(error.status_code, f"{error.detail}: /docs says what is expected")
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    return error_response(ApiError(error.status_code, sentence, code=code, headers=error.headers))
+
+
+def _shape_error(request: Request, error: RequestValidationError) -> Response:
+    """The fault that lies deepest in the body, in words, as a 400: that is what OpenAI's clients expect."""
+    deepest = max(error.errors(), key=lambda fault: len(fault["loc"]))
+    if deepest["type"] == "json_invalid":
+        return error_response(ApiError(400, f"the body is not JSON: {deepest['ctx']['error']}", code="invalid_json"))
+    place = [str(step) for step in deepest["loc"][1:] if step != "str" and "[" not in str(step)]
+    param = ".".join(place) or None
+    given = deepest.get("input")
+    shown = f", got {given!r:.80}" if isinstance(given, str | int | float | bool) else ""
+    return error_response(ApiError(400, f"{param or 'the body'}: {deepest['msg']}{shown}", param=param))
 
 
 def _known_error(request: Request, error: ApiError) -> Response:

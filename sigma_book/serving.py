@@ -15,9 +15,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sigma_book.batching import Engine
 from sigma_book.paligemma import PaliGemma
-from sigma_book.server import ApiError, JsonLines, ServerConfig, create_app, error_body
+from sigma_book.protocol import ApiError, error_body
+from sigma_book.server import JsonLines, ServerConfig, create_app
+from sigma_book.why import explain, looks_as_json
 
-__all__ = ["CarefulProtocol", "GracefulServer", "read_api_keys", "serve"]
+__all__ = ["CarefulProtocol", "GracefulServer", "explainer", "read_api_keys", "serve"]
 
 KEYS_VARIABLE = "SIGMA_BOOK_API_KEYS"
 STATIC = Path(__file__).parent / "static"
@@ -145,7 +147,7 @@ def serve(
     max_length: int | None = None,
     queue_size: int = 64,
     grace: float = 30.0,
-    explain: Callable | None = None,
+    explaining: bool = True,
 ) -> None:
     """Answer on a port until a signal comes, and log to standard error.
 
@@ -160,8 +162,8 @@ def serve(
         As in `Engine`.
     grace : float
         Seconds that running requests have to finish after SIGTERM.
-    explain : callable, optional
-        As in `create_app`.
+    explaining : bool
+        Whether the page may ask which patches a token rests on; each such question costs about as much as the answer.
 
     Raises
     ------
@@ -169,16 +171,21 @@ def serve(
         If the port is taken.
     """
     listener = _listen(host, port)
-    _log_to_stderr()
-    _allow_many_connections()
     engine = Engine(model, max_rows=max_rows, max_length=max_length, queue_size=queue_size)
     try:
-        app = create_app(engine, config, explain=explain, static=STATIC)
+        _log_to_stderr()
+        _allow_many_connections()
+        app = create_app(engine, config, explain=explainer(model) if explaining else None, static=STATIC)
         GracefulServer(app, host, port, grace).run(sockets=[listener])
     finally:
         engine.close(finish=False)
         listener.close()
     logger.info("stopped")
+
+
+def explainer(model: PaliGemma) -> Callable:
+    """Chapter 23b's maps of evidence, in the form that `create_app` takes and the demo page reads."""
+    return lambda image, prompt, answer: looks_as_json(explain(model, image, prompt, answer))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -26,7 +26,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sigma_book import generate
 from sigma_book.locate import describe, draw
-from sigma_book.server import ServerConfig, TokenNames, check_extras
+from sigma_book.protocol import TokenNames, check_extras
+from sigma_book.server import ServerConfig
 from sigma_book.world import make_scene
 
 
@@ -207,7 +208,7 @@ def test_the_client_s_fields_are_known():
 
     from openai.resources.chat.completions import Completions
 
-    from sigma_book.server import HARMLESS, NEUTRAL, ChatRequest
+    from sigma_book.protocol import HARMLESS, NEUTRAL, ChatRequest
 
     transport = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
     known = set(ChatRequest.model_fields) | set(HARMLESS) | set(NEUTRAL)
