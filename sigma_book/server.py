@@ -449,7 +449,7 @@ class Service:
     def __init__(self, engine: Engine, config: ServerConfig, explain: Callable | None):
         self.engine, self.config, self._explain = engine, config, explain
         self.meters = Meters(engine)
-        self.names = TokenNames(engine.model.processor.tokenizer)
+        self.names = TokenNames(engine.processor.tokenizer)
         self.context = engine.max_length
         self.created = int(time.time())
         self.draining = False  # set by whoever stops the server: no new work, the running work is finished
@@ -467,7 +467,7 @@ class Service:
             record.fields["prompt"] = ask.prompt
         self._check_length(ask)
         reply = Reply(record, self)
-        side = self.engine.model.processor.image_size
+        side = self.engine.processor.image_size
 
         def prepare() -> None:
             image = open_picture(picture(), self.config.max_pixels)
