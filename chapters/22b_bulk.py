@@ -868,16 +868,18 @@ for name in (names[0], names[-1], *[name for name in names if "projector" in nam
 
 # %% [markdown]
 # `transformers` reads the folder, and answers the same: `tests/test_handover.py` asks it, for Gemma 1 and 2, tied and not,
-# adapters merged and beside. vLLM has not been run for this book. Its public loader was read: it takes the two spellings,
-# and wants four keys of `config.json`: `image_token_index`, `projection_dim` and `hidden_size`, and in `text_config` the
-# `num_image_tokens`; the tests check that they are there, and right.
+# adapters merged and beside. vLLM has not been run for this book; its public source was read. Its loader takes both
+# spellings, and a head that is tied: one that was trained apart it leaves out. Of `config.json` it wants
+# `image_token_index`, `hidden_size`, `projection_dim` in `vision_config` and, in older versions, `num_image_tokens` in
+# `text_config`. The tests check that names and keys are there, and right.
 #
 # ## Does the engine look both ways?
 #
 # A folder can be read without an error, and the answers still be wrong. Most engines were made for models that read from
 # left to right. PaliGemma reads picture and prompt in both directions (chapter 09). An engine with a causal mask gives
-# answers that look like answers. vLLM was such an engine until November 2025 (pull request 27938), and what it has opened
-# since are the places of *pictures*; the prompt behind them is still text, and read from left to right.
+# answers that look like answers. vLLM was such an engine until November 2025 (pull request 27938). What it has opened
+# since, by the words of its source (`is_mm_prefix_lm`), are the places of *pictures*; the prompt behind them is text, and
+# read from left to right.
 #
 # So there are three possible masks, and all of them are `prefix_mask` with other `token_type_ids`: 0 is open, 1 is causal.
 
