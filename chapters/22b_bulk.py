@@ -544,10 +544,10 @@ class AnswerParts:
         import pyarrow
         import pyarrow.parquet
 
-        kinds = {"index": pyarrow.int64()} | dict.fromkeys(
-            ("where", "image", "prompt", "answer", "error"), pyarrow.string()
-        )
-        table = pyarrow.Table.from_pylist(list(AnswerFile(self.path(part))), pyarrow.schema(list(kinds.items())))
+        names = ("where", "image", "prompt", "answer", "error")
+        kinds = {"index": pyarrow.int64()} | dict.fromkeys(names, pyarrow.string())
+        rows = [{name: _whole_letters(record[name]) for name in kinds} for record in AnswerFile(self.path(part))]
+        table = pyarrow.Table.from_pylist(rows, pyarrow.schema(list(kinds.items())))
         with file_beside(self.path(part, "parquet")) as fresh:
             pyarrow.parquet.write_table(table, fresh)
         self.path(part).unlink()
@@ -562,6 +562,11 @@ class AnswerParts:
                     yield from batch.to_pylist()
             else:
                 yield from AnswerFile(self.path(part))
+
+
+def _whole_letters(value: str | int | None) -> str | int | None:
+    """A text with halves of letters written out, for they are no UTF-8."""
+    return value.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(value, str) else value
 
 
 _PART = re.compile(r"part-(\d{5,})\.(?:jsonl|parquet)")
@@ -627,8 +632,8 @@ class BulkConfig:
     batch_size : int
         Rows that an actor answers together.
     cpus, gpus : float
-        What an actor claims of the machines, for Ray to know where it fits; fractions are allowed. All claims together
-        must leave something free.
+        What an actor claims of the machines, for Ray to know where it fits; fractions are allowed. It is a claim on paper:
+        best leave something free for Ray itself.
 
     Raises
     ------
@@ -667,9 +672,8 @@ class BulkActor:
             return {"line": [json.dumps({"failure": self._failure})]}
         ranges = zip(block["start"].tolist(), block["stop"].tolist(), strict=True)
         records = [record for one in ranges for record in answer_range(self._rows, *one, self._answer)]
-        return {
-            "line": [json.dumps(record) for record in records]
-        }  # plain text: no kind of value is guessed on the way
+        # plain text, so that no kind of value is guessed on the way
+        return {"line": [json.dumps(record) for record in records]}
 
 
 def answer_with_ray(
@@ -864,16 +868,18 @@ for name in (names[0], names[-1], *[name for name in names if "projector" in nam
 
 # %% [markdown]
 # `transformers` reads the folder, and answers the same: `tests/test_handover.py` asks it, for Gemma 1 and 2, tied and not,
-# adapters merged and beside. vLLM has not been run for this book. Its public loader was read: it takes the two spellings,
-# and wants four keys of `config.json`: `image_token_index`, `projection_dim` and `hidden_size`, and in `text_config` the
-# `num_image_tokens`; the tests check that they are there, and right.
+# adapters merged and beside. vLLM has not been run for this book; its public source was read. Its loader takes both
+# spellings, and a head that is tied: one that was trained apart it leaves out. Of `config.json` it wants
+# `image_token_index`, `hidden_size`, `projection_dim` in `vision_config` and, in older versions, `num_image_tokens` in
+# `text_config`. The tests check that names and keys are there, and right.
 #
 # ## Does the engine look both ways?
 #
 # A folder can be read without an error, and the answers still be wrong. Most engines were made for models that read from
 # left to right. PaliGemma reads picture and prompt in both directions (chapter 09). An engine with a causal mask gives
-# answers that look like answers. vLLM was such an engine until November 2025 (pull request 27938), and what it has opened
-# since are the places of *pictures*; the prompt behind them is still text, and read from left to right.
+# answers that look like answers. vLLM was such an engine until November 2025 (pull request 27938). What it has opened
+# since, by the words of its source (`is_mm_prefix_lm`), are the places of *pictures*; the prompt behind them is text, and
+# read from left to right.
 #
 # So there are three possible masks, and all of them are `prefix_mask` with other `token_type_ids`: 0 is open, 1 is causal.
 

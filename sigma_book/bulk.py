@@ -380,10 +380,10 @@ class AnswerParts:
         import pyarrow
         import pyarrow.parquet
 
-        kinds = {"index": pyarrow.int64()} | dict.fromkeys(
-            ("where", "image", "prompt", "answer", "error"), pyarrow.string()
-        )
-        table = pyarrow.Table.from_pylist(list(AnswerFile(self.path(part))), pyarrow.schema(list(kinds.items())))
+        names = ("where", "image", "prompt", "answer", "error")
+        kinds = {"index": pyarrow.int64()} | dict.fromkeys(names, pyarrow.string())
+        rows = [{name: _whole_letters(record[name]) for name in kinds} for record in AnswerFile(self.path(part))]
+        table = pyarrow.Table.from_pylist(rows, pyarrow.schema(list(kinds.items())))
         with file_beside(self.path(part, "parquet")) as fresh:
             pyarrow.parquet.write_table(table, fresh)
         self.path(part).unlink()
@@ -398,6 +398,11 @@ class AnswerParts:
                     yield from batch.to_pylist()
             else:
                 yield from AnswerFile(self.path(part))
+
+
+def _whole_letters(value: str | int | None) -> str | int | None:
+    """A text with halves of letters written out, for they are no UTF-8."""
+    return value.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(value, str) else value
 
 
 _PART = re.compile(r"part-(\d{5,})\.(?:jsonl|parquet)")
@@ -422,8 +427,8 @@ class BulkConfig:
     batch_size : int
         Rows that an actor answers together.
     cpus, gpus : float
-        What an actor claims of the machines, for Ray to know where it fits; fractions are allowed. All claims together
-        must leave something free.
+        What an actor claims of the machines, for Ray to know where it fits; fractions are allowed. It is a claim on paper:
+        best leave something free for Ray itself.
 
     Raises
     ------
@@ -462,9 +467,8 @@ class BulkActor:
             return {"line": [json.dumps({"failure": self._failure})]}
         ranges = zip(block["start"].tolist(), block["stop"].tolist(), strict=True)
         records = [record for one in ranges for record in answer_range(self._rows, *one, self._answer)]
-        return {
-            "line": [json.dumps(record) for record in records]
-        }  # plain text: no kind of value is guessed on the way
+        # plain text, so that no kind of value is guessed on the way
+        return {"line": [json.dumps(record) for record in records]}
 
 
 def answer_with_ray(

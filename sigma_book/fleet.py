@@ -4,6 +4,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -99,10 +100,16 @@ def answer_file(
             if start:
                 remark(f"going on behind row {start:,} of {len(rows):,}")
             make_model = partial(
-                load, _full(model), device=device, dtype=dtype, quantize=quantize, adapter=_full(adapter)
+                load,
+                _full(model),
+                device="cuda" if config.gpus else device,
+                dtype=dtype,
+                quantize=quantize,
+                adapter=_full(adapter),
             )
             make_answer = partial(_load_asker, max(1, _processors() // actors), max_new_tokens, make_model)
-            parts.write(answer_with_ray(rows, start, make_answer, config))
+            with closing(answer_with_ray(rows, start, make_answer, config)) as records:
+                parts.write(records)
         return Counter("answered" if record["error"] is None else "error" for record in parts)
 
 

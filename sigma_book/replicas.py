@@ -144,11 +144,21 @@ def replicas_running(
         deployment = serve.deployment(serve.ingress()(Replica)).options(
             name=NAME, **shared.options(max_rows + queue_size)
         )
-        serve.run(deployment.bind(make_app), name=NAME, route_prefix="/")
+        try:
+            serve.run(deployment.bind(make_app), name=NAME, route_prefix="/")
+        except RuntimeError as error:
+            raise RuntimeError(f"the replicas do not start: {_why(serve.status())}") from error
         yield f"http://{host}:{port}"
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _why(status) -> str:
+    """The last line of what Ray Serve has noted: there it keeps what a replica raised when it was made."""
+    notes = [part.message for one in status.applications.values() for part in (one, *one.deployments.values())]
+    lines = [line.strip() for note in notes for line in note.splitlines() if line.strip()]
+    return lines[-1] if lines else "see the logs of Ray Serve"
 
 
 def processors() -> int:

@@ -427,12 +427,11 @@ def test_two_actors_answer_as_one_process_does(shelf, tiny_folder, tiny_model, t
     sentences = iter(POISON.values())
     assert all(next(sentences)[1] in record["error"] for record in records if record["answer"] is None)
     assert len(list((tmp_path / "out").glob("part-*.jsonl"))) == 3
-    begun = time.perf_counter()
-    again = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
-    assert again.stdout == done.stdout and time.perf_counter() - begun < 60
+    settings = {"root": shelf, "model": tiny_folder, "max_new_tokens": 12, "device": "cpu", "rows_per_part": 25}
+    assert answer_file(data, tmp_path / "out", **settings).total() == 60  # finished: no actor is started
     assert read_parts(tmp_path / "out") == records
-    other = subprocess.run([*command[:-1], "30"], capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
-    assert other.returncode == 2 and "rows_per_part = 25" in other.stderr
+    with pytest.raises(ValueError, match="rows_per_part = 25, this one has 30"):
+        answer_file(data, tmp_path / "out", **(settings | {"rows_per_part": 30}))
 
 
 def count_lines(folder: Path) -> int:

@@ -108,6 +108,23 @@ def test_two_replicas_answer_as_one_process_does(pictures, tiny_folder, tiny_mod
             process.wait(30)
 
 
+@pytest.mark.slow
+def test_a_model_that_no_replica_can_load_is_told(tiny_folder, copy_folder):
+    folder = copy_folder(tiny_folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    command = [sys.executable, "-m", "sigma_book.cli", "serve", "--model", str(folder), "--replicas", "2"]
+    done = subprocess.run(
+        [*command, "--port", str(free_port()), "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=ENVIRONMENT,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "the replicas do not start" in done.stderr and "model.safetensors" in done.stderr
+
+
 def question(picture) -> dict:
     encoded = io.BytesIO()
     picture.save(encoded, "PNG")
