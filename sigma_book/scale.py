@@ -1,6 +1,6 @@
-"""Many machines, one model.
+"""Many processes, one step.
 
-How do many processes take one step together, and what does each of them keep and send?
+How do many graphics cards teach one model together, and what does each of them keep and send?
 
 Tangled from chapters/22_scale.py: edit there, then run python -m sigma_book.tangle.
 """
@@ -29,7 +29,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sigma_book.lora import DECODER_LINEARS, LoraConfig, LoraLinear, add_lora, find_linears
+from sigma_book.lora import LoraConfig, LoraLinear, add_lora
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 from sigma_book.processor import Batch, to_disk
 from sigma_book.qlora import nf4_bytes
@@ -523,30 +523,28 @@ class RankBill:
         return self.weights + self.gradients + self.optimizer + self.gathered
 
 
-def rank_bill(sizes: PaliGemmaConfig, config: TrainingConfig, parallel: str, ranks: int) -> RankBill:
+def rank_bill(model: PaliGemma, config: TrainingConfig, parallel: str, ranks: int) -> RankBill:
     """The bill of rank 0, which has the most rows, for one step of one small batch with AdamW.
 
     Parameters
     ----------
-    sizes : PaliGemmaConfig
-        Of the model.
+    model : PaliGemma
+        As `shape_model` gives it.
     config : TrainingConfig
-        Its method, freeze, rank and dtype (a real one) count.
+        The one it was made with.
     parallel : str
         ddp or fsdp.
     ranks : int
         How many.
     """
-    model = shape_model(sizes, config)
+    item = getattr(torch, config.dtype).itemsize
     if parallel == "ddp":
         weights = sum(parameter.nbytes for parameter in model.parameters())
         if config.method == "qlora":
-            linears = find_linears(shape_model(sizes, replace(config, method="full")), DECODER_LINEARS).values()
-            item = getattr(torch, config.dtype).itemsize
-            weights -= sum(item * linear.weight.numel() - nf4_bytes(linear.weight.numel()) for linear in linears)
+            codes = [m.base.weight.numel() for m in model.modules() if isinstance(m, LoraLinear)]
+            weights -= sum(item * count - nf4_bytes(count) for count in codes)
         gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         return RankBill(weights, gradients, 2 * gradients, 0, ring_bytes(gradients, ranks))
-    item = getattr(torch, config.dtype).itemsize
     groups = _groups(model)
     gathered = item * sum(p.numel() for p in groups[0][0])
     gathered += sum(sorted(item * sum(p.numel() for p in group) for group, _ in groups[1:])[-2:])
@@ -606,4 +604,4 @@ def choose_parallel(sizes: PaliGemmaConfig, config: TrainingConfig, ranks: int, 
     """
     if config.method == "qlora" or free is None:
         return "ddp"
-    return "ddp" if rank_bill(sizes, config, "ddp", ranks).kept <= free / 2 else "fsdp"
+    return "ddp" if rank_bill(shape_model(sizes, config), config, "ddp", ranks).kept <= free / 2 else "fsdp"
