@@ -40,7 +40,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -492,8 +492,7 @@ def shard_model(model: PaliGemma, ranks: Ranks, dtype: str) -> None:
     for block in blocks_of(model):  # angles of positions must stay float32 on their way into a block
         fully_shard(block, mesh=mesh, mp_policy=replace(policy, cast_forward_inputs=False))
     fully_shard(model, mesh=mesh, mp_policy=policy)  # what is in no block: embeddings, projector, last norms
-    for name in ("loss", "encode_images", "prefill", "decode"):  # entered from outside, as `forward` is
-        register_fsdp_forward_method(model, name)
+    register_fsdp_forward_method(model, "loss")  # where it is entered from outside, as by `forward`
 
 
 # %% [markdown]
@@ -556,6 +555,17 @@ def load_sharded(folder: str | Path, config: TrainingConfig, ranks: Ranks) -> Pa
                 module.lora_A.to_local().copy_(whole[rows_of(len(whole), ranks.rank, ranks.size)])
                 module.lora_B.to_local().zero_()
     return model
+
+
+@contextmanager
+def asked_whole(model: PaliGemma) -> Iterator[None]:
+    """Around an examination: what is in no block stays whole from its first loss on, and is cut again at the end.
+
+    Between, the model may answer; its blocks are gathered for each token. All ranks have to ask the same.
+    """
+    yield
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def gather(model: nn.Module, ranks: Ranks, learning: bool = False) -> dict[str, torch.Tensor]:

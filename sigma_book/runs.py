@@ -36,6 +36,7 @@ from sigma_book.qlora import nf4_bytes
 from sigma_book.scale import (
     RankCheckpoints,
     Ranks,
+    asked_whole,
     check_parallel,
     choose_parallel,
     copy_loss,
@@ -480,7 +481,8 @@ def _look(
     step: int,
 ) -> str:
     """Examine a model, note it, and keep it if it is the best so far; gives a line and some answers."""
-    found = {"step": step} | examine(model, model.processor, held_out, autocast=AUTOCAST[config.dtype])
+    with asked_whole(model):
+        found = {"step": step} | examine(model, model.processor, held_out, autocast=AUTOCAST[config.dtype])
     former = [note["loss"] for note in progress.notes if note["step"] > 0]
     if ranks.first(step > 0 and found["loss"] < min(former, default=float("inf"))):
         save(out / "best")
