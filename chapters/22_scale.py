@@ -257,6 +257,9 @@ class Ranks(Alone):
 #
 # Libraries take the mean of the ranks' gradients. We want the sum of shares, so the loss is multiplied by the number of
 # ranks; that is the factor `ranks.size` in `add_gradients`.
+#
+# Rank 0 alone writes the log, the remarks and the pictures. Held-out examples are asked by all ranks alike, since a model that is
+# cut answers only if all take part.
 
 # %%
 short, long = [4.0, 6.0], [1.0] * 8  # losses of the tokens on two ranks
@@ -323,7 +326,7 @@ def others_there(what: str) -> Iterator[None]:
         ) from error
 
 
-_LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe")
+_LOST = re.compile(r"gloo/transport|NCCL|[Cc]onnection (closed|reset|refused)")
 
 
 # %% [markdown]
@@ -907,7 +910,7 @@ for seed in range(12):
     draw_scene(scene).save(folder / f"{seed}.png")
     lines.append(json.dumps({"image": f"{seed}.png", "prefix": "caption en", "suffix": caption(scene)}))
 (folder / "train.jsonl").write_text("\n".join(lines))
-config = TrainingConfig(max_steps=3, batch_size=4, learning_rate=1e-3, dtype="float32")
+config = TrainingConfig(max_steps=3, batch_size=4, learning_rate=1e-4, dtype="float32")
 finetune(folder / "train.jsonl", folder / "one", config, device="cpu")
 
 command = [
@@ -921,7 +924,7 @@ command = [
     "sigma_book.cli",
 ]
 command += ["train", "--data", folder / "train.jsonl", "--out", folder / "two", "--max-steps", "3", "--batch-size", "4"]
-command += ["--learning-rate", "1e-3", "--dtype", "float32", "--device", "cpu", "--parallel", "fsdp"]
+command += ["--learning-rate", "1e-4", "--dtype", "float32", "--device", "cpu", "--parallel", "fsdp"]
 one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
 done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=one_thread, timeout=120)
 assert done.returncode == 0, done.stderr
@@ -933,8 +936,8 @@ def losses(run: Path) -> list[float]:
 
 
 apart = max(abs(a - b) for a, b in zip(losses(folder / "one"), losses(folder / "two"), strict=True))
-assert apart < 1e-5
 print(f"losses {apart:.1e} apart at most")
+assert apart < 1e-5
 
 # %% [markdown]
 # And the bill, against what the second process has really written: its checkpoint has the rows of each rank in a file of its

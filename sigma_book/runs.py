@@ -150,13 +150,8 @@ def finetune(
         whole_number(name, value, least=1)
     if evaluate_every is not None:
         whole_number("evaluate_every", evaluate_every, least=1)
-    if parallel is not None and not under_torchrun():
-        raise ValueError(
-            f"parallel is {parallel!r}, but this process is alone: start it with torchrun, or leave it out"
-        )
-    ranks = join_ranks(device) if under_torchrun() else ALONE
+    ranks, device = _meet(device, parallel)
     say = remark if ranks.rank == 0 else _say_nothing
-    device = ranks.device if under_torchrun() else pick_device(device)
     batch_size = share_of_batch(config.batch_size, ranks)
     source = {"form": form, "root": root, "annotations": annotations}
     examples = _examples(data, source, say)
@@ -170,7 +165,7 @@ def finetune(
         raise ValueError(
             f"{base} is an adapter: give the model it was made for, or first merge the two (`merge_lora`) and save them"
         )
-    if under_torchrun():
+    if isinstance(ranks, Ranks):
         parallel = _parallel(parallel, base, config, ranks)
         say(f"{ranks.size} ranks, {parallel}: {batch_size} of the {config.batch_size} examples of a batch for each")
     files = {"data": data, "annotations": annotations, "evaluate": evaluate}
@@ -194,8 +189,8 @@ def finetune(
         random.seed(config.seed)
         learner, save, loss = _ready(model, config, device, ranks, parallel)
         optimizers = [adamw_by_part(learner, config)]
-        form = Checkpoints if parallel is None else partial(RankCheckpoints, ranks=ranks)
-        checkpoints = form(out / "checkpoints", learner, optimizers, every=save_every, keep=keep)
+        kind = Checkpoints if parallel is None else partial(RankCheckpoints, ranks=ranks)
+        checkpoints = kind(out / "checkpoints", learner, optimizers, every=save_every, keep=keep)
         follower = None if wandb is None or ranks.rank else _Follower(wandb, out, identity)
         progress = checkpoints.restore()  # last, so that the random numbers are those of the checkpoint
         if progress.step:
@@ -250,6 +245,18 @@ def finetune(
         save(final)
         ranks.leave()
         return final
+
+
+def _meet(device: str | torch.device, parallel: str | None) -> tuple[Alone, torch.device]:
+    """The processes that `torchrun` started, or this one alone, and where it computes."""
+    if under_torchrun():
+        ranks = join_ranks(device)
+        return ranks, ranks.device
+    if parallel is not None:
+        raise ValueError(
+            f"parallel is {parallel!r}, but this process is alone: start it with torchrun, or leave it out"
+        )
+    return ALONE, pick_device(device)
 
 
 def _say_nothing(text: str) -> None:

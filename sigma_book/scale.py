@@ -180,7 +180,7 @@ def others_there(what: str) -> Iterator[None]:
         ) from error
 
 
-_LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe")
+_LOST = re.compile(r"gloo/transport|NCCL|[Cc]onnection (closed|reset|refused)")
 
 
 def share_of_batch(batch_size: int, ranks: Alone) -> int:
