@@ -1031,7 +1031,7 @@ save(figure, "22_bill")
 #
 # ## Your turn
 #
-# **1.** ★ Write `sent(size, ranks)`: the bytes that a rank sends in a reduce-scatter of `size` bytes.
+# **1.** ★ Write `sent_by_scatter(size, ranks)`: the bytes that a rank sends in a reduce-scatter of `size` bytes.
 
 
 # %%
@@ -1062,9 +1062,9 @@ def fewest(numbers: int, card: float) -> int: ...
 check(fewest, ((2_923_466_480, 80e9), 1), ((28_000_000_000, 80e9), 6), ((10, 160.0), 1))
 
 # %% [markdown]
-# **4.** ★★★ Tell one, as in the ring, without a ring: in each of $\log_2 N$ rounds, a rank swaps half of what it still has to
-# add up with a partner, and adds. Write `halving(ranks, size)`: how many numbers does a rank send in such a reduce-scatter of
-# `size` numbers? (`ranks` is a power of two.)
+# **4.** ★★★ A reduce-scatter without a ring: in each of $\log_2 N$ rounds, a rank and a partner split what both still have to
+# add up. Each sends the other one half of its numbers, and adds what it gets to the half that it keeps. Write
+# `halving(ranks, size)`: how many numbers does a rank send in all, of `size` at the start? (`ranks` is a power of two.)
 
 
 # %%

@@ -587,6 +587,13 @@ def test_alone_parallel_is_told_to_start_with_torchrun(arguments, tmp_path, caps
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_under_torchrun_is_refused(arguments, tmp_path, capsys, monkeypatch):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    assert main(arguments(tmp_path / "run", "--dry-run")) == 2
+    assert capsys.readouterr().err.startswith("sigma-book, rank 1: a dry run counts one process: leave torchrun out")
+
+
 def test_a_run_of_many_is_not_taken_on_by_one(arguments, tmp_path, capsys):
     out = tmp_path / "run"
     (out / "checkpoints" / "step-000002").mkdir(parents=True)
