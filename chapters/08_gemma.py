@@ -418,7 +418,7 @@ class Gemma(nn.Module):
 
     def new_caches(self, batch: int, max_length: int) -> list[KVCache]:
         """Empty caches for `max_length` columns, one for each layer, in the weights' dtype and place."""
-        weight = self.layers[0].self_attn.k_proj.weight
+        weight = self.norm.weight
         config = self.config
         return [
             KVCache(

@@ -571,6 +571,12 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
+def open_tensor(folder: str | Path, name: str) -> torch.Tensor:
+    """One tensor of a checkpoint, by our name, as a window into its file: what is not used is not read."""
+    path, stored_name, _ = _locate_tensors(Path(folder))[name]
+    return _read_tensor(map_file(path), stored_name)
+
+
 def map_file(path: Path) -> safe_open:
     """A window into a file of tensors: what is not looked at is not read."""
     try:

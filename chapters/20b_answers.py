@@ -32,6 +32,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -159,10 +160,20 @@ class AnswerFile:
             following = record["index"] + 1
         return following
 
-    def cut_torn_line(self) -> None:
-        """Take off a last line that has no end."""
-        with self.path.open("rb+") as file:
-            file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
+    @contextmanager
+    def growing(self) -> Iterator[Callable[[dict], None]]:
+        """Hold the file, take off a torn last line, and give a function that appends a record.
+
+        Raises
+        ------
+        RuntimeError
+            If another process holds it; from the function, if the disk is full.
+        """
+        with self.path.open("ab", buffering=0) as file:
+            _hold_alone(file)
+            with self.path.open("rb+") as whole:
+                whole.truncate(sum(len(line) for line in whole if line.endswith(b"\n")))
+            yield lambda record: _append_line(file, json.dumps(record, ensure_ascii=False))
 
 
 # %% [markdown]
@@ -233,16 +244,14 @@ def answer_examples(
         raise ValueError(f"batch_size is {batch_size}: expected at least 1")
     end = len(examples) if most is None else min(most, len(examples))
     answers = AnswerFile(path, end)
-    with Path(path).open("ab", buffering=0) as file:
-        _hold_alone(file)
-        answers.cut_torn_line()
+    with answers.growing() as append:
         start = min(answers.next_index(), end)
         numbered = ((index, examples[index]) for index in range(start, end))
         asked = (pair for pair in numbered if task != "count" or true_count(pair[1]) is not None)
         with tqdm(total=end, initial=start, desc=task, unit="", disable=None) as bar:
             for rows in iter(lambda: list(itertools.islice(asked, batch_size)), []):
                 for record in _ask_rows(task, rows, answer):
-                    _append_line(file, json.dumps(record, ensure_ascii=False))
+                    append(record)
                 bar.update(rows[-1][0] + 1 - bar.n)
             bar.update(end - bar.n)
     return answers

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from sigma_book.fast import Preparation, compile_step, prepare
 from sigma_book.generation import (
     Answer,
     Sampling,
@@ -15,16 +16,17 @@ from sigma_book.generation import (
     check_beams,
     generate_answers,
     read_stop_ids,
+    read_stop_strings,
     stream_answer,
     whole_number,
 )
 from sigma_book.locate import AnswerGrammar
-from sigma_book.lora import CONFIG_FILE, POCKET_BASE, adapter_base, load_adapter
+from sigma_book.lora import CONFIG_FILE, POCKET_BASE, adapter_base, load_adapter, merge_lora
 from sigma_book.npz import load_npz
 from sigma_book.paligemma import PaliGemma
 from sigma_book.processor import Batch, Processor, Tokenizer, load_image
 from sigma_book.qlora import nf4_on_arrival, quantize_nf4
-from sigma_book.weights import find_folder, load_model, read_config
+from sigma_book.weights import find_folder, load_model, open_tensor, read_config
 
 __all__ = ["generate", "load", "read_settings"]
 
@@ -42,6 +44,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     quantize: str | None = None,
     adapter: str | Path | None = None,
+    compile: bool = False,
 ) -> PaliGemma:
     """Load a model with its processor.
 
@@ -58,9 +61,14 @@ def load(
         pocket model.
     quantize : str, optional
         "nf4" stores the decoder's linear maps in four bits as they come from the file; `dtype` is what it computes in.
+        "int8" (tower, decoder and head in eight bits) and "int4" (the decoder in four) make a model that answers
+        faster and cannot learn; on a GPU they need torchao.
     adapter : path, optional
         A LoRA adapter in PEFT's format, a folder or an id on the hub. It stays beside the weights: `merge_lora` of
         `sigma_book.lora` adds it to them.
+    compile : bool
+        Make the model ready to answer, at the cost that it cannot learn: on the CPU its maps are laid out for the
+        kernels and fused, on a GPU the decoding step is compiled too. An adapter is merged.
 
     Returns
     -------
@@ -73,12 +81,16 @@ def load(
         If the folder or one of its files is missing.
     ValueError
         If a file is damaged, or describes another model; if device, dtype or `quantize` is unknown; if the adapter is
-        for another model.
+        for another model, or is to go onto "int8" or "int4".
     RuntimeError
         If the device is not there, or the hub does not give the files.
     """
-    if quantize not in (None, "nf4"):
-        raise ValueError(f"quantize is {quantize!r}: expected 'nf4', or nothing")
+    if quantize not in (None, "nf4", "int8", "int4"):
+        raise ValueError(f"quantize is {quantize!r}: expected 'nf4', 'int8' or 'int4', or nothing")
+    if type(compile) is not bool:
+        raise ValueError(f"compile is {compile!r}: expected True or False")
+    if compile and quantize == "nf4":
+        raise ValueError("compile=True cannot lay out maps in nf4: take quantize='int4', or leave one of the two out")
     for given, what in ((path_or_hub_id, "a model"), (adapter, "an adapter")):
         if given is not None and not isinstance(given, str | Path):
             raise ValueError(f"{what} is a path or a hub id, got {type(given).__name__}")
@@ -87,18 +99,39 @@ def load(
         if adapter is not None:
             raise ValueError(f"{folder} is an adapter itself: give its base as the model, and one adapter")
         folder, adapter = _base_folder(folder), folder
+    in_few_bits = quantize in ("int8", "int4")
+    if in_few_bits and adapter is not None:
+        raise ValueError(
+            f"{quantize} rounds the base alone, so the adapter would be added to other weights than it was taught on: "
+            "merge it (merge_lora), save that (save_model), then load the result with quantize"
+        )
     if folder == POCKET and dtype == "auto":
         dtype = "float32"
     if folder.suffix == ".npz" and folder.is_file():
         model = load_npz(folder, device, dtype)
         folder, vision = folder.parent, model.config.vision
         processor = Processor(Tokenizer.from_folder(folder), vision.image_size, vision.num_patches)
-        if quantize is not None:
+        if quantize == "nf4":
             quantize_nf4(model)
+        elif in_few_bits or (compile and adapter is None):
+            model = prepare(model, quantize)
     else:
         read_config(folder)  # a folder of another model is told first
         processor = Processor.from_folder(folder)
-        model = load_model(folder, device, dtype, nf4_on_arrival() if quantize else None)
+        if in_few_bits or (compile and adapter is None):
+            ready = Preparation(quantize)
+            model = load_model(folder, device, dtype, ready)
+            on_cpu = model.device.type == "cpu"
+            model = ready.finish(model, open_tensor(folder, "language_model.embed_tokens.weight") if on_cpu else None)
+        else:
+            model = load_model(folder, device, dtype, nf4_on_arrival() if quantize else None)
+    if adapter is not None:
+        load_adapter(model, find_folder(adapter))
+        if compile:
+            merge_lora(model)
+            model = prepare(model)
+    if compile and model.device.type == "cuda":
+        compile_step(model, "reduce-overhead")
     if processor.tokenizer.image_id != model.config.image_token_id:
         raise ValueError(
             f"{folder}: <image> is token {processor.tokenizer.image_id} for the tokenizer and "
@@ -106,8 +139,6 @@ def load(
         )
     model.processor = processor
     model.stop_ids = read_stop_ids(folder, model.config.eos_token_id)
-    if adapter is not None:
-        load_adapter(model, find_folder(adapter))
     return model
 
 
@@ -268,10 +299,7 @@ def read_settings(
         raise ValueError(f"grammar is {grammar!r}: expected 'detect' or 'segment', or none")
     if seed is None:
         sampling = replace(sampling, seed=int(torch.randint(2**62, ())))
-    listed = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if not isinstance(listed, list | tuple) or not all(isinstance(text, str) and text for text in listed):
-        raise ValueError(f"stop is {stop!r}: expected a string, or a list of strings, none of them empty")
-    return sampling, list(listed)
+    return sampling, read_stop_strings(stop)
 
 
 def _rows(image, prompt) -> tuple[list, list[str]]:

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from sigma_book import __version__
@@ -77,7 +78,10 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype", metavar="T", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
     )
-    command.add_argument("--quantize", metavar="Q", help="nf4 stores the decoder in 4 bits (default: as stored)")
+    command.add_argument(
+        "--quantize", metavar="Q", help="int8, int4 or nf4: weights in 8 or 4 bits (default: as stored)"
+    )
+    command.add_argument("--compile", action="store_true", help="lay the weights out for speed first")
     command.add_argument("--adapter", metavar="DIR", help="folder or hub id of a LoRA adapter for the model")
 
 
@@ -109,6 +113,7 @@ def _generate(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         quantize=options.quantize,
         adapter=options.adapter,
+        compile=options.compile,
     )
     answer = generate(image, options.prompt, model=model, stream=options.stream, **settings)
     if options.stream:
@@ -316,12 +321,181 @@ def _train(options: argparse.Namespace) -> None:
         print(final)
 
 
+def _bench_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", metavar="DIR", help="folder or hub id of a PaliGemma (default: the pocket model)")
+    command.add_argument("--size", metavar="S", help="pocket; or, with --random, 300m, 1b or 3b")
+    command.add_argument("--random", action="store_true", help="weights of that size are random, written once")
+    command.add_argument("--against", metavar="NAME", action="append", default=[], help="run transformers too")
+    command.add_argument("--quantize", metavar="Q", help="as in generate")
+    command.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16 (default: float32 on a CPU)")
+    command.add_argument("--device", metavar="D", default="cpu", help="cpu, cuda, mps or auto (default: cpu)")
+    command.add_argument("--batch", metavar="N", type=int, default=1, help="pictures answered together (default: 1)")
+    command.add_argument("--prompt", metavar="TEXT", default="caption en", help="(default: caption en)")
+    command.add_argument("--prompt-tokens", metavar="N", type=int, help="repeat or cut the prompt to N tokens")
+    command.add_argument("--new-tokens", metavar="N", type=int, default=16, help="of each answer (default: 16)")
+    command.add_argument("--warmup", metavar="N", type=int, default=1, help="turns that do not count (default: 1)")
+    command.add_argument("--repeat", metavar="N", type=int, default=5, help="turns that count (default: 5)")
+    command.add_argument("--bill", action="store_true", help="predict each part and hold it against the measurement")
+    command.add_argument("--growth", dest="grow", action="store_true", help="time larger pictures, batches and answers")
+    command.add_argument("--json", dest="json_file", metavar="FILE", type=Path, help="write all that was measured")
+    command.add_argument("--save", dest="picture", metavar="FILE", type=Path, help="write a picture, FILE.png")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from sigma_book.bench import run_bench
+
+    print("\n".join(run_bench(**{name: value for name, value in vars(options).items() if name != "run"})))
+
+
+def _serve_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", metavar="DIR", help="folder or hub id of a PaliGemma (default: the pocket model)")
+    command.add_argument("--name", metavar="NAME", help="what requests call the model (default: its folder's name)")
+    command.add_argument("--host", metavar="H", default="127.0.0.1", help="0.0.0.0 for all (default: 127.0.0.1)")
+    command.add_argument("--port", metavar="N", type=int, default=8000, help="0 is any free one (default: 8000)")
+    command.add_argument("--max-rows", metavar="N", type=int, default=8, help="answered together (default: 8)")
+    command.add_argument(
+        "--max-length", metavar="N", type=int, help="tokens of picture, prompt and answer (default: the model's)"
+    )
+    command.add_argument("--queue", metavar="N", type=int, default=64, help="that wait; more get a 429 (default: 64)")
+    command.add_argument("--max-tokens", metavar="N", type=int, help="longest answer (default: the model's context)")
+    command.add_argument("--max-body", metavar="BYTES", type=int, default=20_000_000, help="(default: 20000000)")
+    command.add_argument("--max-pixels", metavar="N", type=int, default=50_000_000, help="(default: 50000000)")
+    command.add_argument(
+        "--deadline", metavar="S", type=float, default=60.0, help="seconds an answer has (default: 60)"
+    )
+    command.add_argument(
+        "--grace", metavar="S", type=float, default=30.0, help="seconds to finish after SIGTERM (default: 30)"
+    )
+    command.add_argument("--replicas", metavar="N", type=int, default=1, help="of the model, by Ray Serve (default: 1)")
+    command.add_argument("--max-replicas", metavar="N", type=int, help="under load, up to N (default: as --replicas)")
+    command.add_argument("--api-keys", metavar="FILE", help="keys, one a line (default: SIGMA_BOOK_API_KEYS, or none)")
+    command.add_argument("--image-root", metavar="DIR", type=Path, help="folder whose pictures may be named by path")
+    command.add_argument(
+        "--cors", metavar="ORIGIN", action="append", default=[], help="a site that may ask; repeatable"
+    )
+    command.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
+    command.add_argument("--device", metavar="D", default="auto", help="auto, cuda, cuda:0, mps or cpu (default: auto)")
+    command.add_argument(
+        "--dtype", metavar="T", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
+    )
+    command.add_argument("--quantize", metavar="Q", help="nf4 stores the decoder in 4 bits (default: as stored)")
+    command.add_argument("--adapter", metavar="DIR", help="folder or hub id of a LoRA adapter for the model")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from sigma_book.assemble import load
+    from sigma_book.server import ServerConfig
+    from sigma_book.serving import read_api_keys, serve
+
+    config = ServerConfig(
+        model_name=options.name or (Path(options.model).name if options.model else "pocket"),
+        max_body=options.max_body,
+        max_pixels=options.max_pixels,
+        max_new_tokens=options.max_tokens,
+        max_waiting=options.max_rows + options.queue,
+        deadline=options.deadline,
+        api_keys=read_api_keys(options.api_keys),
+        cors_origins=tuple(options.cors),
+        image_root=options.image_root,
+        log_prompts=options.log_prompts,
+    )
+    sizes = {"max_rows": options.max_rows, "max_length": options.max_length, "queue_size": options.queue}
+    address = {"host": options.host, "port": options.port}
+    source = (
+        options.model if options.model is None or not Path(options.model).exists() else Path(options.model).resolve()
+    )
+    make_model = partial(
+        load,
+        source,
+        device=options.device,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        adapter=options.adapter,
+    )
+    if options.replicas == 1 and options.max_replicas is None:
+        serve(make_model(), config, grace=options.grace, **address, **sizes)
+        return
+    from sigma_book.replicas import serve_replicas, share
+
+    shared = share(options.replicas, options.max_replicas, options.max_rows, options.device)
+    serve_replicas(make_model, config, shared, **address, **sizes)
+
+
+def _answer_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data", metavar="FILE", required=True, help="JSON lines or Parquet with image and prompt")
+    command.add_argument("--out", metavar="DIR", required=True, help="folder of this run; the same again goes on")
+    _model_arguments(command)
+    command.add_argument("--root", metavar="DIR", help="where paths of pictures begin (default: the file's folder)")
+    command.add_argument("--actors", metavar="N", type=int, default=1, help="processes with the model (default: 1)")
+    command.add_argument("--batch-size", metavar="N", type=int, default=16, help="answered together (default: 16)")
+    command.add_argument("--max-new-tokens", metavar="N", type=int, default=100, help="longest answer (default: 100)")
+    command.add_argument("--quantize", metavar="Q", help="nf4 stores the decoder in 4 bits (default: as stored)")
+    command.add_argument(
+        "--form", metavar="F", default="jsonl", help="of the answers: jsonl or parquet (default: jsonl)"
+    )
+    command.add_argument(
+        "--rows-per-part", metavar="N", type=int, default=10_000, help="rows in a file (default: 10000)"
+    )
+
+
+def _model_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", metavar="DIR", help="folder or hub id of a PaliGemma (default: the pocket model)")
+    command.add_argument("--adapter", metavar="DIR", help="folder or hub id of a LoRA adapter for the model")
+    command.add_argument("--device", metavar="D", default="auto", help="auto, cuda, cuda:0, mps or cpu (default: auto)")
+    command.add_argument(
+        "--dtype", metavar="T", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
+    )
+
+
+def _answer(options: argparse.Namespace) -> None:
+    from sigma_book.fleet import answer_file
+
+    settings = {name: value for name, value in vars(options).items() if name not in ("run", "data", "out")}
+    counts = answer_file(options.data, options.out, **settings)
+    print(f"{counts.total():,} rows: {counts['answered']:,} answered, {counts['error']:,} with an error")
+
+
+def _export_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", metavar="DIR", required=True, help="folder that the model is written to")
+    command.add_argument("--model", metavar="DIR", help="what to write (default: the pocket model)")
+    command.add_argument("--adapter", metavar="DIR", help="LoRA adapter that is added to the weights")
+    command.add_argument("--dtype", metavar="T", default="auto", help="of the numbers (default: as stored)")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from sigma_book.fleet import export_model
+
+    print(export_model(options.out, model=options.model, adapter=options.adapter, dtype=options.dtype))
+
+
+def _compare_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--url", metavar="URL", required=True, help="such as http://localhost:8000/v1")
+    _model_arguments(command)
+    command.add_argument("--questions", metavar="N", type=int, default=8, help="about drawn scenes (default: 8)")
+    command.add_argument("--key", metavar="KEY", help="sent to the engine (default: what OPENAI_API_KEY holds)")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from sigma_book.fleet import compare
+
+    settings = {name: value for name, value in vars(options).items() if name not in ("run", "url", "key")}
+    report = compare(options.url, key=options.key or os.environ.get("OPENAI_API_KEY"), **settings)
+    print("\n".join(report.lines()))
+    if report.mask != "whole":
+        raise RuntimeError(f"{options.url}: {report.verdict()}")
+
+
 # name, one line of help, what adds its arguments, what runs it
 COMMANDS = (
     ("generate", "answer a prompt about a picture", _generate_arguments, _generate),
     ("data", "look at a file of examples before training on it", _data_arguments, _data),
     ("train", "teach a model what a file of examples says", _train_arguments, _train),
     ("evaluate", "ask a model a whole data set and score its answers", _evaluate_arguments, _evaluate),
+    ("bench", "measure how fast a model answers, and predict it", _bench_arguments, _bench),
+    ("serve", "answer over HTTP on a port", _serve_arguments, _serve),
+    ("answer", "answer a file of pictures and prompts with many processes", _answer_arguments, _answer),
+    ("export", "write a model as a folder that other engines read", _export_arguments, _export),
+    ("compare", "find out whether an engine reads picture and prompt as it must", _compare_arguments, _compare),
     ("pocket", "teach the pocket model from nothing", _pocket_arguments, _pocket),
 )
 

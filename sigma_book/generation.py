@@ -29,15 +29,18 @@ __all__ = [
     "Sampling",
     "answer_limits",
     "apply_temperature",
+    "ask_allow",
     "check_beams",
     "choose",
     "draw_one",
+    "finite_scores",
     "generate_answers",
     "generate_tokens",
     "keep_top_k",
     "keep_top_p",
     "penalize_repetition",
     "read_stop_ids",
+    "read_stop_strings",
     "row_generators",
     "search_beams",
     "seen_tokens",
@@ -297,12 +300,12 @@ def generate_tokens(
     live = list(range(rows))
 
     for step in range(max(limits)):
-        logits = _finite(logits)
+        logits = finite_scores(logits)
         steered = logits
         if allow is not None:
             steered = logits.clone()
             for row in live:
-                may = _ask(allow, answers[row], limits[row] - step)  # (V,)
+                may = ask_allow(allow, answers[row], limits[row] - step)  # (V,)
                 steered[row] = logits[row].masked_fill(~may.to(logits.device), -math.inf)
         tokens = choose(steered, sampling, seen, generators)  # (B,)
         logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)  # (B,)
@@ -340,7 +343,8 @@ def _read_prompts(
     return logits, seen_tokens(batch.input_ids, batch.attention_mask, logits.shape[-1]), mask, caches
 
 
-def _ask(allow: Allow, answer: list[int], left: int) -> torch.Tensor:
+def ask_allow(allow: Allow, answer: list[int], left: int) -> torch.Tensor:
+    """The tokens (V,) that `allow` lets come next, or a ValueError if there are none."""
     may = allow(answer, left)
     if not may.any():
         raise ValueError(
@@ -349,7 +353,7 @@ def _ask(allow: Allow, answer: list[int], left: int) -> torch.Tensor:
     return may
 
 
-def _finite(logits: torch.Tensor) -> torch.Tensor:
+def finite_scores(logits: torch.Tensor) -> torch.Tensor:
     """Scores in float32, or a RuntimeError if they are not finite."""
     if not logits.isfinite().all():
         raise RuntimeError(
@@ -492,11 +496,11 @@ def search_beams(
     searches = [RowSearch(num_beams, length_penalty, limit, is_end) for limit in limits]
     live, step, most = searches, 0, num_beams * (1 + max(1, len(stop_ids)))
     while True:
-        logprobs = _finite(logits).log_softmax(-1)  # (N, V), N beams of all rows
+        logprobs = finite_scores(logits).log_softmax(-1)  # (N, V), N beams of all rows
         steered = logprobs if repetition_penalty == 1 else penalize_repetition(logprobs, seen, repetition_penalty)
         beams = [(search, beam) for search in live for beam in search.running]
         if allow is not None:
-            may = torch.stack([_ask(allow, beam.tokens, search.limit - step) for search, beam in beams])  # (N, V)
+            may = torch.stack([ask_allow(allow, beam.tokens, search.limit - step) for search, beam in beams])  # (N, V)
             steered = steered.masked_fill(~may.to(steered.device), -math.inf)
         totals = steered + steered.new_tensor([beam.total for _, beam in beams])[:, None]
         lines, start = [], 0
@@ -707,6 +711,20 @@ def stream_answer(
     text.finish()
     if piece := text.take():
         yield piece
+
+
+def read_stop_strings(stop: str | Sequence[str] | None) -> list[str]:
+    """One stop string, several or none, as a list.
+
+    Raises
+    ------
+    ValueError
+        If one is empty, or no string.
+    """
+    listed = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(listed, list | tuple) or not all(isinstance(text, str) and text for text in listed):
+        raise ValueError(f"stop is {stop!r}: expected a string, or a list of strings, none of them empty")
+    return list(listed)
 
 
 def read_stop_ids(folder: Path, eos_token_id: int) -> list[int]:

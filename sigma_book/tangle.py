@@ -1,7 +1,6 @@
 """Tangle: take the library out of the book.
 
-A code cell of `chapters/NN_name.py` whose first line is `# | export` belongs to `sigma_book/name.py`.
-A long subject has a second part, `15b_name.py`, which stands between 15 and 16.
+A code cell of `chapters/NN_name.py` that begins `# | export` belongs to `sigma_book/name.py`; 15b stands behind 15.
 
     python -m sigma_book.tangle            write all modules
     python -m sigma_book.tangle rope gqa   write some
@@ -48,8 +47,9 @@ def read_chapter(path: Path) -> Chapter:
     opening = re.search(r"^# ([^\n]+)$.*?^\*(.+?)\*$", prose, re.MULTILINE | re.DOTALL)
     if opening is None:
         raise TangleError(f"{path.name}, cell 1: a chapter opens with a title and one question in italics")
+    title, question = opening[1] + "." * (opening[1][-1] not in "?!"), " ".join(opening[2].split())
     edit = f"{TANGLED}{path.name}: edit there, then run python -m sigma_book.tangle."
-    docstring = "\n\n".join([f'"""{opening[1]}.', " ".join(opening[2].split()), f'{edit}\n"""'])
+    docstring = f'"""{title}\n\n{question}\n\n{edit}\n"""'
     cells = []
     for number, cell in enumerate(notebook.cells, start=1):
         first, _, rest = cell.source.partition("\n")

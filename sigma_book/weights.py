@@ -31,6 +31,7 @@ __all__ = [
     "hub_name",
     "load_model",
     "map_file",
+    "open_tensor",
     "our_name",
     "pick_device",
     "pick_dtype",
@@ -382,6 +383,12 @@ def load_model(
             bar.update(sizes[name])
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def open_tensor(folder: str | Path, name: str) -> torch.Tensor:
+    """One tensor of a checkpoint, by our name, as a window into its file: what is not used is not read."""
+    path, stored_name, _ = _locate_tensors(Path(folder))[name]
+    return _read_tensor(map_file(path), stored_name)
 
 
 def map_file(path: Path) -> safe_open:

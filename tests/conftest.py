@@ -1,6 +1,8 @@
 """What the tests share: a small folder in the Hugging Face layout, with random weights and the pocket's tokenizer."""
 
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,38 @@ def picture_file(tmp_path_factory, pictures) -> Path:
 @pytest.fixture(scope="session")
 def make_tiny():
     return make_tiny_folder
+
+
+@pytest.fixture(scope="session")
+def pocket():
+    return load()
+
+
+@pytest.fixture
+def start_server():
+    """A real server on a free port of this machine, for as long as the test runs: `start_server(model, **settings)`."""
+    from sigma_book.batching import Engine
+    from sigma_book.server import ServerConfig, create_app
+    from sigma_book.serving import GracefulServer
+
+    running = []
+
+    def start(model, *, explain=None, static=None, engine=None, **settings):
+        engine = Engine(model, **(engine or {}))
+        app = create_app(engine, ServerConfig(**({"model_name": "pocket"} | settings)), explain=explain, static=static)
+        server = GracefulServer(app)
+        thread = threading.Thread(target=server.run)
+        running.append((server, thread, engine))
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        server.url, server.engine = f"http://127.0.0.1:{server.port}", engine
+        return server
+
+    yield start
+    for server, thread, engine in running:
+        engine.close(finish=False)
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()

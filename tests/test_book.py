@@ -44,6 +44,14 @@ NAMES = [
     "19_qlora",
     "20_evaluation",
     "20b_answers",
+    "21_speed",
+    "21b_fast",
+    "21c_batching",
+    "22_scale",
+    "22b_bulk",
+    "22c_protocol",
+    "23_server",
+    "23b_why",
 ]
 
 

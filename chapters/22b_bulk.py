@@ -1,0 +1,1277 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: py:percent
+#     notebook_metadata_filter: -jupytext.text_representation
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Millions of pictures, and other engines
+#
+# *How does a model answer a million pictures, when some are broken, machines stop in the middle, and the engine may be
+# another's?*
+#
+# **You build** a run over millions of rows that many processes share and that can be killed at any moment, and a test
+# that tells from outside whether an engine reads picture and prompt as it must. **You need** chapters 09 (prefix mask),
+# 12 (weights), 15 (data) and 20b (answers). **Exports** the module `sigma_book.bulk`.
+
+# %%
+# | export
+import base64
+import io
+import json
+import math
+import os
+import re
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from sigma_book.answers import AnswerFile
+from sigma_book.data import Example, find_picture, index_lines
+from sigma_book.generation import whole_number
+from sigma_book.paligemma import PaliGemma
+from sigma_book.processor import file_beside, load_image
+
+# %%
+import shutil
+import tempfile
+import threading
+import time
+from importlib.util import find_spec
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyBboxPatch
+
+from sigma_book import generate, load
+from sigma_book.style import ANSWER, GREY, PICTURE, PROMPT, check, save, use_style
+from sigma_book.world import draw_scene, make_scene
+
+use_style()
+torch.manual_seed(0)
+folder = Path(tempfile.mkdtemp(prefix="sigma_book_bulk_"))
+
+# %% [markdown]
+# ## The picture
+#
+# A file lists pictures and prompts, one row for each. Several processes, *actors*, have loaded the model. A *driver* deals
+# out the rows in small batches, and writes the answers.
+
+# %%
+figure, axis = plt.subplots(figsize=(8.4, 2.7))
+boxes = [("file of rows", 0.9, 1.2, GREY), ("driver", 3.3, 1.2, PROMPT), ("parts of answers", 3.3, 0.05, ANSWER)]
+boxes += [(f"actor {number}: model", 6.6, 2.2 - 0.8 * number, PICTURE) for number in range(3)]
+boxes += [("pictures", 9.4, 1.4, GREY)]
+for name, x, y, colour in boxes:
+    axis.add_patch(FancyBboxPatch((x - 0.75, y - 0.2), 1.5, 0.4, boxstyle="round,pad=0.06", facecolor=colour, lw=0))
+    axis.text(x, y, name, ha="center", va="center", color="black" if colour == PROMPT else "white", fontsize=9)
+arrow = {"arrowstyle": "-|>", "color": "0.3", "shrinkA": 0, "shrinkB": 0}
+axis.annotate("", (2.4, 1.2), (1.75, 1.2), arrowprops=arrow)
+axis.annotate("", (3.3, 0.4), (3.3, 0.9), arrowprops=arrow)
+for number in range(3):
+    y = 2.2 - 0.8 * number
+    axis.annotate("", (5.75, y), (4.15, 1.2), arrowprops={**arrow, "arrowstyle": "<|-|>"})
+    axis.annotate("", (7.45, y), (8.55, 1.4), arrowprops=arrow)
+axis.text(4.75, 2.15, "row numbers out,\nanswers back", ha="center", fontsize=8, color="0.3")
+axis.text(3.45, 0.65, "in the order of the rows", fontsize=8, color="0.3", va="center")
+axis.set(xlim=(0, 10.4), ylim=(-0.3, 2.6))
+axis.axis("off")
+save(figure, "22b_flow")
+
+# %% [markdown]
+# *Figure: a file of rows leads to the driver. Between the driver and three actors, each with a model, row numbers go out
+# and answers come back; the actors fetch the pictures themselves. Below the driver, answers go into parts, in the order of
+# the rows.*
+#
+# Only numbers go out. An actor reads its rows and opens its pictures itself, so the driver stays idle enough to serve
+# hundreds of actors, and no picture is copied between processes.
+#
+# ## By hand
+#
+# Twelve rows, as a user may bring them: three are no good. One names a picture that is not there, one has an empty prompt,
+# one line is torn.
+
+# %%
+lines = []
+for seed in range(12):
+    draw_scene(make_scene(seed)).save(folder / f"{seed}.png")
+    lines.append(json.dumps({"image": f"{seed}.png", "prompt": "caption en"}))
+lines[4] = json.dumps({"image": "gone.png", "prompt": "caption en"})
+lines[7] = json.dumps({"image": "7.png", "prompt": " "})
+lines[9] = lines[9][:30]
+(folder / "pictures.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def answer_naive(path: Path, out: Path) -> None:
+    model = load()
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        answer = generate(path.parent / row["image"], row["prompt"], model=model)
+        with out.open("a") as file:
+            file.write(answer + "\n")
+
+
+try:
+    answer_naive(folder / "pictures.jsonl", folder / "answers.txt")
+except FileNotFoundError as error:
+    print(f"{error}; {len((folder / 'answers.txt').read_text().splitlines())} answers written")
+
+# %% [markdown]
+# After row 4, eight rows wait for someone to repair a file and begin again. In a million rows there are many such ones. So
+# a run needs four things: a bad row gets its sentence in place of an answer; batches, for speed; a way to go on; and more
+# than one process.
+#
+# ## Rows, whatever is wrong with them
+#
+# A row becomes an `Example` (chapter 15), or an exception that says what is wrong with it: a value, not something that is
+# raised. JSON lines are found by their places in the file, as in chapter 15. In a Parquet file, a table by columns, the
+# picture may be a path, or the bytes of the picture file themselves.
+
+
+# %%
+# | export
+_ROW_KEYS = ("prompt", "prefix")
+
+
+def _request(row: Mapping, folder: Path) -> Example:
+    """What a row asks; raises what is wrong with it."""
+    key = next((key for key in _ROW_KEYS if key in row), None)
+    if key is None or "image" not in row:
+        keys = ", ".join(map(repr, list(row)[:8])) or "none"
+        raise ValueError(f"the keys of this row are {keys}: expected 'image' and 'prompt'")
+    prompt, image = row[key], row["image"]
+    if not isinstance(prompt, str):
+        raise ValueError(f"{key} is {prompt!r:.60}: expected a text")
+    if not prompt.strip():
+        raise ValueError("the prompt is empty: say what is asked")
+    if isinstance(image, Mapping):  # as the datasets library stores pictures
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    facts = {"image": image} if isinstance(image, str) else {}
+    source = image if isinstance(image, bytes) else find_picture(image, (folder,))
+    return Example(source, prompt, "", facts=facts)
+
+
+class LineRows:
+    """The rows of a file of JSON lines, `{"image": path, "prompt": text}`; only their places are held in memory.
+
+    Parameters
+    ----------
+    path : path
+    folder : path
+        Where relative paths of pictures begin.
+    """
+
+    def __init__(self, path: Path, folder: Path):
+        self.path, self.folder, self._table = path, folder, index_lines(path)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def where(self, index: int) -> str:
+        return f"{self.path.name}, line {self._table.columns['line'][index]}"
+
+    def read(self, start: int, stop: int) -> list[Example | Exception]:
+        """Rows from `start` up to `stop`, each an example, or what is wrong with it.
+
+        Raises
+        ------
+        RuntimeError
+            If the file was changed since it was opened.
+        """
+        return [self._one(index) for index in range(start, stop)]
+
+    def _one(self, index: int) -> Example | Exception:
+        try:
+            return _request(self._table.rows([index])[0], self.folder)
+        except (ValueError, OSError) as error:
+            return error
+
+
+class ParquetRows:
+    """The rows of a Parquet file with the columns `image` (paths, bytes, or both in a struct) and `prompt`.
+
+    A reader is kept where the last rows were read, so that rows in order are read once.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged, or a column is missing.
+    RuntimeError
+        If pyarrow is not installed.
+    """
+
+    def __init__(self, path: Path, folder: Path):
+        self.path, self.folder = path, folder
+        try:
+            import pyarrow.parquet
+        except ImportError as error:
+            raise RuntimeError(f"{path} is Parquet, read by pyarrow: {_EXTRA}") from error
+        try:
+            self._file = pyarrow.parquet.ParquetFile(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is no Parquet file that can be read ({_one_sentence(error)})") from error
+        names = self._file.schema_arrow.names
+        key = next((key for key in _ROW_KEYS if key in names), None)
+        if key is None or "image" not in names:
+            raise ValueError(f"{path} has the columns {', '.join(names)}: expected 'image' and 'prompt'")
+        sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
+        self._columns, self._starts = ["image", key], np.cumsum([0, *sizes])
+        self._group, self._next, self._waiting = -1, 0, iter(())
+
+    def __reduce__(self):
+        return ParquetRows, (self.path, self.folder)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def where(self, index: int) -> str:
+        return f"{self.path.name}, row {index + 1}"
+
+    def read(self, start: int, stop: int) -> list[Example | Exception]:
+        """Rows from `start` up to `stop`, each an example, or what is wrong with it."""
+        found: list[Example | Exception] = []
+        while start < stop:
+            group = int(np.searchsorted(self._starts, start, side="right")) - 1
+            end = min(stop, int(self._starts[group + 1]))
+            found += self._read_in(group, start, end)
+            start = end
+        return found
+
+    def _read_in(self, group: int, start: int, stop: int) -> list[Example | Exception]:
+        if group != self._group or self._next > start:
+            self._group, self._next, self._waiting = group, int(self._starts[group]), self._rows_of(group)
+        try:
+            rows = list(islice(self._waiting, start - self._next, stop - self._next))
+        except (OSError, ValueError) as error:  # the rows of this group are lost, the others are not
+            self._group = -1
+            return [ValueError(f"this part of the file cannot be read ({_one_sentence(error)})")] * (stop - start)
+        self._next = stop
+        return [self._one(row) for row in rows]
+
+    def _rows_of(self, group: int) -> Iterator[dict]:
+        for batch in self._file.iter_batches(64, row_groups=[group], columns=self._columns):
+            yield from batch.to_pylist()
+
+    def _one(self, row: dict) -> Example | Exception:
+        try:
+            return _request(row, self.folder)
+        except (ValueError, OSError) as error:
+            return error
+
+
+_EXTRA = "pip install 'sigma-book[scale]'"
+
+
+def _one_sentence(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def open_rows(path: str | Path, root: str | Path | None = None) -> LineRows | ParquetRows:
+    """Open a file of pictures and prompts, JSON lines or Parquet; the rows are read when they are asked for.
+
+    Parameters
+    ----------
+    path : path
+    root : path, optional
+        Where relative paths of pictures begin; the file's folder by default.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the file or the root is missing.
+    ValueError
+        If the file is empty or of another form, or none of its first hundred rows can be used.
+    RuntimeError
+        If Parquet is to be read, and pyarrow is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path} (rows of pictures and prompts)")
+    if root is not None and not Path(root).is_dir():
+        raise FileNotFoundError(f"no such folder: {root} (root, where the paths of pictures begin)")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    kind = ParquetRows if magic == b"PAR1" or path.suffix == ".parquet" else LineRows
+    rows = kind(path.resolve(), (path.parent if root is None else Path(root)).resolve())
+    if len(rows) == 0:
+        raise ValueError(f"{path} holds no row")
+    first = rows.read(0, min(100, len(rows)))
+    if all(isinstance(row, Exception) for row in first):
+        raise ValueError(f"{path}: none of the first {len(first)} rows can be used; {rows.where(0)}: {first[0]}")
+    return rows
+
+
+# %%
+rows = open_rows(folder / "pictures.jsonl")
+for found in rows.read(3, 10):
+    print(found if isinstance(found, Exception) else f"{found.image.name}: {found.prefix}")
+
+# %% [markdown]
+# The missing picture is not noticed here: paths are opened when they are answered.
+#
+# ## One bad row among sixteen
+#
+# Batches are faster, but an error stops a whole batch. Which row was it? Cut the batch into halves and try each; a half
+# that fails is cut again. A single row that fails is the one: its error becomes its sentence.
+#
+# With one bad row among $B$, halving asks $1 + 2\log_2 B$ times at most, where one by one asks $1 + B$ times.
+
+
+# %%
+# | export
+def answers_or_reasons(
+    examples: Sequence[Example], answer: Callable[[list[Example]], list[str]]
+) -> list[tuple[str | None, str | None]]:
+    """Ask all examples; for each its answer, or the sentence that says why there is none.
+
+    Parameters
+    ----------
+    examples : sequence of Example
+    answer : callable
+        Takes a list of examples, gives a text for each. An error of a batch is looked for by halving.
+
+    Returns
+    -------
+    list of (answer, reason)
+        One of the two is None.
+
+    Raises
+    ------
+    torch.AcceleratorError
+        If the GPU itself has failed: no row is to blame, and no other would be answered.
+    """
+    if not examples:
+        return []
+    try:
+        return [(text, None) for text in answer(list(examples))]
+    except torch.AcceleratorError:
+        raise
+    except (ValueError, OSError, RuntimeError) as error:
+        if len(examples) == 1:
+            return [(None, _one_sentence(error))]
+    half = len(examples) // 2
+    return answers_or_reasons(examples[:half], answer) + answers_or_reasons(examples[half:], answer)
+
+
+# %% [markdown]
+# The proof, for every place of the bad row: it alone has a reason, and the asking stays below the bound.
+
+# %%
+for bad in range(16):
+    asked = []
+
+    def picky(examples, asked=asked, bad=bad):
+        asked.append(len(examples))
+        if any(example.prefix == str(bad) for example in examples):
+            raise ValueError("I do not like this one")
+        return [example.prefix for example in examples]
+
+    outcomes = answers_or_reasons([Example(b"", str(number), "") for number in range(16)], picky)
+    assert [reason is not None for _, reason in outcomes] == [number == bad for number in range(16)]
+    assert [text for text, _ in outcomes if text] == [str(number) for number in range(16) if number != bad]
+    assert len(asked) <= 1 + 2 * math.log2(16) == 9
+
+# %% [markdown]
+# Now a range of rows becomes a list of records: which row, where it stands, what was asked, and the answer or the reason.
+
+
+# %%
+# | export
+def answer_range(
+    rows: LineRows | ParquetRows, start: int, stop: int, answer: Callable[[list[Example]], list[str]]
+) -> list[dict]:
+    """Records of the rows from `start` up to `stop`, asked together.
+
+    Returns
+    -------
+    list of dict
+        `index` (from 0), `where`, `image` (the path, None for bytes), `prompt`, `answer`, `error`: of the last two, one is
+        None.
+    """
+    records, asked = [], []
+    for index, found in zip(range(start, stop), rows.read(start, stop), strict=True):
+        record = {"index": index, "where": rows.where(index), "image": None, "prompt": None}
+        if isinstance(found, Exception):
+            records.append(record | {"answer": None, "error": _one_sentence(found)})
+            continue
+        record |= {"image": found.facts.get("image"), "prompt": found.prefix, "answer": None, "error": None}
+        records.append(record)
+        asked.append((record, found))
+    outcomes = answers_or_reasons([example for _, example in asked], answer)
+    for (record, _), (text, reason) in zip(asked, outcomes, strict=True):
+        record |= {"answer": text, "error": reason}
+    return records
+
+
+# %%
+model = load()
+
+
+def from_model(examples: list[Example]) -> list[str]:
+    return generate([example.image for example in examples], [example.prefix for example in examples], model=model)
+
+
+records = answer_range(rows, 0, len(rows), from_model)
+for record in records[3:11]:
+    print(record["index"], record["answer"] or f"({record['error']})")
+assert [record["index"] for record in records if record["error"]] == [4, 7, 9]
+one_by_one = {i: generate(folder / f"{i}.png", "caption en", model=model) for i in range(12) if i not in (4, 7, 9)}
+assert {record["index"]: record["answer"] for record in records if record["answer"]} == one_by_one
+
+# %% [markdown]
+# ## Killed at any moment
+#
+# Who writes the answers? Not the actors: two writers of one file need locks, and a file for each actor needs a merge. The
+# driver writes, alone, and in the order of the rows. Then the whole state of a run is one number, the last row written,
+# and that stands in the last line. `AnswerFile`, with which `evaluate` writes (chapter 20b), knows how to read it, how to
+# cut off a line that is torn, and how to keep others out.
+#
+# A million answers are easier to handle in parts of, say, ten thousand. A finished part can become a Parquet file. Where
+# does a run go on? Behind the last line of the last part.
+
+
+# %%
+# | export
+ANSWER_FORMS = ("jsonl", "parquet")
+
+
+@dataclass(frozen=True)
+class AnswerParts:
+    """The answers of a run as files `part-00000`, `part-00001`, ..., each of so many rows, in order.
+
+    Parameters
+    ----------
+    folder : Path
+        It is there, and no other process is at work in it.
+    total : int
+        Rows of the whole run.
+    rows_per_part : int
+    form : str
+        `jsonl`, or `parquet`: then a part is JSON lines while it grows, and becomes Parquet when it is full.
+    """
+
+    folder: Path
+    total: int
+    rows_per_part: int = 10_000
+    form: str = "jsonl"
+
+    def __post_init__(self):
+        whole_number("rows_per_part", self.rows_per_part, least=1)
+        if self.form not in ANSWER_FORMS:
+            raise ValueError(f"form is {self.form!r}: expected one of {', '.join(ANSWER_FORMS)}")
+
+    def path(self, part: int, form: str = "jsonl") -> Path:
+        return self.folder / f"part-{part:05d}.{form}"
+
+    def end(self, part: int) -> int:
+        """The number of the first row behind a part."""
+        return min(self.total, (part + 1) * self.rows_per_part)
+
+    def next_index(self) -> int:
+        """The number of the first row that has no whole record yet.
+
+        Raises
+        ------
+        ValueError
+            If a part is missing before the last one, or a file was edited.
+        """
+        found = {int(match[1]) for path in self.folder.iterdir() if (match := _PART.fullmatch(path.name))}
+        if not found:
+            return 0
+        last = max(found)
+        if missing := sorted(set(range(last)) - found):
+            raise ValueError(f"{self.folder} lacks {self.path(missing[0], self.form).name}: give a new folder")
+        if self.path(last, "parquet").exists():
+            self.path(last).unlink(missing_ok=True)  # a kill came between writing the one and removing the other
+            return self.end(last)
+        following = max(last * self.rows_per_part, AnswerFile(self.path(last)).next_index())
+        if following > self.end(last):
+            raise ValueError(
+                f"{self.path(last)} holds row {following - 1}, which is not of this part: give a new folder"
+            )
+        if following == self.end(last) and self.form == "parquet":
+            self._seal(last)
+        return following
+
+    def write(self, records: Iterator[dict], label: str = "answers") -> Counter:
+        """Append records, which begin with that of `next_index()`, and show how far it is.
+
+        Returns
+        -------
+        collections.Counter
+            How many have been `answered` now, and how many have an `error`.
+
+        Raises
+        ------
+        RuntimeError
+            If a record is not the next one, or the disk is full: what was written stands.
+        """
+        start, seen = self.next_index(), Counter()
+        with tqdm(total=self.total, initial=start, desc=label, unit="", disable=None) as bar:
+            while start < self.total:
+                part = start // self.rows_per_part
+                with AnswerFile(self.path(part)).growing() as append:
+                    for record in islice(records, self.end(part) - start):
+                        if record["index"] != start:
+                            raise RuntimeError(f"row {record['index']} came where row {start} was due")
+                        append(record)
+                        seen["answered" if record["error"] is None else "error"] += 1
+                        start += 1
+                        bar.update()
+                if start < self.end(part):
+                    raise RuntimeError(f"the answers end before row {start}: give the same command again")
+                if self.form == "parquet":
+                    self._seal(part)
+        return seen
+
+    def _seal(self, part: int) -> None:
+        """Turn a full part into Parquet: written beside its place, moved there, then the lines go."""
+        import pyarrow
+        import pyarrow.parquet
+
+        kinds = {"index": pyarrow.int64()} | dict.fromkeys(
+            ("where", "image", "prompt", "answer", "error"), pyarrow.string()
+        )
+        table = pyarrow.Table.from_pylist(list(AnswerFile(self.path(part))), pyarrow.schema(list(kinds.items())))
+        with file_beside(self.path(part, "parquet")) as fresh:
+            pyarrow.parquet.write_table(table, fresh)
+        self.path(part).unlink()
+
+    def __iter__(self) -> Iterator[dict]:
+        """All records so far, in order."""
+        for part in range(math.ceil(self.total / self.rows_per_part)):
+            if self.path(part, "parquet").exists():
+                import pyarrow.parquet
+
+                for batch in pyarrow.parquet.ParquetFile(self.path(part, "parquet")).iter_batches():
+                    yield from batch.to_pylist()
+            else:
+                yield from AnswerFile(self.path(part))
+
+
+_PART = re.compile(r"part-(\d{5,})\.(?:jsonl|parquet)")
+
+
+def answer_here(
+    rows: LineRows | ParquetRows, start: int, answer: Callable[[list[Example]], list[str]], batch_size: int = 16
+) -> Iterator[dict]:
+    """Records of all rows from `start` on, in this process."""
+    for first in range(start, len(rows), batch_size):
+        yield from answer_range(rows, first, min(len(rows), first + batch_size), answer)
+
+
+# %% [markdown]
+# The proof: a run of twelve rows in parts of five is killed after each possible byte of its second part, and each time it
+# goes on. What stands on the disk in the end is always the same. (Real processes are killed in `tests/test_bulk.py`.)
+
+
+# %%
+def stub(examples: list[Example]) -> list[str]:
+    return [f"{example.image.name}, {example.prefix}" for example in examples]
+
+
+whole = AnswerParts(folder / "whole", len(rows), rows_per_part=5)
+whole.folder.mkdir()
+print(dict(whole.write(answer_here(rows, 0, stub, batch_size=4))))
+contents = {path.name: path.read_bytes() for path in sorted(whole.folder.iterdir())}
+assert list(contents) == ["part-00000.jsonl", "part-00001.jsonl", "part-00002.jsonl"]
+
+second = contents["part-00001.jsonl"]
+for length in range(0, len(second) + 1, 7):
+    torn = AnswerParts(folder / "torn", len(rows), rows_per_part=5)
+    torn.folder.mkdir()
+    torn.path(0).write_bytes(contents["part-00000.jsonl"])
+    torn.path(1).write_bytes(second[:length])
+    torn.write(answer_here(rows, torn.next_index(), stub, batch_size=4))
+    assert {path.name: path.read_bytes() for path in torn.folder.iterdir()} == contents
+    shutil.rmtree(torn.folder)
+assert [record["index"] for record in whole] == list(range(12))
+
+# %% [markdown]
+# ## Many actors
+#
+# What is left is to deal out the work, to restart an actor that dies, to hold back when answers come faster than they are
+# written, and to do all this on one machine or on a hundred. That is a large program, and it exists: Ray Data.
+#
+# A *dataset* of Ray is a list of blocks, and steps that are done to each. Ours has one block for each batch of rows, and in
+# it two numbers: first row, and the row behind the last. One step is done to it, by a pool of actors. Each actor is a
+# Python object in a process of its own: its `__init__` loads the model, once; its `__call__` answers a block. Ray keeps
+# the order of the blocks if we ask for it.
+
+
+# %%
+# | export
+@dataclass(frozen=True)
+class BulkConfig:
+    """How the work is shared.
+
+    Parameters
+    ----------
+    actors : int
+        Processes that have the model.
+    batch_size : int
+        Rows that an actor answers together.
+    cpus, gpus : float
+        What an actor claims of the machines, for Ray to know where it fits; fractions are allowed. All claims together
+        must leave something free.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range.
+    """
+
+    actors: int = 1
+    batch_size: int = 16
+    cpus: float = 0.5
+    gpus: float = 0.0
+
+    def __post_init__(self):
+        whole_number("actors", self.actors, least=1)
+        whole_number("batch_size", self.batch_size, least=1)
+        for name in ("cpus", "gpus"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected a number, 0 or more")
+
+
+class BulkActor:
+    """What each actor holds: the rows, and a function that asks the model. Called with a block, it gives JSON lines.
+
+    A model that cannot be loaded is told in the place of answers: raised here, the sentence would be lost among others.
+    """
+
+    def __init__(self, rows: LineRows | ParquetRows, make_answer: Callable[[], Callable[[list[Example]], list[str]]]):
+        self._rows, self._failure = rows, None
+        try:
+            self._answer = make_answer()
+        except (ValueError, OSError, RuntimeError) as error:
+            self._failure = _one_sentence(error)
+
+    def __call__(self, block: dict) -> dict:
+        if self._failure is not None:
+            return {"line": [json.dumps({"failure": self._failure})]}
+        ranges = zip(block["start"].tolist(), block["stop"].tolist(), strict=True)
+        records = [record for one in ranges for record in answer_range(self._rows, *one, self._answer)]
+        return {
+            "line": [json.dumps(record) for record in records]
+        }  # plain text: no kind of value is guessed on the way
+
+
+def answer_with_ray(
+    rows: LineRows | ParquetRows,
+    start: int,
+    make_answer: Callable[[], Callable[[list[Example]], list[str]]],
+    config: BulkConfig,
+) -> Iterator[dict]:
+    """Records of all rows from `start` on, in order, from a pool of actors.
+
+    If this process is not yet part of a Ray cluster, it joins the one that `RAY_ADDRESS` names, or starts one on this
+    machine, without dashboard and usage statistics, that ends with the answers.
+
+    Parameters
+    ----------
+    rows : LineRows or ParquetRows
+        Each machine must find file and pictures under the same paths.
+    start : int
+    make_answer : callable
+        Called once in each actor; gives the function that takes examples and gives texts.
+    config : BulkConfig
+
+    Raises
+    ------
+    ValueError
+        If the actors claim more than the machines have.
+    RuntimeError
+        If Ray is not installed, the model cannot be loaded, an actor fails in a way that no row explains, or no answer comes
+        for half an hour: a row may end the process of its actor each time that it is asked.
+    """
+    with _ray_running(config) as ray:
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False  # ours counts rows, not blocks
+        size, total = config.batch_size, len(rows)
+        blocks = [{"start": first, "stop": min(total, first + size)} for first in range(start, total, size)]
+        answers = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
+            BulkActor,
+            batch_size=1,
+            fn_constructor_args=(rows, make_answer),
+            compute=ray.data.ActorPoolStrategy(size=config.actors),
+            num_cpus=config.cpus,
+            num_gpus=config.gpus,
+        )
+        try:
+            for row in answers.iter_rows():
+                record = json.loads(row["line"])
+                if "failure" in record:
+                    raise RuntimeError(record["failure"])
+                yield record
+        except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as error:
+            raise RuntimeError(
+                f"an actor failed ({_last_cause(error)}); the answers so far stand, and the same command goes on behind them"
+            ) from error
+
+
+# %% [markdown]
+# The rest is starting Ray quietly. Its object store, where blocks wait, may be small, for what waits there is numbers and
+# short texts.
+
+
+# %%
+# | export
+_QUIET_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_DATA_LOG_LEVEL": "CRITICAL"}
+
+
+@contextmanager
+def _ray_running(config: BulkConfig):
+    """The package, with Ray running; it ends with the block if it was started here."""
+    for name, value in _QUIET_RAY.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+        import ray.data.exceptions
+    except ImportError as error:
+        raise RuntimeError(f"answering with actors needs Ray: {_EXTRA}") from error
+    ours, quiet = not ray.is_initialized(), {"log_to_driver": False, "logging_level": "ERROR"}
+    if ours and "RAY_ADDRESS" in os.environ:
+        ray.init(**quiet)
+    elif ours:
+        ray.init("local", include_dashboard=False, object_store_memory=100 * 2**20, **quiet)
+    try:
+        have = ray.cluster_resources()
+        for name, each in (("CPU", config.cpus), ("GPU", config.gpus)):
+            if config.actors * each > have.get(name, 0):
+                raise ValueError(
+                    f"{config.actors} actors with {each:g} {name} each do not fit: there are {have.get(name, 0):g} {name}, "
+                    "so ask for fewer actors"
+                )
+        yield ray
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _last_cause(error: BaseException) -> str:
+    """The last line that Ray has to tell: it packs an error of an actor, with all its lines, into others."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+# %% [markdown]
+# Here it is, if Ray is installed, with two actors that only pretend to answer: the records must be those of one process,
+# in order. (`tests/test_bulk.py` runs real models, kills the driver with `kill -9` and an actor under way, and finds each
+# row there once.)
+
+# %%
+many = [json.dumps({"image": f"{i % 12}.png", "prompt": f"number {i}" if i % 50 else ""}) for i in range(400)]
+(folder / "many.jsonl").write_text("\n".join(many) + "\n")
+many_rows = open_rows(folder / "many.jsonl")
+expected = list(answer_here(many_rows, 0, stub))
+
+
+def pretend():
+    """What each actor calls once: in place of loading a model."""
+    return stub
+
+
+block_seconds = 0.0
+if find_spec("ray") is None:
+    print("Ray is not installed: pip install 'sigma-book[scale]'")
+else:
+    arrivals, found = [], []
+    for record in answer_with_ray(many_rows, 0, pretend, BulkConfig(actors=2, batch_size=2, cpus=0.25)):
+        arrivals.append(time.perf_counter())
+        found.append(record)
+    assert found == expected
+    block_seconds = (arrivals[-1] - arrivals[0]) / 200
+    print(f"{len(found)} records in order; Ray takes {block_seconds * 1e3:.1f} ms for a block")
+
+# %% [markdown]
+# ## How fast with A actors?
+#
+# Loading takes $t_0$ once, an actor needs $t$ for a row, and the driver needs $d$ to have a row dealt out by Ray and its
+# answer written. With $A$ actors that do not share a processor, $N$ rows take
+#
+# $$ T(A) = t_0 + N \, \max\left(\frac{t}{A},\; d\right) $$
+#
+# More than $t / d$ actors are of no use to one driver. Ray's part of $d$ is for a block, so larger batches make it smaller.
+# We measure $t$ with the pocket model, and the two parts of $d$ with actors that do nothing.
+
+# %%
+begun = time.perf_counter()
+answer_range(rows, 0, 4, from_model)
+answer_range(rows, 10, 12, from_model)
+row_seconds = (time.perf_counter() - begun) / 6
+
+written = AnswerParts(folder / "written", len(expected), rows_per_part=150)
+written.folder.mkdir()
+begun = time.perf_counter()
+written.write(iter(expected))
+write_seconds = (time.perf_counter() - begun) / len(expected)
+driver_seconds = block_seconds / 16 + write_seconds  # in batches of 16
+limit = row_seconds / driver_seconds
+print(
+    f"t: {row_seconds * 1e3:.1f} ms; d: {block_seconds / 16 * 1e3:.3f} ms of Ray and {write_seconds * 1e3:.3f} ms to write"
+)
+print(f"one driver serves {limit:,.0f} actors with the pocket model")
+
+figure, axis = plt.subplots(figsize=(5.6, 2.8))
+actors = np.geomspace(1, 20 * limit, 200)
+axis.loglog(actors, 1 / np.maximum(row_seconds / actors, driver_seconds), color=PICTURE)
+axis.axvline(limit, color=GREY, lw=0.8, ls="--")
+middle = limit**0.5
+axis.annotate("the actors decide", (middle, middle / row_seconds), xytext=(6, -12), textcoords="offset points")
+axis.annotate("the driver decides", (limit, 1 / driver_seconds), xytext=(6, -14), textcoords="offset points")
+axis.set(xlabel="actors", ylabel="rows in a second")
+save(figure, "22b_actors")
+
+# %% [markdown]
+# *Figure: rows in a second over the number of actors, both logarithmic, as the formula predicts it from the measured
+# times. The line rises with the actors, bends at a dashed line, and is level behind it.*
+#
+# This is a prediction for actors that have processors of their own, and for the smallest of models. A large one needs longer
+# for a row, so its driver serves more actors. Two actors on the two cores of a laptop share what one had.
+#
+# ## Handing over
+#
+# There may be an engine that is faster than this book: vLLM, for one. What must we give it? A folder. Chapter 12 wrote it:
+# `config.json`, the weights, the tokenizer's files, and `preprocessor_config.json`. An adapter (chapter 18) goes along in
+# its own folder, in PEFT's format, or is added to the weights first: `sigma-book export --adapter DIR` does the second.
+#
+# The names of the weights decide whether a reader finds them. Files have two spellings, and each reader has a table like
+# the `RENAMED` of chapter 12. Here is the longer one of the two, as `save_model` writes it.
+
+# %%
+from sigma_book.weights import hub_name
+
+names = [hub_name(name) for name in model.state_dict()]
+for name in (names[0], names[-1], *[name for name in names if "projector" in name]):
+    print(name)
+
+# %% [markdown]
+# `transformers` reads the folder, and answers the same: `tests/test_handover.py` asks it, for Gemma 1 and 2, tied and not,
+# adapters merged and beside. vLLM has not been run for this book. Its public loader was read: it takes the two spellings,
+# and wants four keys of `config.json`: `image_token_index`, `projection_dim` and `hidden_size`, and in `text_config` the
+# `num_image_tokens`; the tests check that they are there, and right.
+#
+# ## Does the engine look both ways?
+#
+# A folder can be read without an error, and the answers still be wrong. Most engines were made for models that read from
+# left to right. PaliGemma reads picture and prompt in both directions (chapter 09). An engine with a causal mask gives
+# answers that look like answers. vLLM was such an engine until November 2025 (pull request 27938), and what it has opened
+# since are the places of *pictures*; the prompt behind them is still text, and read from left to right.
+#
+# So there are three possible masks, and all of them are `prefix_mask` with other `token_type_ids`: 0 is open, 1 is causal.
+
+# %%
+# | export
+PREFIX_MASKS = ("whole", "picture", "causal")
+
+
+def prefix_types(input_ids: torch.Tensor, answer_start: int, image_token_id: int, mask: str) -> torch.Tensor:
+    """Token types with which `prefix_mask` becomes the mask of an engine.
+
+    Parameters
+    ----------
+    input_ids : torch.Tensor
+        (B, T), without padding.
+    answer_start : int
+        Place of the first answer token.
+    image_token_id : int
+    mask : str
+        `whole` opens picture and prompt to each other, as PaliGemma was trained; `picture` opens the places of pictures
+        alone; `causal` opens nothing.
+
+    Returns
+    -------
+    torch.Tensor
+        (B, T), 0 where a token sees all others of type 0, else 1.
+    """
+    if mask == "picture":
+        return (input_ids != image_token_id).long()
+    types = torch.ones_like(input_ids)
+    if mask == "whole":
+        types[:, :answer_start] = 0
+    return types
+
+
+@torch.no_grad()
+def answer_logprobs(
+    model: PaliGemma, image: Image.Image, prompt: str, tokens: Sequence[int], mask: str = "whole"
+) -> list[float]:
+    """Log-probability (nats) of each token of an answer, if the model read under a mask of `PREFIX_MASKS`.
+
+    Parameters
+    ----------
+    model : PaliGemma
+        With its processor.
+    image : PIL.Image.Image
+        RGB.
+    prompt : str
+    tokens : sequence of int
+        The answer.
+    mask : str
+    """
+    batch = model.processor.prepare([image], [prompt]).to(model.device)
+    start = batch.input_ids.shape[1]
+    ids = torch.cat([batch.input_ids, torch.tensor([list(tokens)], device=model.device)], dim=1)  # (1, T)
+    types = prefix_types(ids, start, model.config.image_token_id, mask)
+    pictures = batch.pixel_values.to(model.multi_modal_projector.linear.weight.dtype)
+    hidden_states = model.hidden_states(ids, model.encode_images(pictures), torch.ones_like(ids), types)
+    logprobs = model.logits(hidden_states[:, start - 1 : -1]).float().log_softmax(-1)  # (1, answer, V)
+    return logprobs[0].gather(-1, ids[0, start:, None])[:, 0].tolist()
+
+
+# %% [markdown]
+# With the mask `whole` these are the log-probabilities that `generate` returns. With the other two they are lower: the
+# model has never read like that. Of twelve scenes we draw the one where it shows most.
+
+# %%
+shown, lowest = None, 0.0
+for seed in range(12):
+    picture = draw_scene(make_scene(seed))
+    _, tokens, logprobs = generate(picture, "caption en", model=model, return_logprobs=True)
+    under = {mask: answer_logprobs(model, picture, "caption en", tokens, mask) for mask in PREFIX_MASKS}
+    np.testing.assert_allclose(under["whole"], logprobs, atol=1e-4)
+    if sum(under["causal"]) < lowest:
+        shown, lowest = (tokens, under), sum(under["causal"])
+tokens, under = shown
+assert sum(under["whole"]) > max(sum(under["picture"]), sum(under["causal"]))
+
+figure, axis = plt.subplots(figsize=(8.4, 3.1))
+for mask, colour, marker in zip(PREFIX_MASKS, (ANSWER, PROMPT, GREY), "osx"):
+    axis.plot(under[mask], marker=marker, ms=4, color=colour, lw=1)
+place = int(np.argmin(under["causal"]))
+axis.annotate("causal", (place, under["causal"][place]), xytext=(8, 0), textcoords="offset points", color="0.4")
+place = int(np.argmin(under["picture"]))
+where = {"xytext": (-8, -4), "textcoords": "offset points", "ha": "right"}
+axis.annotate("picture only", (place, under["picture"][place]), color="#9a6700", **where)
+axis.annotate("whole prefix", (0, under["whole"][0]), xytext=(0, 6), textcoords="offset points", color=ANSWER)
+pieces = [model.processor.tokenizer.decode([token], skip_special_tokens=False) for token in tokens]
+axis.set_xticks(range(len(tokens)), pieces, rotation=45, ha="right", fontsize=8)
+axis.set(ylabel="log-probability", ylim=(None, 0.08 * -min(under["causal"])))
+save(figure, "22b_prefix")
+print({mask: round(sum(values), 2) for mask, values in under.items()})
+
+# %% [markdown]
+# *Figure: the log-probability of each token of a caption, under three masks. Under the whole prefix all lie near zero; with
+# the picture alone open, and under a causal mask, some tokens fall far below.*
+#
+# ## Asking from outside
+#
+# An engine does not show its mask, but with an answer it gives the log-probability of each token. Ask it a few questions;
+# compute ours for the same tokens under the three masks; the nearest mask is the engine's. It must be near, within what 16
+# bits round away, and three times as near as the next. If even the nearest is far away, something else is wrong: other
+# weights, another prompt, another picture.
+
+
+# %%
+# | export
+@dataclass(frozen=True)
+class EngineReport:
+    """How far an engine's log-probabilities are from ours.
+
+    Parameters
+    ----------
+    distances : dict
+        For each mask of `PREFIX_MASKS` the mean over all tokens of the absolute difference, in nats.
+    tokens : int
+        How many were compared.
+    tolerance : float
+        Nats that rounding may explain.
+    """
+
+    distances: dict[str, float]
+    tokens: int
+    tolerance: float
+
+    @property
+    def mask(self) -> str | None:
+        """The mask that the engine uses: within tolerance, and three times as near as any other; else None."""
+        nearest, second = sorted(PREFIX_MASKS, key=self.distances.get)[:2]
+        fits = self.distances[nearest] <= self.tolerance
+        return nearest if fits and self.distances[second] >= 3 * self.distances[nearest] else None
+
+    def lines(self) -> list[str]:
+        rows = [f"{mask:<8} {distance:.5f}" for mask, distance in self.distances.items()]
+        return [
+            f"mean difference of {self.tokens} log-probabilities, if the engine's open prefix were:",
+            *rows,
+            self.verdict(),
+        ]
+
+    def verdict(self) -> str:
+        """One sentence: what the engine does, or why that cannot be told."""
+        if self.mask == "whole":
+            return "the engine reads picture and prompt in both directions, as PaliGemma was trained"
+        if self.mask is not None:
+            read = {"picture": "the picture in both directions, but not the prompt", "causal": "all from left to right"}
+            return f"the engine reads {read[self.mask]}: its answers are not those of the model"
+        if min(self.distances.values()) <= self.tolerance:
+            return "the masks are too close to tell: ask more questions, or have the engine compute in more bits"
+        return "no mask explains these numbers: other weights, another prompt around the text, or too few bits"
+
+
+def ask_engine(
+    url: str, image: Image.Image, prompt: str, *, name: str, max_tokens: int = 32, key: str | None = None
+) -> tuple[list[str], list[float]]:
+    """An engine's greedy answer through `/chat/completions` of OpenAI's interface: its tokens and their log-probabilities.
+
+    Parameters
+    ----------
+    url : str
+        Up to and with `/v1`.
+    image : PIL.Image.Image
+        Sent as PNG in a data URL.
+    name : str
+        Of the model, as the engine calls it.
+    key : str, optional
+        Sent as a bearer token.
+
+    Raises
+    ------
+    RuntimeError
+        If the engine cannot be reached, refuses, or its answer has no log-probabilities.
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    data = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": data}}, {"type": "text", "text": prompt}]
+    question = {"model": name, "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens}
+    answer = _engine_json(f"{url}/chat/completions", question | {"temperature": 0, "logprobs": True}, key)
+    try:
+        listed = answer["choices"][0]["logprobs"]["content"]
+        return [entry["token"] for entry in listed], [float(entry["logprob"]) for entry in listed]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise RuntimeError(f"{url}: the answer has no logprobs.content: does the engine give them?") from error
+
+
+def engine_model(url: str, key: str | None = None) -> str:
+    """The name of the first model that an engine lists."""
+    try:
+        return _engine_json(f"{url}/models", None, key)["data"][0]["id"]
+    except (KeyError, IndexError, TypeError) as error:
+        raise RuntimeError(f"{url}/models lists no model") from error
+
+
+def _engine_json(address: str, question: dict | None, key: str | None) -> dict:
+    headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+    body = None if question is None else json.dumps(question).encode()
+    try:
+        request = urllib.request.Request(address, body, headers)
+        with urllib.request.urlopen(request, timeout=300) as reply:
+            return json.loads(reply.read())
+    except urllib.error.HTTPError as error:
+        raise RuntimeError(f"{address} answered {error.code}: {error.read(300).decode(errors='replace')}") from error
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"{address} does not answer as it should ({error}): is the engine running there?") from error
+
+
+def compare_engine(
+    url: str,
+    model: PaliGemma,
+    questions: Sequence[tuple[Image.Image, str]],
+    *,
+    name: str | None = None,
+    key: str | None = None,
+    tolerance: float = 0.1,
+) -> EngineReport:
+    """Find out which prefix mask an engine uses, by its log-probabilities.
+
+    Parameters
+    ----------
+    url : str
+        Of an OpenAI-compatible interface, such as http://localhost:8000/v1.
+    model : PaliGemma
+        The same weights, with their processor.
+    questions : sequence of (picture, prompt)
+    name : str, optional
+        The first model that the engine lists.
+    key : str, optional
+    tolerance : float
+        Nats, of the mean difference: 0.1 allows for 16 bits; in float32 both agree to a thousandth.
+
+    Raises
+    ------
+    ValueError
+        If there is no question, or an answer holds no token that the tokenizer knows.
+    RuntimeError
+        As `ask_engine`.
+    """
+    url = url.rstrip("/")
+    name = engine_model(url, key) if name is None else name
+    differences: dict[str, list[float]] = {mask: [] for mask in PREFIX_MASKS}
+    for picture, prompt in questions:
+        image = load_image(picture)
+        texts, theirs = ask_engine(url, image, prompt, name=name, key=key)
+        tokens = _tokens_of(model, texts)
+        for mask in PREFIX_MASKS if tokens else ():
+            ours = answer_logprobs(model, image, prompt, tokens, mask)
+            differences[mask] += [abs(one - other) for one, other in zip(ours, theirs)]
+    count = len(differences["whole"])
+    if count == 0:
+        raise ValueError(f"{url}: no token of its answers is one of this model's: is it the same model?")
+    distances = {mask: sum(values) / count for mask, values in differences.items()}
+    return EngineReport(distances, count, tolerance)
+
+
+def _tokens_of(model: PaliGemma, texts: Sequence[str]) -> list[int]:
+    """Ids of tokens that came as text, up to the first that is no piece, or only a part of a letter."""
+    tokens = []
+    for text in texts:
+        try:
+            tokens.append(model.processor.tokenizer.token_id(text.replace(" ", "\u2581")))
+        except ValueError:
+            break
+    return tokens
+
+
+# %% [markdown]
+# Here is an engine to try it on: forty lines around our own model, with the mask as an argument. Under a mask it takes the
+# likeliest token, again and again.
+
+
+# %%
+def greedy(image: Image.Image, prompt: str, mask: str, most: int = 12) -> tuple[list[int], list[float]]:
+    """The answer of an engine with this mask: slow, without a cache, but plain."""
+    tokens = []
+    vocabulary = range(model.config.text.vocab_size)
+    batch = model.processor.prepare([image], [prompt])
+    start = batch.input_ids.shape[1]
+    with torch.no_grad():
+        features = model.encode_images(batch.pixel_values)
+        while len(tokens) < most and (not tokens or tokens[-1] != model.config.eos_token_id):
+            ids = torch.cat([batch.input_ids, torch.tensor([tokens], dtype=torch.long)], dim=1)
+            types = prefix_types(ids, start, model.config.image_token_id, mask)
+            hidden_states = model.hidden_states(ids, features, torch.ones_like(ids), types)
+            tokens.append(int(model.logits(hidden_states[:, -1]).argmax()))
+    assert tokens[0] in vocabulary
+    return tokens, answer_logprobs(model, image, prompt, tokens, mask)
+
+
+class Engine(BaseHTTPRequestHandler):
+    mask = "whole"
+
+    def do_GET(self):
+        self.reply({"data": [{"id": "pocket"}]})
+
+    def do_POST(self):
+        question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        shown, said = question["messages"][0]["content"]
+        image = load_image(base64.b64decode(shown["image_url"]["url"].partition(",")[2]))
+        tokens, logprobs = greedy(image, said["text"], self.mask)
+        pieces = [model.processor.tokenizer.decode([token], skip_special_tokens=False) for token in tokens]
+        content = [{"token": piece, "logprob": value} for piece, value in zip(pieces, logprobs)]
+        self.reply({"choices": [{"logprobs": {"content": content}}]})
+
+    def reply(self, values: dict) -> None:
+        raw = json.dumps(values).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def log_message(self, *_):
+        pass
+
+
+server = ThreadingHTTPServer(("127.0.0.1", 0), Engine)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+url = f"http://127.0.0.1:{server.server_port}/v1"
+questions = [(draw_scene(make_scene(seed)), prompt) for seed, prompt in ((0, "caption en"), (3, "detect star"))]
+for mask in PREFIX_MASKS:
+    Engine.mask = mask
+    report = compare_engine(url, model, questions)
+    print("\n".join(report.lines()), end="\n\n")
+    assert report.mask == mask
+server.shutdown()
+
+# %% [markdown]
+# The test names each of the three. On the command line it is `sigma-book compare --url http://host:8000/v1 --model DIR`.
+#
+# ## The bill
+#
+# What goes through Ray for a row? Two numbers for each batch, and a line of text back. Had the driver opened the pictures
+# and sent the squares that the tower sees, it would have been this much more, for a picture of 224 pixels:
+
+# %%
+line_bytes = len(json.dumps(records[0]))
+sent = 2 * 8 / 16 + line_bytes  # in batches of 16
+square = 3 * 224 * 224  # one byte for each colour of each pixel
+assert square / sent > 500
+print(f"{sent:.0f} bytes for a row; {square:,} with pictures: {square / sent:,.0f} times")
+
+# %% [markdown]
+# And the time for a million pictures, from the rate of this machine:
+
+# %%
+for actors in (1, 8, 64):
+    hours = 1e6 * max(row_seconds / actors, driver_seconds) / 3600
+    print(f"{actors:>3} actors: {hours:8.2f} hours, answers {1e6 * line_bytes / 1e6:.0f} MB")
+
+# %% [markdown]
+# ## Your turn
+#
+# **1.** ★ Write `parts(rows, rows_per_part)`: how many files does a run leave?
+
+
+# %%
+def parts(rows: int, rows_per_part: int) -> int: ...
+
+
+check(parts, ((12, 5), 3), ((10, 5), 2), ((1, 10_000), 1), ((1_000_000, 10_000), 100))
+
+# %% [markdown]
+# **2.** ★★ Each row is broken with probability `p`, apart from all others. Write `first_try(p, batch)`: with which
+# probability does a batch need no halving?
+
+
+# %%
+def first_try(p: float, batch: int) -> float: ...
+
+
+check(first_try, ((0.0, 16), 1.0), ((0.01, 16), 0.99**16), ((0.5, 1), 0.5))
+
+# %% [markdown]
+# **3.** ★★ Write `useful_actors(row, driver, rows, load)`: the smallest number of actors for which the whole run takes at
+# most 1.1 times what it would take with as many as one likes, by the formula for $T(A)$.
+
+
+# %%
+def useful_actors(row: float, driver: float, rows: int, load: float) -> int: ...
+
+
+check(useful_actors, ((0.1, 0.001, 1000, 0.0), 91), ((0.1, 0.001, 1000, 9.0), 50), ((0.001, 0.001, 10, 1.0), 1))
+
+# %% [markdown]
+# **4.** ★★★ Answers may come back in any order. Write `released(order)`: for each arrival, how many rows can the driver
+# write at once, if it must keep the order of the rows and holds back what comes early?
+
+
+# %%
+def released(order: list[int]) -> list[int]: ...
+
+
+check(
+    released,
+    (([0, 1, 2],), [1, 1, 1]),
+    (([2, 1, 0],), [0, 0, 3]),
+    (([1, 0, 3, 4, 2],), [0, 2, 0, 0, 3]),
+)
+
+# %% [markdown]
+# Next: chapter 23 puts the model behind a port, for those who ask one picture at a time.

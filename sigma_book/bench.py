@@ -1,0 +1,818 @@
+"""`sigma-book bench`: how fast a model answers, beside transformers and beside the prediction of chapter 21.
+
+Each contender runs in a process of its own, so that its memory is its own. They take turns where memory allows.
+"""
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from sigma_book import __version__
+from sigma_book.assemble import POCKET, load
+from sigma_book.generation import generate_tokens, whole_number
+from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
+from sigma_book.processor import Batch, Processor
+from sigma_book.speed import InferenceBill, Machine, Part, gpu_machine, inference_bill, measure_machine, wait_for
+from sigma_book.training import free_bytes
+from sigma_book.weights import find_folder, folder_beside, hub_name, pick_device, read_config, write_json, write_tensors
+from sigma_book.world import draw_scene, make_scene
+
+__all__ = ["SIZES", "Work", "bench", "growth", "random_folder", "write_random_model"]
+
+CACHE = "SIGMA_BOOK_CACHE"
+SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+# text: width, inner, layers, heads, key/value heads, vocabulary rows; heads are 256 wide
+SIZES = {
+    "300m": (
+        {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+        (1024, 4096, 12, 4, 1, 32_768),
+    ),
+    "1b": (
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+        (1536, 8192, 14, 6, 1, 65_536),
+    ),
+    "3b": (SO400M, (2048, 16_384, 18, 8, 1, 257_216)),
+}
+CONTENDERS = ("sigma_book", "transformers")
+SHARD = 2_500_000_000  # bytes of a random file, so that one at a time is in memory
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every contender is asked to do, again and again."""
+
+    folder: str
+    dtype: str = "float32"
+    quantize: str | None = None
+    device: str = "cpu"
+    batch: int = 1
+    prompt: str = "caption en"
+    prompt_tokens: int | None = None
+    new_tokens: int = 16
+
+
+def size_config(size: str, image_size: int = 224) -> PaliGemmaConfig:
+    """The configuration of a named size, with the pocket's tokenizer.
+
+    Raises
+    ------
+    ValueError
+        If there is no such size.
+    """
+    if size == "pocket":
+        return read_config(POCKET)
+    if size not in SIZES:
+        raise ValueError(f"size is {size!r}: expected one of pocket, {', '.join(SIZES)}")
+    vision, text = SIZES[size]
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    text = dict(zip((*keys, "vocab_size"), text, strict=True)) | {"model_type": "gemma", "head_dim": 256}
+    vision = vision | {"image_size": image_size, "patch_size": 14}
+    image_id = read_config(POCKET).image_token_id
+    return PaliGemmaConfig.from_dict(
+        {"model_type": "paligemma", "image_token_index": image_id, "text_config": text, "vision_config": vision}
+    )
+
+
+def write_random_model(folder: str | Path, config: PaliGemmaConfig, dtype: torch.dtype = torch.float32) -> None:
+    """Write random weights of a configuration, in shards, one shard in memory at a time, with the pocket's tokenizer.
+
+    The folder appears whole or not at all.
+
+    Raises
+    ------
+    RuntimeError
+        If the files cannot be written.
+    """
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in PaliGemma(config).state_dict().items()}
+    names, table, number = list(shapes), {}, 0
+    generator = torch.Generator().manual_seed(0)
+    with folder_beside(Path(folder)) as fresh:
+        while names:
+            shard, size = {}, 0
+            while names and size < SHARD:
+                name = names.pop(0)
+                spread = 0.3 / shapes[name][-1] ** 0.5
+                tensor = torch.empty(shapes[name]).normal_(0, spread, generator=generator).to(dtype)
+                shard[hub_name(name)] = tensor
+                size += tensor.nbytes
+            number += 1
+            write_tensors(fresh / f"model-{number:05d}.safetensors", shard, dtype)
+            table |= dict.fromkeys(shard, f"model-{number:05d}.safetensors")
+        write_json(fresh / "model.safetensors.index.json", {"metadata": {}, "weight_map": table})
+        write_json(fresh / "config.json", config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")})
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+            shutil.copy(POCKET / name, fresh / name)
+
+
+def random_folder(size: str, dtype: str = "float32") -> Path:
+    """A folder with random weights of a named size, written once and kept in `SIGMA_BOOK_CACHE`, or ~/.cache/sigma_book.
+
+    Raises
+    ------
+    ValueError
+        If there is no such size.
+    RuntimeError
+        If it does not fit on the disk.
+    """
+    config = size_config(size)
+    home = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "sigma_book")
+    folder = home / f"random-{size}-{dtype}"
+    if (folder / "config.json").is_file():
+        return folder
+    needed = inference_bill(config, 1, config.num_image_tokens + 8, 1, dtype).weights_held
+    home.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(home).free) < 1.05 * needed:
+        raise RuntimeError(
+            f"random weights of size {size} take {needed / 1e9:.1f} GB and {home} has {free / 1e9:.1f} GB free: make "
+            f"room, or set {CACHE} to a folder elsewhere"
+        )
+    print(
+        f"writing {needed / 1e9:.1f} GB of random weights once to {folder}; delete that folder to free them",
+        file=sys.stderr,
+    )
+    write_random_model(folder, config, getattr(torch, dtype))
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ inside a contender
+
+
+def make_batch(processor: Processor, work: Work, turn: int) -> Batch:
+    """The prompts of a turn: pictures that no earlier turn had, so that nothing kept from it can help."""
+    pictures = [draw_scene(make_scene(1000 * turn + row)) for row in range(work.batch)]
+    batch = processor.prepare(pictures, [work.prompt] * work.batch)
+    if work.prompt_tokens is None:
+        return batch
+    start = processor.num_image_tokens + 1  # behind the pictures and bos
+    text = batch.input_ids[:, start:-1]
+    text = text.repeat(1, -(-work.prompt_tokens // max(1, text.shape[1])))[:, : work.prompt_tokens]
+    ids = torch.cat([batch.input_ids[:, :start], text, batch.input_ids[:, -1:]], dim=1)
+    return Batch(ids, torch.ones_like(ids), torch.zeros_like(ids), batch.pixel_values)
+
+
+class Clock:
+    """Seconds of the calls of some methods of an object, in order."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.times: dict[str, list[float]] = {}
+
+    def now(self) -> float:
+        wait_for(self.device)
+        return time.perf_counter()
+
+    def watch(self, thing: object, method: str, name: str) -> None:
+        """Time a method of this one object from now on."""
+        inner = getattr(thing, method)
+
+        def timed(*arguments, **options):
+            started = self.now()
+            result = inner(*arguments, **options)
+            self.times.setdefault(name, []).append(self.now() - started)
+            return result
+
+        setattr(thing, method, timed)
+
+
+class Ours:
+    """This package: `load`, then one token after another as `generate` takes them."""
+
+    def __init__(self, work: Work):
+        self.work = work
+        self.model = load(work.folder, device=work.device, dtype=work.dtype, quantize=work.quantize)
+        self.clock = Clock(self.model.device)
+        self.clock.watch(self.model, "encode_images", "pictures")
+        self.clock.watch(self.model.multi_modal_projector, "forward", "projector")
+        self.clock.watch(self.model, "prefill", "prefill")
+        self.clock.watch(self.model, "decode", "step")
+        self.clock.watch(self.model, "logits", "head")
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+
+    def turn(self, number: int) -> dict:
+        batch = make_batch(self.model.processor, self.work, number)
+        self.clock.times.clear()
+        marks, tokens = [self.clock.now()], []
+        for picks in generate_tokens(self.model, batch, max_new_tokens=self.work.new_tokens, stop_ids=()):
+            marks.append(self.clock.now())
+            tokens.append([pick.token for pick in picks])
+        return {"marks": marks, "tokens": tokens, "parts": self._parts(), "prompt_length": batch.input_ids.shape[1]}
+
+    def _parts(self) -> dict[str, list[float]]:
+        """The watched times, each without what was watched inside it; a part that was not called is left out."""
+        times = self.clock.times
+        heads = times.get("head", [])
+        parts = {"head": heads[:1], "step head": heads[1:]}
+        if "projector" in times:
+            parts["projector"] = times["projector"]
+            parts["vision"] = [times["pictures"][0] - times["projector"][0]]
+        if heads:
+            parts["prefill"] = [times["prefill"][0] - heads[0]]
+            parts["step"] = [step - head for step, head in zip(times.get("step", []), heads[1:], strict=False)]
+        return {name: values for name, values in parts.items() if values}
+
+
+class Theirs:
+    """transformers: its own `generate`, greedy, with a clock where it takes each token."""
+
+    def __init__(self, work: Work):
+        from transformers import LogitsProcessor, PaliGemmaForConditionalGeneration
+
+        self.work = work
+        self.processor = Processor.from_folder(work.folder)
+        dtype = getattr(torch, work.dtype)
+        self.model = PaliGemmaForConditionalGeneration.from_pretrained(work.folder, dtype=dtype).eval().to(work.device)
+        self.model.generation_config.eos_token_id = None  # every answer has the same length
+        self.clock = Clock(self.model.device)
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.marks: list[float] = []
+        outer = self
+
+        class Mark(LogitsProcessor):
+            def __call__(self, input_ids, scores):
+                outer.marks.append(outer.clock.now())
+                return scores
+
+        self.mark = Mark()
+
+    def turn(self, number: int) -> dict:
+        batch = make_batch(self.processor, self.work, number).to(self.model.device)
+        length = batch.input_ids.shape[1]
+        pixels = batch.pixel_values.to(self.model.dtype)
+        self.marks = [self.clock.now()]
+        with torch.no_grad():
+            answer = self.model.generate(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                token_type_ids=batch.token_type_ids,
+                pixel_values=pixels,
+                max_new_tokens=self.work.new_tokens,
+                do_sample=False,
+                logits_processor=[self.mark],
+            )
+        tokens = answer[:, length:].T.tolist()
+        return {"marks": self.marks, "tokens": tokens, "parts": {}, "prompt_length": length}
+
+
+class Probe:
+    """The machine itself: chapter 21's measurement."""
+
+    def __init__(self, work: Work):
+        self.parameters = 0
+
+    def turn(self, number: int) -> dict:
+        return asdict(measure_machine(name=machine_facts()["cpu"]))
+
+
+ROLES = {"sigma_book": Ours, "transformers": Theirs, "machine": Probe}
+
+
+def memory_now(device: torch.device | str) -> dict[str, int | None]:
+    """Bytes of this process: its peak, what it holds of its own, and what is a window into files; the GPU's peak."""
+    found: dict[str, int | None] = dict.fromkeys(("peak_resident", "anonymous", "file_mapped"))
+    status = Path("/proc/self/status")
+    if status.is_file():
+        table = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        for key, name in zip(found, ("VmHWM", "RssAnon", "RssFile"), strict=True):
+            found[key] = int(table[name].split()[0]) * 1024 if name in table else None
+    if torch.device(device).type == "cuda":
+        found["gpu_peak"] = torch.cuda.max_memory_allocated(device)
+    return found
+
+
+def serve_turns() -> None:
+    """The loop of a child process: a JSON line with role and work, then a number for each turn, then `end`."""
+    reply = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no reply
+
+    def answer(values: dict) -> None:
+        reply.write(json.dumps(values) + "\n")
+        reply.flush()
+
+    order = json.loads(sys.stdin.readline())
+    work = Work(**order["work"])
+    try:
+        started = time.perf_counter()
+        runner = ROLES[order["role"]](work)
+        loaded = {"load_seconds": time.perf_counter() - started, "parameters": runner.parameters}
+        answer(loaded | {"threads": torch.get_num_threads(), "loaded": memory_now(work.device)})
+        while (line := sys.stdin.readline().strip()) not in ("end", ""):
+            answer(runner.turn(int(line)))
+        answer(memory_now(work.device))
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        answer({"error": " ".join(str(error).split())})
+
+
+# --------------------------------------------------------------------------------------------------- outside of them
+
+
+class Child:
+    """A contender in its own process."""
+
+    def __init__(self, role: str, work: Work):
+        self.role = role
+        command = [sys.executable, "-c", "from sigma_book.bench import serve_turns; serve_turns()"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.turns: list[dict] = []
+        self.facts = self._ask(json.dumps({"role": role, "work": asdict(work)}))
+
+    def _ask(self, line: str) -> dict:
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # its last words say why
+        words = self.process.stdout.readline()
+        if not words:
+            code = self.process.wait()
+            why = "killed, for want of memory most likely" if code == -9 else f"exit code {code}"
+            raise RuntimeError(f"the process of {self.role} ended early ({why}): try a smaller size or batch")
+        reply = json.loads(words)
+        if "error" in reply:
+            raise RuntimeError(f"{self.role}: {reply['error']}")
+        return reply
+
+    def turn(self, number: int, counts: bool = True) -> dict:
+        reply = self._ask(str(number))
+        if counts:
+            self.turns.append(reply)
+        return reply
+
+    def end(self) -> dict:
+        """Its memory, and its end."""
+        memory = self._ask("end")
+        self.process.wait(timeout=60)
+        return memory
+
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+def machine_facts() -> dict:
+    """Machine, versions and date."""
+    info = Path("/proc/cpuinfo")
+    named = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.is_file()
+        else []
+    )
+    versions = {"sigma_book": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("transformers",):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "cpu": named[0] if named else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(),
+        "versions": versions,
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The least, the median, and what 95 of 100 stay at or below."""
+    ordered = sorted(values)
+    return {
+        "min": ordered[0],
+        "median": statistics.median(ordered),
+        "p95": ordered[max(0, -(-95 * len(ordered) // 100) - 1)],
+    }
+
+
+def summary(child: Child, memory: dict, work: Work) -> dict:
+    """What a contender's turns come to; seconds, bytes, tokens."""
+    firsts = [turn["marks"][1] - turn["marks"][0] for turn in child.turns]
+    steps = [b - a for turn in child.turns for a, b in zip(turn["marks"][1:], turn["marks"][2:], strict=False)]
+    parts: dict[str, list[float]] = {}
+    for turn in child.turns:
+        for name, seconds in turn["parts"].items():
+            parts.setdefault(name, []).extend(seconds)
+    return {
+        "first_token": spread(firsts),
+        "next_token": spread(steps) if steps else None,
+        "tokens_per_second": work.batch / statistics.median(steps) if steps else None,
+        "tokens_per_second_whole": work.batch * work.new_tokens / statistics.median(firsts_and_steps(child)),
+        "memory": memory,
+        "load": child.facts,
+        "parts": {name: spread(seconds) for name, seconds in parts.items()},
+    }
+
+
+def firsts_and_steps(child: Child) -> list[float]:
+    return [turn["marks"][-1] - turn["marks"][0] for turn in child.turns]
+
+
+def equal_tokens(children: Sequence[Child]) -> bool | None:
+    """Whether all contenders took the same tokens in all turns; None with one contender."""
+    if len(children) < 2:
+        return None
+    return all(
+        one["tokens"] == other["tokens"]
+        for child in children[1:]
+        for one, other in zip(children[0].turns, child.turns, strict=True)
+    )
+
+
+def bench(work: Work, *, against: Sequence[str] = (), warmup: int = 1, repeat: int = 5, bill: bool = False) -> dict:
+    """Run all contenders and say how they did.
+
+    Parameters
+    ----------
+    work : Work
+    against : sequence of str
+        Others beside this package: transformers.
+    warmup, repeat : int
+        Turns that are not counted, and turns that are; each turn has its own picture, the same for all contenders.
+    bill : bool
+        Also predict each part from the machine's own limits (chapter 21).
+
+    Returns
+    -------
+    dict
+        Ready for JSON: machine, work, contenders, whether tokens were equal, ratios, and the bill.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError, RuntimeError
+        If an argument is out of its range; as `load`; or if a contender's process fails.
+    """
+    check_work(work, against, warmup, repeat)
+    config = read_config(work.folder)
+    prompt_length = make_batch(Processor.from_folder(work.folder), replace(work, batch=1), 0).input_ids.shape[1]
+    if prompt_length + work.new_tokens > config.text.max_position_embeddings:
+        raise ValueError(
+            f"a prompt of {prompt_length} tokens, pictures included, and {work.new_tokens} new ones do not fit the "
+            f"model's context of {config.text.max_position_embeddings}: ask for fewer"
+        )
+    costs = inference_bill(config, work.batch, prompt_length, work.new_tokens, work.quantize or work.dtype)
+    names = ("sigma_book", *against)
+    machine = None
+    if bill:
+        machine = _machine(work)
+    children, memories = _take_turns(names, work, warmup, repeat, costs)
+    contenders = {child.role: summary(child, memories[child.role], work) for child in children}
+    found = {
+        "machine": machine_facts() | {"threads": children[0].facts["threads"]},
+        "work": asdict(work) | {"warmup": warmup, "repeat": repeat, "prompt_length": prompt_length},
+        "contenders": contenders,
+        "tokens_equal": equal_tokens(children),
+        "held": {"weights": costs.weights_held, "cache": costs.cache_held, "activations": costs.activations_held},
+    }
+    if len(contenders) > 1:
+        found["ratios"] = _ratios(contenders)
+    if machine is not None:
+        found["bill"] = compare(costs, machine, contenders["sigma_book"]["parts"])
+        found["limits"] = asdict(machine)
+    return found
+
+
+def check_work(work: Work, against: Sequence[str], warmup: int, repeat: int) -> None:
+    """Raise a ValueError that names the argument if one cannot be."""
+    whole_number("batch", work.batch, least=1)
+    whole_number("new_tokens", work.new_tokens, least=1)
+    whole_number("warmup", warmup, least=0)
+    whole_number("repeat", repeat, least=1)
+    if work.prompt_tokens is not None:
+        whole_number("prompt_tokens", work.prompt_tokens, least=1)
+    if work.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype is {work.dtype!r}: expected float32, bfloat16 or float16")
+    for name in against:
+        if name != "transformers":
+            raise ValueError(f"--against is {name!r}: expected transformers")
+    if len(set(against)) < len(against):
+        raise ValueError(f"--against names {against[0]} twice: once is enough")
+    pick_device(work.device)
+
+
+def _take_turns(
+    names: Sequence[str], work: Work, warmup: int, repeat: int, costs: InferenceBill
+) -> tuple[list[Child], dict[str, dict]]:
+    """All contenders in turn, or one after the other where memory holds only one."""
+    free = free_bytes(torch.device("cpu"))
+    together = work.device == "cpu" and (free is None or 1.1 * len(names) * costs.held + 1e9 * len(names) < free)
+    groups = [names] if together else [[name] for name in names]
+    children, memories = [], {}
+    for group in groups:
+        with ExitStack() as stack:
+            running = [stack.enter_context(Child(name, work)) for name in group]
+            for number in range(warmup + repeat):
+                for child in running:
+                    child.turn(number, counts=number >= warmup)
+            memories |= {child.role: child.end() for child in running}
+            children += running
+    return children, memories
+
+
+def _ratios(contenders: dict) -> dict[str, float]:
+    ours, theirs = contenders["sigma_book"], contenders["transformers"]
+    ratios = {"first_token": ours["first_token"]["median"] / theirs["first_token"]["median"]}
+    if ours["next_token"]:
+        ratios["next_token"] = ours["next_token"]["median"] / theirs["next_token"]["median"]
+    peaks = ours["memory"]["peak_resident"], theirs["memory"]["peak_resident"]
+    if all(peaks):
+        ratios["peak_resident"] = peaks[0] / peaks[1]
+    return ratios
+
+
+def _machine(work: Work) -> Machine:
+    """This CPU's limits, measured in a process of its own, or a card's published ones."""
+    if torch.device(work.device).type == "cuda":
+        return gpu_machine(torch.cuda.get_device_name(work.device), work.dtype)
+    with Child("machine", work) as child:
+        values = child.turn(0)
+    machine = Machine(**values | {"rates": tuple(map(tuple, values["rates"]))})
+    plain = work.dtype == "float32" and work.quantize is None
+    return machine if plain else replace(machine, rates=())  # the rates are float32's
+
+
+def compare(costs: InferenceBill, machine: Machine, parts: dict[str, dict]) -> list[dict]:
+    """Predicted beside measured, part by part; then the first token and a next one."""
+    rows = []
+    step = costs.step()
+
+    def line(name: str, of: Sequence[Part], names: Sequence[str]) -> None:
+        predicted = sum(map(machine.seconds, of))
+        known = all(one in parts for one in names)
+        measured = sum(parts[one]["median"] for one in names) if known else None
+        flops, moved = sum(part.flops for part in of), sum(part.bytes for part in of)
+        ratio = measured / predicted if known else None
+        rows.append(
+            {"part": name, "flops": flops, "bytes": moved, "predicted": predicted, "measured": measured, "ratio": ratio}
+        )
+
+    for part in (*costs.first, *step):
+        line(part.name, [part], [part.name])
+    line("first token", costs.first, [part.name for part in costs.first])
+    line("next token", step, [part.name for part in step])
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------ growth
+
+PIXELS = (224, 448, 896)
+PICTURES = (1, 2, 4, 8, 16, 32)
+TOKENS = (16, 64, 256, 1024)
+
+
+def growth(size: str, *, most_seconds: float = 60.0) -> dict:
+    """How the time of an answer grows with the picture's side, with the pictures of a batch, and with the answer.
+
+    A model of random numbers in float32 on this CPU; a point that would take longer than `most_seconds` is predicted
+    and not measured.
+
+    Returns
+    -------
+    dict
+        For pixels, pictures and tokens a list of points: value, predicted and measured seconds (None: not measured).
+    """
+    if not most_seconds > 0:
+        raise ValueError(f"most_seconds is {most_seconds}: expected a number above 0")
+    config, machine = size_config(size), _machine(Work(str(POCKET)))
+    config = replace(config, text=replace(config.text, max_position_embeddings=2**16))  # random numbers, no context
+    found: dict = {"machine": machine_facts(), "size": size, "pixels": [], "pictures": [], "tokens": []}
+
+    def point(kind: str, value: int, sizes: PaliGemmaConfig, batch: int, new_tokens: int, model: PaliGemma) -> None:
+        costs = inference_bill(sizes, batch, sizes.num_image_tokens + 8, new_tokens)
+        steps = (new_tokens - 1) * sum(map(machine.seconds, costs.step()))
+        predicted = sum(map(machine.seconds, costs.first)) + steps
+        measured = time_answer(model, batch, new_tokens) if predicted < most_seconds else None
+        found[kind].append({"value": value, "predicted": predicted, "measured": measured})
+
+    for side in PIXELS:
+        larger = replace(config, vision=replace(config.vision, image_size=side))
+        point("pixels", side, larger, 1, 1, PaliGemma(larger).eval())
+    model = PaliGemma(config).eval()
+    for pictures in PICTURES:
+        point("pictures", pictures, config, pictures, 1, model)
+    for tokens in TOKENS:
+        point("tokens", tokens, config, 1, tokens, model)
+    return found
+
+
+@torch.no_grad()
+def time_answer(model: PaliGemma, batch: int, new_tokens: int) -> float:
+    """Seconds of an answer to random pixels, after one token that warms up."""
+    config = model.config
+    ids = torch.tensor([[config.image_token_id] * config.num_image_tokens + [config.bos_token_id] * 8] * batch)
+    side = config.vision.image_size
+    pixels = torch.rand(batch, 3, side, side) * 2 - 1
+    ones = torch.ones_like(ids)
+    asked = Batch(ids, ones, torch.zeros_like(ids), pixels)
+    one = Batch(ids[:1], ones[:1], torch.zeros_like(ids[:1]), pixels[:1])
+    list(generate_tokens(model, one, max_new_tokens=1, stop_ids=()))
+    started = time.perf_counter()
+    list(generate_tokens(model, asked, max_new_tokens=new_tokens, stop_ids=()))
+    return time.perf_counter() - started
+
+
+# ------------------------------------------------------------------------------------------------ tables and pictures
+
+
+def _milliseconds(values: dict | None) -> str:
+    return "-" if values is None else " / ".join(f"{1e3 * values[key]:,.1f}" for key in ("min", "median", "p95"))
+
+
+def bench_lines(found: dict) -> list[str]:
+    """What `bench` found, as a table for people."""
+    facts, work = found["machine"], found["work"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
+    lines = [
+        f"{facts['gpu'] or facts['cpu']}, {facts['cores']} cores, {found['machine']['threads']} threads; {versions}; {facts['date']}",
+        f"{work['folder']}: {work['dtype']}{', ' + work['quantize'] if work['quantize'] else ''}, batch {work['batch']}, "
+        f"{work['prompt_length']} prompt tokens, {work['new_tokens']} new; {work['repeat']} turns after {work['warmup']}",
+        "",
+        f"{'':14}{'first token, ms':>28}{'next token, ms':>28}{'tokens/s':>10}{'peak MB':>10}{'own':>8}{'mapped':>8}",
+        f"{'':14}{'min / median / p95':>28}{'min / median / p95':>28}",
+    ]
+    for name, one in found["contenders"].items():
+        megabytes = [
+            "-" if one["memory"][key] is None else f"{one['memory'][key] / 1e6:,.0f}"
+            for key in ("peak_resident", "anonymous", "file_mapped")
+        ]
+        speed = one["tokens_per_second"]
+        lines.append(
+            f"{name:14}{_milliseconds(one['first_token']):>28}{_milliseconds(one['next_token']):>28}"
+            f"{'-' if speed is None else f'{speed:.1f}':>10}{megabytes[0]:>10}{megabytes[1]:>8}{megabytes[2]:>8}"
+        )
+    if "ratios" in found:
+        ratios = ", ".join(f"{name.replace('_', ' ')} {ratio:.2f}" for name, ratio in found["ratios"].items())
+        lines += ["", f"sigma_book / transformers: {ratios}; same tokens: {'yes' if found['tokens_equal'] else 'no'}"]
+    if "bill" in found:
+        limits = found["limits"]
+        how = "measured" if limits["measured"] else "computed from published peaks, not measured"
+        lines += ["", f"limits ({how}): {limits['peak'] / 1e9:,.0f} GFLOP/s, {limits['read'] / 1e9:,.1f} GB/s"]
+        lines.append(f"{'part':14}{'GFLOP':>10}{'MB moved':>10}{'predicted ms':>14}{'measured ms':>14}{'ratio':>8}")
+        for row in found["bill"]:
+            measured = "-" if row["measured"] is None else f"{row['measured'] * 1e3:,.1f}"
+            ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+            lines.append(
+                f"{row['part']:14}{row['flops'] / 1e9:>10,.1f}{row['bytes'] / 1e6:>10,.1f}"
+                f"{row['predicted'] * 1e3:>14,.1f}{measured:>14}{ratio:>8}"
+            )
+    return lines
+
+
+def growth_lines(found: dict) -> list[str]:
+    """What `growth` found, as a table for people."""
+    lines = [f"size {found['size']}, float32; {found['machine']['cpu']}; {found['machine']['date']}"]
+    for kind in ("pixels", "pictures", "tokens"):
+        lines.append(f"{kind:10}{'predicted s':>14}{'measured s':>14}{'ratio':>8}")
+        for point in found[kind]:
+            seen = point["measured"]
+            measured, ratio = ("-", "-") if seen is None else (f"{seen:.2f}", f"{seen / point['predicted']:.2f}")
+            lines.append(f"{point['value']:<10}{point['predicted']:>14.2f}{measured:>14}{ratio:>8}")
+    return lines
+
+
+def draw_bench(found: dict):
+    """A figure: each contender's first and next token, and what was predicted."""
+    import matplotlib.pyplot as plt
+
+    from sigma_book.style import ANSWER, GREY, PICTURE, use_style
+
+    use_style()
+    names = list(found["contenders"])
+    figure, axes = plt.subplots(1, 2, figsize=(8, 0.9 + 0.6 * len(names)), sharey=True)
+    predicted = {row["part"]: row["predicted"] for row in found.get("bill", [])}
+    for axis, key, part in zip(axes, ("first_token", "next_token"), ("first token", "next token")):
+        for place, name in enumerate(reversed(names)):
+            values = found["contenders"][name][key]
+            if values is None:
+                continue
+            axis.barh(place, 1e3 * values["median"], color=PICTURE if name == "sigma_book" else GREY, height=0.55)
+            axis.plot([1e3 * values["min"], 1e3 * values["p95"]], [place, place], color="black", lw=1)
+            axis.text(1e3 * values["p95"], place, f"  {1e3 * values['median']:,.1f}", va="center", fontsize=9)
+        if part in predicted:
+            axis.axvline(1e3 * predicted[part], color=ANSWER, lw=1.5, ls="--")
+            axis.text(1e3 * predicted[part], len(names) - 0.45, "predicted", color=ANSWER, fontsize=8, ha="center")
+        axis.set(title=f"{part}, ms", xlim=(0, axis.get_xlim()[1] * 1.2), ylim=(-0.5, len(names) - 0.25))
+    axes[0].set_yticks(range(len(names)), list(reversed(names)))
+    return figure
+
+
+def draw_growth(found: dict):
+    """A figure with three panels: predicted lines, measured points."""
+    import matplotlib.pyplot as plt
+
+    from sigma_book.style import ANSWER, PICTURE, use_style
+
+    use_style()
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3), sharey=True)
+    for axis, kind in zip(axes, ("pixels", "pictures", "tokens")):
+        values = [point["value"] for point in found[kind]]
+        axis.plot(values, [point["predicted"] for point in found[kind]], color=PICTURE, label="predicted")
+        seen = [(point["value"], point["measured"]) for point in found[kind] if point["measured"] is not None]
+        axis.plot(*zip(*seen), "o", color=ANSWER, label="measured")
+        axis.set(xscale="log", yscale="log", xticks=values, xticklabels=values)
+        axis.set_xlabel({"pixels": "side in pixels", "pictures": "pictures at once", "tokens": "new tokens"}[kind])
+        axis.minorticks_off()
+    axes[0].set_ylabel("seconds")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def write_beside(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file next to its place, then move it there."""
+    fresh = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        write(fresh)
+        os.replace(fresh, path)
+    except OSError as error:
+        raise RuntimeError(
+            f"{path} cannot be written ({error.strerror}): check the room and the permissions"
+        ) from error
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def run_bench(
+    *,
+    model: str | None = None,
+    size: str | None = None,
+    random: bool = False,
+    against: Sequence[str] = (),
+    quantize: str | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    batch: int = 1,
+    prompt: str = "caption en",
+    prompt_tokens: int | None = None,
+    new_tokens: int = 16,
+    warmup: int = 1,
+    repeat: int = 5,
+    bill: bool = False,
+    grow: bool = False,
+    json_file: Path | None = None,
+    picture: Path | None = None,
+) -> list[str]:
+    """The command: run, write what was asked for, and give the table's lines.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError, RuntimeError
+        As `bench`; or if options contradict each other.
+    """
+    for path, ending in ((json_file, ".json"), (picture, ".png")):
+        if path is not None and (path.suffix.lower() != ending or path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"{path}: expected the name of a file that ends in {ending}, in a folder that is there")
+    if model is not None and size is not None:
+        raise ValueError(f"both --model {model} and --size {size}: give one of them")
+    if size is not None:
+        size_config(size)  # an unknown size is told first
+    if (size in SIZES) != random:
+        raise ValueError(
+            f"--random goes with --size {', '.join(SIZES)}, whose weights are random numbers, and with nothing else"
+        )
+    if grow and (bill or model is not None or against or quantize or device != "cpu"):
+        raise ValueError("--growth times random numbers in float32 on this CPU: it goes with --size, --json and --save")
+    if grow:
+        found = growth(size or "pocket")
+        lines, draw = growth_lines(found), draw_growth
+    else:
+        kind = pick_device(device).type
+        work = Work(
+            folder="",
+            dtype=dtype or ("float32" if kind == "cpu" else "bfloat16"),
+            quantize=quantize,
+            device=str(pick_device(device)),
+            batch=batch,
+            prompt=prompt,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+        )
+        check_work(work, against, warmup, repeat)
+        if size in SIZES:
+            folder = random_folder(size, "float32" if work.dtype == "float32" else "bfloat16")
+        else:
+            folder = POCKET if model is None else find_folder(model)
+        found = bench(replace(work, folder=str(folder)), against=against, warmup=warmup, repeat=repeat, bill=bill)
+        lines, draw = bench_lines(found), draw_bench
+    if json_file is not None:
+        write_beside(json_file, lambda path: write_json(path, found))
+    if picture is not None:
+        write_beside(picture, draw(found).savefig)
+    return lines

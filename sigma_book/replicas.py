@@ -1,0 +1,184 @@
+"""More than one machine: replicas of the service of chapter 23 behind one port, by Ray Serve."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from fastapi import FastAPI
+
+from sigma_book.batching import Engine
+from sigma_book.generation import whole_number
+from sigma_book.paligemma import PaliGemma
+from sigma_book.server import ServerConfig, create_app
+from sigma_book.serving import STATIC, explainer
+
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_SERVE_LOG_TO_STDERR": "0"}
+NAME = "sigma-book"
+
+__all__ = ["ReplicaConfig", "replicas_running", "serve_replicas", "share"]
+
+
+@dataclass(frozen=True)
+class ReplicaConfig:
+    """How many replicas there are, and what each claims of its machine.
+
+    Parameters
+    ----------
+    replicas : int
+        That are there at the beginning, and at least.
+    most : int, optional
+        Let Ray Serve start more, up to this number, while each has more than `busy` requests on average, and stop them
+        again. Without it their number is fixed.
+    busy : float
+        Requests that a replica should have at a time; the rows of its engine are a good choice.
+    cpus, gpus : float
+        Claimed by each replica; fractions are allowed.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range.
+    """
+
+    replicas: int = 2
+    most: int | None = None
+    busy: float = 8.0
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+    def __post_init__(self):
+        whole_number("replicas", self.replicas, least=1)
+        if self.most is not None:
+            whole_number("most", self.most, least=self.replicas)
+        for name, least in (("busy", 1), ("cpus", 0), ("gpus", 0)):
+            if not least <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected a number, {least} or more")
+
+    def options(self, max_ongoing: int) -> dict:
+        """The same as Ray Serve calls it; a replica is given at most `max_ongoing` requests at a time."""
+        number = {"num_replicas": self.replicas}
+        if self.most is not None:
+            scale = {"min_replicas": self.replicas, "initial_replicas": self.replicas, "max_replicas": self.most}
+            number = {"autoscaling_config": scale | {"target_ongoing_requests": self.busy}}
+        claims = {"num_cpus": self.cpus, "num_gpus": self.gpus}
+        return number | {"max_ongoing_requests": max_ongoing, "ray_actor_options": claims}
+
+
+class Replica:
+    """What runs in each replica: an engine of its own, and the application over it."""
+
+    def __init__(self, make_app: Callable[[], FastAPI]):
+        self._app = make_app()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app
+
+    async def check_health(self) -> None:
+        """Ray Serve asks now and then; what is raised here has the replica started anew."""
+        await self._app.state.service.live()
+
+
+def _make_app(threads: int, make_model: Callable[[], PaliGemma], config: ServerConfig, engine: dict) -> FastAPI:
+    torch.set_num_threads(threads)
+    model = make_model()
+    return create_app(Engine(model, **engine), config, explain=explainer(model), static=STATIC)
+
+
+@contextmanager
+def replicas_running(
+    make_model: Callable[[], PaliGemma],
+    config: ServerConfig,
+    shared: ReplicaConfig,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_rows: int = 8,
+    max_length: int | None = None,
+    queue_size: int = 64,
+) -> Iterator[str]:
+    """Replicas behind a port, until the block ends; gives the address.
+
+    Joins the Ray cluster that `RAY_ADDRESS` names, or starts one on this machine, without dashboard and statistics. All
+    that `serve` answers is answered, by one replica or another; `/metrics` are those of the replica that was asked.
+
+    Parameters
+    ----------
+    make_model : callable
+        Called in each replica, such as `partial(load, folder)`; the folder must be the same on each machine.
+    config : ServerConfig
+    shared : ReplicaConfig
+    host, port
+        Of the proxy on each machine.
+    max_rows, max_length, queue_size
+        Of the engine in each replica.
+
+    Raises
+    ------
+    RuntimeError
+        If Ray is not installed, or the replicas do not start.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+        from ray import serve
+    except ImportError as error:
+        raise RuntimeError("replicas need Ray: pip install 'sigma-book[scale]'") from error
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(**quiet)
+    else:
+        ray.init("local", include_dashboard=False, object_store_memory=100 * 2**20, **quiet)
+    try:
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        engine = {"max_rows": max_rows, "max_length": max_length, "queue_size": queue_size}
+        make_app = partial(_make_app, max(1, processors() // shared.replicas), make_model, config, engine)
+        serve.start(http_options={"host": host, "port": port})
+        deployment = serve.deployment(serve.ingress()(Replica)).options(
+            name=NAME, **shared.options(max_rows + queue_size)
+        )
+        serve.run(deployment.bind(make_app), name=NAME, route_prefix="/")
+        yield f"http://{host}:{port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share(replicas: int, most: int | None, busy: float, device: str) -> ReplicaConfig:
+    """Claims with which so many replicas fit on this machine; on a cluster, a processor or a GPU for each."""
+    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    cpus = 1.0 if "RAY_ADDRESS" in os.environ else min(1.0, round(processors() / max(1, most or replicas), 3))
+    return ReplicaConfig(replicas, most, busy, cpus, 1.0 if cuda else 0.0)
+
+
+def serve_replicas(
+    make_model: Callable[[], PaliGemma],
+    config: ServerConfig,
+    shared: ReplicaConfig,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_rows: int = 8,
+    max_length: int | None = None,
+    queue_size: int = 64,
+) -> None:
+    """`replicas_running` until SIGTERM or SIGINT comes; running requests are finished first."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    sizes = {"max_rows": max_rows, "max_length": max_length, "queue_size": queue_size}
+    with replicas_running(make_model, config, shared, host=host, port=port, **sizes) as url:
+        print(f"listening on {url}, {shared.replicas} replicas", file=sys.stderr, flush=True)
+        stop.wait()

@@ -1,0 +1,776 @@
+"""A service on a port.
+
+What stands between a model that answers and a service that an operator would trust?
+
+Tangled from chapters/23_server.py: edit there, then run python -m sigma_book.tangle.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import io
+import json
+import logging
+import math
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio.to_thread
+import torch
+from fastapi import FastAPI, File, Form, Request, Security, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import FileResponse, RedirectResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
+from fastapi.staticfiles import StaticFiles
+from PIL import Image
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, exposition
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from starlette.exceptions import HTTPException
+
+from sigma_book.batching import Engine, EngineStats, Event, QueueFull
+from sigma_book.generation import Sampling, whole_number
+from sigma_book.locate import describe, draw
+from sigma_book.protocol import (
+    ApiError,
+    Ask,
+    ChatAnswer,
+    ChatRequest,
+    ErrorBody,
+    PlainJson,
+    TokenNames,
+    check_extras,
+    error_response,
+    open_picture,
+    read_messages,
+    read_picture,
+    read_sampling,
+    read_stops,
+)
+
+__all__ = [
+    "DEFAULT_TOKENS",
+    "OPEN_PATHS",
+    "SECONDS",
+    "STUCK_SECONDS",
+    "Guard",
+    "JsonLines",
+    "MaxTokens",
+    "Meters",
+    "PictureFile",
+    "Record",
+    "Reply",
+    "ServerConfig",
+    "Service",
+    "cancelled_when_gone",
+    "create_app",
+    "logger",
+]
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What an operator decides.
+
+    Parameters
+    ----------
+    model_name : str
+        The name that requests give.
+    max_body : int
+        Largest body of a request, in bytes.
+    max_held : int
+        Bytes of all bodies that are held at one time.
+    max_pixels : int
+        Largest picture, in pixels, looked at before it is unpacked.
+    max_new_tokens : int, optional
+        Longest answer that may be asked for; the model's context by default.
+    max_waiting : int
+        Requests that are answered or wait for it; more are sent away.
+    body_seconds : float
+        In which a body must have come.
+    deadline : float
+        Seconds from the whole body to the last token.
+    api_keys : tuple of str
+        Any of these opens the door; none: it stands open.
+    cors_origins : tuple of str
+        Other sites whose pages may ask.
+    image_root : Path, optional
+        Folder whose pictures may be named by path; none may, by default.
+    log_prompts : bool
+        Write prompts into the log.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        If a number is out of its range, an origin is none, or the folder is not there.
+    """
+
+    model_name: str
+    max_body: int = 20_000_000
+    max_held: int = 256_000_000
+    max_pixels: int = 50_000_000
+    max_new_tokens: int | None = None
+    max_waiting: int = 72
+    body_seconds: float = 30.0
+    deadline: float = 60.0
+    api_keys: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    image_root: Path | None = None
+    log_prompts: bool = False
+
+    def __post_init__(self):
+        for name in ("max_body", "max_held", "max_pixels", "max_waiting"):
+            whole_number(name, getattr(self, name), least=1)
+        if self.max_new_tokens is not None:
+            whole_number("max_new_tokens", self.max_new_tokens, least=1)
+        for name in ("body_seconds", "deadline"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected seconds, more than 0")
+        if self.image_root is not None and not self.image_root.is_dir():
+            raise FileNotFoundError(f"no such folder: {self.image_root}: expected one with pictures")
+        for origin in self.cors_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(f"{origin!r} is no origin: expected one such as https://example.org, without a path")
+
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Meters:
+    """What Prometheus reads, in a registry of its own."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # resident memory, processor time, open files
+        self.registry.register(self)
+        counter, histogram = partial(Counter, registry=self.registry), partial(Histogram, registry=self.registry)
+        self.requests = counter("sigma_book_requests", "Requests that ended.", ["path", "status"])
+        self.errors = counter("sigma_book_errors", "Requests that ended with an error.", ["code"])
+        self.tokens = counter("sigma_book_tokens", "Tokens read (prompt) and said (completion).", ["kind"])
+        self.request_seconds = histogram(
+            "sigma_book_request_seconds", "From head to end of a request.", ["path"], buckets=SECONDS
+        )
+        self.first_token = histogram("sigma_book_first_token_seconds", "From body to first token.", buckets=SECONDS)
+        self.next_token = histogram("sigma_book_token_seconds", "From token to token.", buckets=SECONDS)
+
+    def collect(self) -> list[Metric]:
+        """What the engine knows, asked at the moment of reading."""
+        stats = self.engine.stats()
+        gauges = {
+            "sigma_book_queue_length": ("Requests that wait for a row.", stats.queued),
+            "sigma_book_running_rows": ("Requests that have a row.", stats.running),
+            "sigma_book_cache_bytes": ("Memory of keys and values.", stats.cache_bytes),
+        }
+        if torch.cuda.is_available():
+            gauges["sigma_book_cuda_bytes"] = ("Memory that tensors take on the GPU.", torch.cuda.memory_allocated())
+        families: list[Metric] = [GaugeMetricFamily(name, text, value=value) for name, (text, value) in gauges.items()]
+        return [*families, _batch_rows(stats)]
+
+    def text(self) -> bytes:
+        return exposition.generate_latest(self.registry)
+
+
+def _batch_rows(stats: EngineStats) -> HistogramMetricFamily:
+    """How many rows the steps had."""
+    sizes = range(1, stats.rows + 1)
+    buckets = [(str(size), sum(stats.batch_sizes.get(n, 0) for n in range(1, size + 1))) for size in sizes]
+    total = sum(size * stats.batch_sizes.get(size, 0) for size in sizes)
+    buckets.append(("+Inf", buckets[-1][1]))
+    return HistogramMetricFamily("sigma_book_batch_rows", "Rows of a step.", buckets=buckets, sum_value=total)
+
+
+logger = logging.getLogger("sigma_book.server")
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, event, and the `fields` that the call gave."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage()}
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+@dataclass
+class Record:
+    """One request, as long as it lives: its line in the log, and what must be let go at its end."""
+
+    id: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+    asked: float = 0.0  # when the whole body was there
+    body_bytes: int = 0
+    cancel: Callable[[], None] | None = None
+
+
+OPEN_PATHS = ("/", "/docs", "/openapi.json", "/health/live", "/health/ready")  # for those without a key
+
+
+class Guard:
+    """The door: what every request passes on its way in and out.
+
+    It gives each request an id, checks the key, reads the body within limits of bytes and seconds, writes one line
+    into the log, and lets go of whatever a request held.
+    """
+
+    def __init__(self, app, service: "Service"):
+        self.app, self.service, self.config = app, service, service.config
+        self.keys = [_fingerprint(key.encode()) for key in self.config.api_keys]
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        record = Record(_request_id(headers.get(b"x-request-id", b"")))
+        scope.setdefault("state", {})["record"] = record
+        status = 0
+
+        async def answer(message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", record.id.encode())]
+            await send(message)
+
+        self.service.in_flight += 1
+        try:
+            self._check_key(scope["path"], headers.get(b"authorization", b""))
+            if scope["method"] == "POST":
+                receive = await self._read_body(headers, receive, record)
+            await self.app(scope, receive, answer)
+        except ApiError as error:
+            record.fields["code"] = error.code
+            await error_response(error)(scope, receive, answer)
+        except Exception:
+            logger.exception("failed", extra={"fields": {"id": record.id}})
+            if status:
+                raise  # the answer has begun: all that can be done is to break it off
+            sentence = f"the server failed; its log says more under the id {record.id}"
+            await error_response(ApiError(500, sentence, code="internal_error"))(scope, receive, answer)
+        finally:
+            self.service.in_flight -= 1
+            self.service.held_bytes -= record.body_bytes
+            if record.cancel is not None:
+                record.cancel()
+            self._note(scope, record, status)
+
+    def _check_key(self, path: str, authorization: bytes) -> None:
+        if not self.keys or path in OPEN_PATHS or path.startswith(("/docs/", "/static/")):
+            return
+        scheme, _, given = authorization.partition(b" ")
+        given = _fingerprint(given.strip()) if scheme.lower() == b"bearer" else b""
+        if not sum(hmac.compare_digest(given, key) for key in self.keys):  # a sum looks at each, whichever fits
+            sentence = "the API key is missing or wrong: send the header Authorization: Bearer KEY"
+            raise ApiError(401, sentence, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    async def _read_body(self, headers: dict[bytes, bytes], receive, record: Record) -> Callable:
+        """Take the body in, and give a `receive` that hands it on. No more than the limit is ever held."""
+        if self.service.draining:
+            raise ApiError(503, "the server is stopping: ask another", code="stopping")
+        too_large = ApiError(
+            413, f"the body is larger than {self.config.max_body:,} bytes: send a smaller picture", code="too_large"
+        )
+        if int(headers.get(b"content-length", b"0")) > self.config.max_body:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.config.body_seconds):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError(499, "the client went away", code="client_gone")
+                    chunk, more = message.get("body", b""), message.get("more_body", False)
+                    record.body_bytes += len(chunk)
+                    self.service.held_bytes += len(chunk)
+                    if record.body_bytes > self.config.max_body:
+                        raise too_large
+                    if self.service.held_bytes > self.config.max_held:
+                        raise _busy("the server holds as many bytes of pictures as it may")
+                    body += chunk
+        except TimeoutError as error:
+            sentence = f"the body did not come within {self.config.body_seconds:g} seconds"
+            raise ApiError(408, sentence, code="slow_body", headers={"Connection": "close"}) from error
+        record.asked = time.monotonic()
+        waiting = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+        async def replay() -> dict:
+            return waiting.pop() if waiting else await receive()
+
+        return replay
+
+    def _note(self, scope, record: Record, status: int) -> None:
+        """One line in the log, and the counters."""
+        seconds = time.monotonic() - record.started
+        route = scope.get("route")  # its pattern, not what was asked: there are endless paths
+        path = getattr(route, "path", "other")
+        self.service.meters.requests.labels(path, str(status)).inc()
+        self.service.meters.request_seconds.labels(path).observe(seconds)
+        if status >= 400:
+            self.service.meters.errors.labels(record.fields.get("code") or str(status)).inc()
+        request = {"id": record.id, "method": scope["method"], "path": scope["path"][:200], "status": status}
+        request |= {"seconds": round(seconds, 4), "body_bytes": record.body_bytes} | record.fields
+        logger.info("request", extra={"fields": request})
+
+
+def _fingerprint(secret: bytes) -> bytes:
+    """All of one length, so that a comparison does not tell how long the right one is."""
+    return hashlib.sha256(secret).digest()
+
+
+def _request_id(given: bytes) -> str:
+    """The client's own id if it is a plain word, else a new one: what is written into logs and headers is ours."""
+    return given.decode() if re.fullmatch(rb"[A-Za-z0-9._-]{1,64}", given) else uuid.uuid4().hex
+
+
+def _busy(reason: str, seconds: float = 1.0) -> ApiError:
+    wait = {"Retry-After": str(max(1, round(seconds)))}
+    return ApiError(429, f"{reason}: ask again in {wait['Retry-After']} s", code="busy", headers=wait)
+
+
+class Reply:
+    """An answer while it comes: the engine's events, brought from its thread into the loop, timed and counted."""
+
+    def __init__(self, record: Record, service: "Service"):
+        self.record, self.service = record, service
+        self.ticket = None
+        self.size = (0, 0)  # of the upright picture
+        self.completion_tokens = 0
+        self._last = record.asked
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[float, Event]] = asyncio.Queue()
+
+    def listen(self, event: Event) -> None:
+        """Called from the engine's thread."""
+        with suppress(RuntimeError):  # the loop has ended, and with it whoever listened
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (time.monotonic(), event))
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Tokens read, those of the picture included, and tokens said, the one that ended the answer included."""
+        prompt = self.ticket.prompt_tokens
+        total = prompt + self.completion_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": self.completion_tokens, "total_tokens": total}
+
+    async def next(self) -> Event:
+        """The next event.
+
+        Raises
+        ------
+        ApiError
+            If the answer ended otherwise than by its end or its limit.
+        """
+        meters = self.service.meters
+        moment, event = await self._events.get()
+        if event.token is not None:
+            seconds = moment - self._last
+            self._last = moment
+            self.completion_tokens += 1
+            meters.tokens.labels("completion").inc()
+            if self.completion_tokens == 1:
+                meters.first_token.observe(seconds)
+                self.record.fields["first_token_seconds"] = round(seconds, 4)
+            else:
+                meters.next_token.observe(seconds)
+        if event.finish is not None:
+            self.record.fields |= self.usage | {"finish": event.finish}
+        if event.finish not in (None, "stop", "length"):
+            raise self._fault(event)
+        return event
+
+    def _fault(self, event: Event) -> ApiError:
+        fault = ApiError(500, f"the model failed: {event.error}", code="model_failed")
+        if event.finish == "deadline":
+            fault = ApiError(504, "the answer was not complete at its deadline", code="deadline")
+        if event.finish == "cancelled" and self.service.draining:
+            fault = ApiError(503, "the server is stopping: ask another", code="stopping")
+        elif event.finish == "cancelled":
+            fault = ApiError(499, "the client went away", code="client_gone")
+        self.record.fields["code"] = fault.code
+        return fault
+
+    async def rest(self, *begun: Event) -> list[Event]:
+        """All events to the end."""
+        events = list(begun)
+        while not events or events[-1].finish is None:
+            events.append(await self.next())
+        return events
+
+
+@asynccontextmanager
+async def cancelled_when_gone(request: Request, reply: Reply) -> AsyncIterator[None]:
+    """While this is open, a client that goes away takes its request along."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        reply.ticket.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watching.cancel()
+
+
+def _drawn(content: bytes, answer: str, max_pixels: int) -> bytes:
+    """A PNG of a picture with the boxes and masks of an answer."""
+    encoded = io.BytesIO()
+    try:
+        draw(open_picture(content, max_pixels), answer).save(encoded, "PNG")
+    except FileNotFoundError as error:
+        raise ApiError(400, f"the answer holds masks, and this server cannot draw them: {error}") from error
+    return encoded.getvalue()
+
+
+PictureFile = Annotated[UploadFile, File(description="the picture: JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF")]
+MaxTokens = Annotated[int, Form(ge=1, description="longest answer, in tokens")]
+DEFAULT_TOKENS = 100
+STUCK_SECONDS = 120.0  # longer than any model takes for one token, prompt included
+
+
+class Service:
+    """What is answered at each path."""
+
+    def __init__(self, engine: Engine, config: ServerConfig, explain: Callable | None):
+        self.engine, self.config, self._explain = engine, config, explain
+        self.meters = Meters(engine)
+        self.names = TokenNames(engine.model.processor.tokenizer)
+        self.context = engine.max_length
+        self.created = int(time.time())
+        self.draining = False  # set by whoever stops the server: no new work, the running work is finished
+        self.in_flight = 0  # requests that are not over
+        self.held_bytes = 0  # of their bodies
+        self.asked = 0  # requests that are being answered or wait for it
+        self._done, self._done_at = (-1, -1, -1), time.monotonic()  # what the engine had done when it was asked last
+        self._readers = anyio.CapacityLimiter(2)  # pictures unpacked at a time
+        self._explainers = anyio.CapacityLimiter(1)
+
+    async def begin(self, request: Request, picture: Callable[[], bytes], ask: Ask) -> Reply:
+        """Unpack a picture off the loop and hand it to the engine."""
+        record: Record = request.state.record
+        if self.config.log_prompts:
+            record.fields["prompt"] = ask.prompt
+        self._check_length(ask)
+        reply = Reply(record, self)
+        side = self.engine.model.processor.image_size
+
+        def prepare() -> None:
+            image = open_picture(picture(), self.config.max_pixels)
+            reply.size = (image.height, image.width)
+            square = image.resize((side, side), Image.Resampling.BICUBIC)  # as the processor does; little is held
+            reply.ticket = self.engine.submit(
+                square,
+                ask.prompt,
+                reply.listen,
+                max_new_tokens=ask.max_new_tokens,
+                sampling=ask.sampling,
+                stop=ask.stop,
+                top=ask.top,
+                deadline=max(0.001, record.asked + self.config.deadline - time.monotonic()),
+            )
+
+        if self.asked >= self.config.max_waiting:
+            raise _busy(f"{self.asked} requests are waiting")
+        self.asked += 1
+        record.cancel = partial(self._let_go, reply)
+        try:
+            await anyio.to_thread.run_sync(prepare, limiter=self._readers)
+        except QueueFull as full:
+            raise _busy("the queue is full", full.retry_after) from full
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+        except RuntimeError as error:  # the engine is closed
+            raise ApiError(503, f"the server is stopping ({error}): ask another", code="stopping") from error
+        self.meters.tokens.labels("prompt").inc(reply.ticket.prompt_tokens)
+        return reply
+
+    def _let_go(self, reply: Reply) -> None:
+        self.asked -= 1
+        if reply.ticket is not None:
+            reply.ticket.cancel()  # does nothing to an answer that is complete
+
+    def _check_length(self, ask: Ask) -> None:
+        most = self.config.max_new_tokens or self.context
+        if ask.max_new_tokens > most:
+            raise ApiError(400, f"max_tokens is {ask.max_new_tokens}: expected 1 to {most}", param="max_tokens")
+        if len(ask.prompt) > 100 * self.context:  # not worth cutting into tokens: no piece has 100 characters
+            raise ApiError(
+                400,
+                f"the prompt has {len(ask.prompt):,} characters, the model's context {self.context:,} tokens: "
+                "shorten it",
+                code="context_length_exceeded",
+                param="prompt",
+            )
+
+    async def chat(self, request: Request, body: ChatRequest):
+        """Ask about a picture, as `client.chat.completions.create` of the `openai` package does."""
+        check_extras(body.model_extra or {})
+        self._check_model(body.model)
+        url, prompt = read_messages(body.messages)
+        ask = self._read_ask(body, prompt)
+        read = partial(read_picture, url, self.config.image_root, self.config.max_body)
+        reply = await self.begin(request, read, ask)
+        form = ChatAnswer(reply.record.id, body, self.names)
+        async with cancelled_when_gone(request, reply):
+            if not body.stream:
+                return PlainJson(form.whole(await reply.rest(), reply.usage))
+            first = await reply.next()  # faults up to here have their status
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        told = form.stream(first, reply.next, lambda: reply.usage)
+        return StreamingResponse(told, media_type="text/event-stream", headers=headers)
+
+    def _check_model(self, name: str) -> None:
+        if name != self.config.model_name:
+            sentence = f"there is no model {name!r:.100}: this server has {self.config.model_name!r}"
+            raise ApiError(404, sentence, code="model_not_found", param="model")
+
+    def _read_ask(self, body: ChatRequest, prompt: str) -> Ask:
+        if body.max_tokens and body.max_completion_tokens and body.max_tokens != body.max_completion_tokens:
+            raise ApiError(400, "max_tokens and max_completion_tokens differ: give one", param="max_tokens")
+        if body.top_logprobs and not body.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+        if body.stream_options and not body.stream:
+            raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
+        stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+        return Ask(
+            prompt,
+            body.max_completion_tokens or body.max_tokens or DEFAULT_TOKENS,
+            read_sampling(body.temperature, body.top_p, body.top_k, body.repetition_penalty, body.seed),
+            read_stops(stop),
+            body.top_logprobs or 0,
+        )
+
+    async def generate(
+        self,
+        request: Request,
+        file: PictureFile,
+        prompt: Annotated[str, Form(description="such as: caption en")],
+        max_tokens: MaxTokens = DEFAULT_TOKENS,
+        temperature: Annotated[float | None, Form(ge=0, le=2, allow_inf_nan=False)] = None,
+        top_p: Annotated[float | None, Form(gt=0, le=1, allow_inf_nan=False)] = None,
+        top_k: Annotated[int | None, Form(ge=1, le=2**31)] = None,
+        repetition_penalty: Annotated[float | None, Form(gt=0, le=100, allow_inf_nan=False)] = None,
+        seed: Annotated[int | None, Form(ge=0, lt=2**63)] = None,
+        stop: Annotated[list[str] | None, Form(max_length=4)] = None,
+    ):
+        """Ask about a picture, as a form: `curl -F file=@cat.png -F prompt="caption en"`."""
+        sampling = read_sampling(temperature, top_p, top_k, repetition_penalty, seed)
+        ask = Ask(prompt, max_tokens, sampling, read_stops(tuple(stop or ())))
+        answer, finish, reply = await self._answer(request, file, ask)
+        return PlainJson({"prompt": prompt, "answer": answer, "finish_reason": finish, "usage": reply.usage})
+
+    async def _answer(self, request: Request, file: UploadFile, ask: Ask) -> tuple[str, str, Reply]:
+        content = await file.read()
+        reply = await self.begin(request, lambda: content, ask)
+        async with cancelled_when_gone(request, reply):
+            events = await reply.rest()
+        return "".join(event.text for event in events), events[-1].finish, reply
+
+    async def detect(
+        self,
+        request: Request,
+        file: PictureFile,
+        prompt: Annotated[str, Form(description="such as: detect cat ; dog, or: segment cat; or the names alone")],
+        max_tokens: MaxTokens = DEFAULT_TOKENS,
+        drawn: Annotated[bool, Form(description="the picture with boxes on it, in place of JSON")] = False,
+    ):
+        """Find things: boxes in pixels, or with `drawn` (or `Accept: image/png`) a PNG with the boxes on it."""
+        if not prompt.startswith(("detect ", "segment ")):
+            prompt = f"detect {prompt}"
+        answer, finish, reply = await self._answer(request, file, Ask(prompt, max_tokens, Sampling()))
+        found = await anyio.to_thread.run_sync(describe, answer, *reply.size)
+        if drawn or request.headers.get("accept", "").startswith("image/png"):
+            await file.seek(0)
+            content = await file.read()
+            picture = partial(_drawn, content, answer, self.config.max_pixels)
+            return Response(await anyio.to_thread.run_sync(picture, limiter=self._readers), media_type="image/png")
+        spoken = {"prompt": prompt, "answer": answer, "finish_reason": finish, "usage": reply.usage}
+        return PlainJson(spoken | found)
+
+    async def explain(
+        self,
+        request: Request,
+        file: PictureFile,
+        prompt: Annotated[str, Form()],
+        answer: Annotated[str, Form(description="as the model gave it")],
+    ):
+        """Which patches of the picture each token of an answer looked at."""
+        self._check_length(Ask(prompt + answer, 1, Sampling()))
+        if self._explainers.statistics().tasks_waiting >= 8:
+            raise _busy("8 explanations are waiting")
+        content = await file.read()
+
+        def work() -> object:
+            return self._explain(open_picture(content, self.config.max_pixels), prompt, answer)
+
+        try:
+            return PlainJson(await anyio.to_thread.run_sync(work, limiter=self._explainers))
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+
+    async def models(self):
+        """The models that this server has: one."""
+        return PlainJson({"object": "list", "data": [self._card()]})
+
+    async def model(self, name: str):
+        """One model."""
+        self._check_model(name)
+        return PlainJson(self._card())
+
+    def _card(self) -> dict:
+        return {
+            "id": self.config.model_name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "sigma_book",
+            "max_model_len": self.context,
+        }
+
+    async def live(self):
+        """200 while the process answers and its engine gets on: if not, start it anew."""
+        stats = self.engine.stats()
+        done = (stats.prompts, stats.tokens, sum(stats.finished.values()))
+        if done != self._done or not stats.queued + stats.running:
+            self._done, self._done_at = done, time.monotonic()
+        if time.monotonic() - self._done_at > STUCK_SECONDS:
+            sentence = f"the engine has work and took no token for {STUCK_SECONDS:g} seconds: start the server anew"
+            raise ApiError(503, sentence, code="stuck")
+        return PlainJson({"status": "alive"})
+
+    async def ready(self):
+        """200 while requests may come: if not, send them elsewhere."""
+        if self.draining:
+            raise ApiError(503, "the server is stopping", code="stopping")
+        return await self.live()
+
+    async def metrics(self):
+        """For Prometheus."""
+        return Response(self.meters.text(), media_type=exposition.CONTENT_TYPE_PLAIN_0_0_4)
+
+
+async def _docs() -> Response:
+    """The page at /docs; the files that it needs come from this server."""
+    return get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title="sigma_book",
+        swagger_js_url="docs/swagger-ui-bundle.js",
+        swagger_css_url="docs/swagger-ui.css",
+        swagger_favicon_url="docs/favicon-32x32.png",
+    )
+
+
+def create_app(
+    engine: Engine, config: ServerConfig, *, explain: Callable | None = None, static: Path | None = None
+) -> FastAPI:
+    """The service as an ASGI application, for uvicorn or whatever else runs one.
+
+    Parameters
+    ----------
+    engine : Engine
+        It is not closed by the application: whoever made it closes it.
+    config : ServerConfig
+    explain : callable, optional
+        Called off the loop with (PIL image, prompt, answer); what it gives must be ready for JSON.
+    static : Path, optional
+        A folder served at /static; its `index.html` is served at /.
+
+    Returns
+    -------
+    FastAPI
+        `app.state.service` is its `Service`.
+    """
+    service = Service(engine, config, explain)
+    faults = {code: {"model": ErrorBody, "description": text} for code, text in _FAULTS.items()}
+    app = FastAPI(
+        title="sigma_book",
+        description="PaliGemma from the book: ask about a picture.",
+        docs_url=None,
+        redoc_url=None,
+        responses=faults,
+        dependencies=[Security(HTTPBearer(auto_error=False))] if config.api_keys else [],
+    )
+    app.state.service = service
+    app.add_api_route("/v1/chat/completions", service.chat, methods=["POST"], responses=_CHAT_FORMS)
+    app.add_api_route("/v1/models", service.models)
+    app.add_api_route("/v1/models/{name:path}", service.model)
+    app.add_api_route("/generate", service.generate, methods=["POST"])
+    app.add_api_route("/detect", service.detect, methods=["POST"], responses=_DETECT_FORMS)
+    if explain is not None:
+        app.add_api_route("/explain", service.explain, methods=["POST"])
+    app.add_api_route("/health/live", service.live)
+    app.add_api_route("/health/ready", service.ready)
+    app.add_api_route("/metrics", service.metrics, response_class=Response, responses=_METRICS_FORM)
+    app.add_api_route("/docs", _docs, include_in_schema=False)
+    app.mount("/docs", StaticFiles(packages=[("fastapi_swagger", "resources")]))
+    _add_pages(app, static)
+    app.add_exception_handler(ApiError, _known_error)
+    app.add_exception_handler(HTTPException, _framework_error)
+    app.add_exception_handler(RequestValidationError, _shape_error)
+    app.add_middleware(Guard, service=service)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    return app
+
+
+_FAULTS = {"4XX": "what was wrong with the request, in a sentence", "5XX": "what went wrong here, in a sentence"}
+_CHAT_FORMS = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
+_DETECT_FORMS = {200: {"content": {"application/json": {}, "image/png": {}}}}
+_METRICS_FORM = {200: {"content": {"text/plain": {}}}}
+
+
+def _framework_error(request: Request, error: HTTPException) -> Response:
+    """What FastAPI refuses by itself: an unknown path, another method, a body that is not JSON."""
+    path = request.url.path[:200]
+    sentences = {
+        404: f"there is nothing at {path}: /docs lists what there is",
+        405: f"{path} does not take {request.method}: /docs says what it takes",
+    }
+    sentence = sentences.get(error.status_code, f"{error.detail}: /docs says what is expected")
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    return error_response(ApiError(error.status_code, sentence, code=code, headers=error.headers))
+
+
+def _shape_error(request: Request, error: RequestValidationError) -> Response:
+    """The fault that lies deepest in the body, in words, as a 400: that is what OpenAI's clients expect."""
+    deepest = max(error.errors(), key=lambda fault: len(fault["loc"]))
+    if deepest["type"] == "json_invalid":
+        return error_response(ApiError(400, f"the body is not JSON: {deepest['ctx']['error']}", code="invalid_json"))
+    place = [str(step) for step in deepest["loc"][1:] if step != "str" and "[" not in str(step)]
+    param = ".".join(place) or None
+    given = deepest.get("input")
+    shown = f", got {given!r:.80}" if isinstance(given, str | int | float | bool) else ""
+    return error_response(ApiError(400, f"{param or 'the body'}: {deepest['msg']}{shown}", param=param))
+
+
+def _known_error(request: Request, error: ApiError) -> Response:
+    request.state.record.fields["code"] = error.code
+    return error_response(error)
+
+
+def _add_pages(app: FastAPI, static: Path | None) -> None:
+    """The folder of the demo page; without one, / leads to /docs."""
+    page = None if static is None else static / "index.html"
+
+    async def front() -> Response:
+        return FileResponse(page) if page is not None and page.is_file() else RedirectResponse("docs")
+
+    app.add_api_route("/", front, include_in_schema=False)
+    if static is not None and static.is_dir():
+        app.mount("/static", StaticFiles(directory=static))

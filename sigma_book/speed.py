@@ -1,0 +1,648 @@
+"""The bill before the run.
+
+How long must an answer take on this machine, and what decides it?
+
+Tangled from chapters/21_speed.py: edit there, then run python -m sigma_book.tangle.
+"""
+
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional as F
+
+from sigma_book.gemma import GemmaConfig
+from sigma_book.gqa import cache_bytes
+from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
+from sigma_book.qlora import nf4_bytes
+from sigma_book.siglip import SiglipBlock, SiglipConfig
+
+__all__ = [
+    "EXACT_BYTES",
+    "GPUS",
+    "Gpu",
+    "InferenceBill",
+    "Machine",
+    "Part",
+    "Product",
+    "gpu_machine",
+    "inference_bill",
+    "matrix_bytes",
+    "measure_machine",
+    "median_seconds",
+    "product_rates",
+    "vision_bill",
+    "wait_for",
+]
+
+
+@dataclass(frozen=True)
+class Product:
+    """`count` products of (rows, inner) with (inner, outer), each with matrices of its own."""
+
+    rows: int
+    inner: int
+    outer: int
+    count: int = 1
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions."""
+        return 2 * self.rows * self.inner * self.outer * self.count
+
+    @property
+    def numbers(self) -> int:
+        """What goes in and comes out, the matrix apart."""
+        return self.rows * (self.inner + self.outer) * self.count
+
+
+EXACT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 4, "nf4": 4}  # of a number that is not in few bits
+
+
+def matrix_bytes(outer: int, inner: int, precision: str, exact: int) -> int:
+    """Bytes of a stored matrix.
+
+    Parameters
+    ----------
+    outer, inner : int
+        Rows and columns, as `torch.nn.Linear` stores them.
+    precision : str
+        int8: a byte a weight and 4 a row; nf4: as `nf4_bytes` counts; else `exact` bytes a weight.
+    exact : int
+        Bytes of a number that is not in few bits.
+    """
+    if precision == "int8":
+        return outer * inner + 4 * outer
+    return nf4_bytes(outer * inner) if precision == "nf4" else outer * inner * exact
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part of an answer costs.
+
+    Parameters
+    ----------
+    name : str
+    products : tuple of Product
+        Rows of activations with stored matrices.
+    attention : tuple of Product
+        Queries with keys, weights with values.
+    weight_bytes : int
+        Of all that is stored for this part and read once, norms and biases included.
+    cache_bytes : int
+        Keys and values that are written or read.
+    between_bytes : int
+        What the steps between products read and write.
+    product_bytes : int
+        What goes into the products and comes out, the stored matrices apart.
+    curved : int
+        Numbers that pass a GELU.
+    tower_blocks, decoder_blocks : int
+        How many blocks Python runs through.
+    """
+
+    name: str
+    products: tuple[Product, ...]
+    attention: tuple[Product, ...] = ()
+    weight_bytes: int = 0
+    cache_bytes: int = 0
+    between_bytes: int = 0
+    product_bytes: int = 0
+    curved: int = 0
+    tower_blocks: int = 0
+    decoder_blocks: int = 0
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of all products, as torch's `FlopCounterMode` counts them."""
+        return sum(product.flops for product in self.products + self.attention)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes moved."""
+        return self.weight_bytes + self.cache_bytes + self.between_bytes + self.product_bytes
+
+
+def vision_bill(config: PaliGemmaConfig, pictures: int, precision: str, exact: int) -> Part:
+    """The tower over some pictures."""
+    sizes = config.vision
+    width, inner, layers, patches = (
+        sizes.hidden_size,
+        sizes.intermediate_size,
+        sizes.num_hidden_layers,
+        sizes.num_patches,
+    )
+    few = "exact" if precision == "nf4" else precision  # chapter 19 leaves the tower alone
+    pixels = sizes.num_channels * sizes.patch_size**2
+    rows, heads = pictures * patches, pictures * sizes.num_attention_heads * layers
+    products = (
+        Product(rows, pixels, width),
+        Product(rows, width, width, 4 * layers),
+        Product(rows, width, inner, layers),
+        Product(rows, inner, width, layers),
+    )
+    head_dim = width // sizes.num_attention_heads
+    attention = (Product(patches, head_dim, patches, heads), Product(patches, patches, head_dim, heads))
+    maps = 4 * matrix_bytes(width, width, few, exact)
+    maps += matrix_bytes(inner, width, few, exact) + matrix_bytes(width, inner, few, exact)
+    vectors = layers * (4 * width + inner + width + 4 * width)  # biases, and two norms with two vectors each
+    vectors += pixels * width + width + patches * width + 2 * width  # patch map, positions, last norm
+    passes = layers * (2 * 2 + 2 * 3 + 2) * width + 2 * layers * inner + 5 * width + 2 * pixels
+    return Part(
+        name="vision",
+        products=products,
+        attention=attention,
+        weight_bytes=layers * maps + exact * vectors,
+        between_bytes=exact * rows * passes,
+        product_bytes=exact * (sum(product.numbers for product in products) + layers * rows * 4 * width),
+        curved=rows * inner * layers,
+        tower_blocks=layers,
+    )
+
+
+def _decoder_bill(
+    config: PaliGemmaConfig, batch: int, length: int, seen: list[int], precision: str, exact: int, name: str
+) -> Part:
+    """The blocks over `length` new tokens in each of `batch` rows; layer l looks at `seen[l]` columns."""
+    text = config.text
+    width, inner, layers, head_dim = text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.head_dim
+    asking, answering = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+    rows = batch * length
+    shapes = (width, asking, 1), (width, answering, 2), (asking, width, 1), (width, inner, 2), (inner, width, 1)
+    products = tuple(Product(rows, i, o, count * layers) for i, o, count in shapes)
+    attention = []
+    for columns in sorted(set(seen)):
+        heads = seen.count(columns) * batch * text.num_attention_heads
+        attention += [Product(length, head_dim, columns, heads), Product(length, columns, head_dim, heads)]
+    maps = sum(count * matrix_bytes(o, i, precision, exact) for i, o, count in shapes)
+    norms = (4 if text.four_norms else 2) * layers + 1
+    passes = 7 * norms * width + layers * (6 * width + 9 * (asking + answering) + 2 * asking + 5 * inner)
+    scores = batch * text.num_attention_heads * length * sum(seen)
+    capped = text.attn_logit_softcapping is not None
+    a_score = 14 * exact + 3 if capped else 6 + exact  # the mask is laid out for each group, made numbers, and read
+    per_token = 2 * text.num_key_value_heads * head_dim * exact
+    return Part(
+        name=name,
+        products=products,
+        attention=tuple(attention),
+        weight_bytes=layers * maps + exact * norms * width,
+        cache_bytes=batch * per_token * (length * layers + sum(seen)),  # written once, read once
+        between_bytes=exact * rows * (passes + 6 * width) + a_score * scores,
+        product_bytes=exact * (sum(product.numbers for product in products) + 2 * layers * rows * asking),
+        curved=rows * inner * layers,
+        decoder_blocks=layers,
+    )
+
+
+@dataclass(frozen=True)
+class InferenceBill:
+    """What an answer costs, part by part; `step` gives each token after the first.
+
+    Parameters
+    ----------
+    config : PaliGemmaConfig
+    batch : int
+        B, rows.
+    prompt_length : int
+        T, tokens of a row, those of its pictures included.
+    new_tokens : int
+        Of each answer, the first included.
+    precision : str
+    exact : int
+        Bytes of a number that is not in few bits.
+    pictures : int
+        N, of all rows together.
+    vision, projector, prefill, head : Part
+        What the first token takes. Each step takes a head of the same size.
+    """
+
+    config: PaliGemmaConfig
+    batch: int
+    prompt_length: int
+    new_tokens: int
+    precision: str
+    exact: int
+    pictures: int
+    vision: Part
+    projector: Part
+    prefill: Part
+    head: Part
+
+    @property
+    def first(self) -> tuple[Part, ...]:
+        """The parts of the first token."""
+        return self.vision, self.projector, self.prefill, self.head
+
+    def step(self, cache_length: int | None = None) -> tuple[Part, Part]:
+        """Blocks and head of one token that looks at `cache_length` columns, itself included.
+
+        By default the token in the middle of the answer.
+        """
+        text = self.config.text
+        length = self.prompt_length + self.new_tokens // 2 if cache_length is None else cache_length
+        seen = [min(length, text.window(layer) or length) for layer in range(text.num_hidden_layers)]
+        blocks = _decoder_bill(self.config, self.batch, 1, seen, self.precision, self.exact, "step")
+        return blocks, replace(self.head, name="step head")
+
+    @property
+    def weights_held(self) -> int:
+        """Bytes of all weights. A tied head in few bits is a second copy of the embedding."""
+        text = self.config.text
+        parts = self.vision.weight_bytes + self.projector.weight_bytes + self.prefill.weight_bytes
+        rows = text.vocab_size * text.hidden_size * self.exact
+        second = self.precision == "int8" or not text.tie_word_embeddings
+        return parts + rows + (self.head.weight_bytes if second else 0)
+
+    @property
+    def cache_held(self) -> int:
+        """Bytes of keys and values with room for the whole answer."""
+        text, room = self.config.text, self.prompt_length + self.new_tokens
+        slots = [min(room, text.window(layer) or room) for layer in range(text.num_hidden_layers)]
+        return sum(
+            cache_bytes(1, text.num_key_value_heads, text.head_dim, length, self.batch, self.exact) for length in slots
+        )
+
+    @property
+    def activations_held(self) -> int:
+        """Bytes at the largest moment of reading, nearly: in the tower, in a GeGLU of the decoder, or at the head."""
+        vision, text = self.config.vision, self.config.text
+        tower = self.pictures * vision.num_patches * (2 * vision.hidden_size + 2 * vision.intermediate_size)
+        decoder = self.batch * self.prompt_length * (2 * text.hidden_size + 4 * text.intermediate_size)
+        return max(self.exact * tower, self.exact * decoder, 2 * 4 * self.batch * text.vocab_size)
+
+    @property
+    def held(self) -> int:
+        """Bytes that must be there at once."""
+        return self.weights_held + self.cache_held + self.activations_held
+
+
+def inference_bill(
+    config: PaliGemmaConfig,
+    batch: int,
+    prompt_length: int,
+    new_tokens: int,
+    precision: str = "float32",
+    *,
+    pictures: int | None = None,
+    exact: int | None = None,
+) -> InferenceBill:
+    """Count what an answer costs before it is given.
+
+    Parameters
+    ----------
+    config : PaliGemmaConfig
+    batch : int
+        B, rows that are answered together.
+    prompt_length : int
+        T, tokens of a row, those of its pictures included.
+    new_tokens : int
+        Of each answer.
+    precision : str
+        float32, bfloat16, float16, int8 or nf4.
+    pictures : int, optional
+        N, of all rows together; one for each row by default.
+    exact : int, optional
+        Bytes of numbers that are not in few bits: 4 beside int8 and nf4, unless you say 2.
+
+    Raises
+    ------
+    ValueError
+        If a count is no whole number of 1 or more, the precision is unknown, or the pictures do not fit the prompt.
+
+    References
+    ----------
+    Williams, Waterman and Patterson 2009, "Roofline"; Pope et al. 2022, "Efficiently Scaling Transformer Inference".
+    """
+    pictures = batch if pictures is None else pictures
+    for key, value in (("batch", batch), ("prompt_length", prompt_length), ("new_tokens", new_tokens)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{key} is {value!r}: expected a whole number, 1 or more")
+    if type(pictures) is not int or pictures < 0:
+        raise ValueError(f"pictures is {pictures!r}: expected a whole number, 0 or more")
+    if precision not in EXACT_BYTES:
+        raise ValueError(f"precision is {precision!r}: expected one of {', '.join(EXACT_BYTES)}")
+    if pictures * config.num_image_tokens > batch * prompt_length:
+        raise ValueError(
+            f"{pictures} pictures take {pictures * config.num_image_tokens} tokens, but {batch} rows of prompt_length "
+            f"{prompt_length} have only {batch * prompt_length}: prompt_length counts the pictures' tokens too"
+        )
+    exact = EXACT_BYTES[precision] if exact is None else exact
+    text, width = config.text, config.vision.hidden_size
+    few = "exact" if precision == "nf4" else precision
+    rows = pictures * config.num_image_tokens
+    project, score = Product(rows, width, text.hidden_size), Product(batch, text.hidden_size, text.vocab_size)
+    capped = 0 if text.final_logit_softcapping is None else 6 * score.outer * batch
+    prompt = [prompt_length] * text.num_hidden_layers
+    return InferenceBill(
+        config,
+        batch,
+        prompt_length,
+        new_tokens,
+        precision,
+        exact,
+        pictures,
+        vision=vision_bill(config, pictures, precision, exact),
+        projector=Part(
+            "projector",
+            (project,),
+            weight_bytes=matrix_bytes(text.hidden_size, width, few, exact) + exact * text.hidden_size,
+            product_bytes=exact * project.numbers,
+        ),
+        prefill=_decoder_bill(config, batch, prompt_length, prompt, precision, exact, "prefill"),
+        head=Part(
+            "head",
+            (score,),
+            weight_bytes=matrix_bytes(text.vocab_size, text.hidden_size, few, exact),
+            between_bytes=exact * capped,
+            product_bytes=exact * score.numbers,
+        ),
+    )
+
+
+def median_seconds(function: Callable[[], object], least: float = 0.05, device: str = "cpu") -> float:
+    """Median time of a call, after one that is not counted: at least three calls, and `least` seconds of them."""
+    function()
+    wait_for(device)
+    times = []
+    while len(times) < 3 or sum(times) < least:
+        started = time.perf_counter()
+        function()
+        wait_for(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def wait_for(device: str | torch.device) -> None:
+    """Wait until a device has done what it was asked to; a CPU always has."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def product_rates(
+    rows: tuple[int, ...], inner: int = 2048, outer: int = 8192, make_map: Callable | None = None
+) -> tuple[tuple[int, float, float], ...]:
+    """Operations a second of linear maps, by how many rows they are given.
+
+    Parameters
+    ----------
+    rows : tuple of int
+    inner, outer : int
+        Of the widening map; the narrowing one has them the other way round.
+    make_map : callable, optional
+        Takes (inner, outer) and gives a function of rows (R, inner); torch's float32 map by default.
+
+    Returns
+    -------
+    tuple of (rows, rate of the widening map, rate of the narrowing map)
+    """
+    make_map = make_map or _plain_map
+    rates = []
+    maps = [[make_map(i, o) for _ in range(2)] for i, o in ((inner, outer), (outer, inner))]
+    for count in rows:
+        measured = []
+        for (first, second), width in zip(maps, (inner, outer), strict=True):
+            given = torch.randn(count, width)
+            seconds = median_seconds(lambda a=first, b=second, x=given: (a(x), b(x))) / 2
+            measured.append(2 * count * inner * outer / seconds)
+        rates.append((count, *measured))
+    return tuple(rates)
+
+
+def _plain_map(inner: int, outer: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    weight = torch.randn(outer, inner)
+    return lambda rows: F.linear(rows, weight)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a processor can do.
+
+    Parameters
+    ----------
+    name : str
+    peak : float
+        Operations a second, of products with many rows.
+    read : float
+        Bytes a second, of weights on their way into a product with one row.
+    stream : float
+        Bytes a second that steps between products read and write.
+    copy : float
+        Bytes a second, read and written, of copying more than a cache holds.
+    curve : float
+        Seconds for each number that passes a GELU.
+    rates : tuple
+        As `product_rates` gives them; none: the roofline alone.
+    tower_block, decoder_block : float
+        Seconds of a block with nothing in it.
+    around : float
+        Seconds that the decoder needs outside of its blocks: embedding, positions, masks, rotations.
+    measured : bool
+        False: from published peaks, so what it predicts is the least a run can take.
+    """
+
+    name: str
+    peak: float
+    read: float
+    stream: float
+    copy: float = 0.0
+    curve: float = 0.0
+    rates: tuple[tuple[int, float, float], ...] = ()
+    tower_block: float = 0.0
+    decoder_block: float = 0.0
+    around: float = 0.0
+    measured: bool = False
+
+    def rate(self, rows: int, widens: bool) -> float:
+        """Operations a second of a product with so many rows: between two measured ones on a line of logarithms."""
+        known = [(count, wide if widens else narrow) for count, wide, narrow in self.rates]
+        lower = max((pair for pair in known if pair[0] <= rows), default=known[0])
+        upper = min((pair for pair in known if pair[0] >= rows), default=known[-1])
+        if lower[0] == upper[0]:
+            return lower[1]
+        share = math.log(rows / lower[0]) / math.log(upper[0] / lower[0])
+        return lower[1] ** (1 - share) * upper[1] ** share
+
+    def seconds(self, part: Part) -> float:
+        """How long a part takes.
+
+        Each product takes its operations over the rate for its rows; without measured rates, the whole part takes
+        the longer of operations over peak and bytes over bandwidth. Attention runs at the peak, or as fast as the
+        cache is read. Steps between products, GELU and empty blocks come on top, since they wait for each other.
+        """
+        if not self.rates:
+            return max(part.flops / self.peak, part.bytes / self.read)
+        products = sum(one.flops / self.rate(one.rows, one.outer >= one.inner) for one in part.products)
+        attention = max(sum(one.flops for one in part.attention) / self.peak, part.cache_bytes / self.read)
+        between = part.between_bytes / self.stream + part.curved * self.curve
+        return products + attention + between + self.overhead(part)
+
+    def overhead(self, part: Part) -> float:
+        """Seconds in which a part computes nothing: Python's time, and torch's for each operation."""
+        blocks = part.tower_blocks * self.tower_block + part.decoder_blocks * self.decoder_block
+        return blocks + (self.around if part.decoder_blocks else 0.0)
+
+
+def measure_machine(make_map: Callable | None = None, name: str = "this machine") -> Machine:
+    """Time what this processor can do, in a few seconds.
+
+    Parameters
+    ----------
+    make_map : callable, optional
+        As in `product_rates`: a linear map in another precision.
+    name : str
+    """
+    with torch.no_grad():
+        rates = product_rates((1, 2, 3, 4, 8, 16, 32, 64, 256, 1024), make_map=make_map)
+        numbers = torch.randn(256, 8192)
+        passing = median_seconds(lambda: numbers * numbers)
+        curve = median_seconds(lambda: F.gelu(numbers, approximate="tanh")) - passing * 2 / 3
+        large, other = torch.zeros(2, 2**26)
+        one, five = _decoder_seconds(1), _decoder_seconds(5)
+        copying = median_seconds(lambda: other.copy_(large))
+        return Machine(
+            name=name,
+            peak=max(max(row[1:]) for row in rates),
+            read=_read_rate(),
+            stream=3 * numbers.nbytes / passing,
+            copy=2 * large.nbytes / copying,
+            curve=max(curve, 0.0) / numbers.numel(),
+            rates=rates,
+            tower_block=_tower_block_seconds(),
+            decoder_block=(five - one) / 4,
+            around=max(0.0, one - (five - one) / 4),
+            measured=True,
+        )
+
+
+def _read_rate() -> float:
+    """Bytes a second of a matrix that one row goes through."""
+    weight, row = torch.randn(2**14, 2**12), torch.randn(1, 2**12)
+    return weight.nbytes / median_seconds(lambda: F.linear(row, weight))
+
+
+def _tower_block_seconds() -> float:
+    block = SiglipBlock(SiglipConfig(32, 32, 1, 4)).eval()
+    token = torch.randn(1, 4, 32)
+    return median_seconds(lambda: block(token))
+
+
+def _decoder_seconds(layers: int) -> float:
+    """A step of a decoder so narrow that it computes nothing to speak of."""
+    sizes = GemmaConfig(32, 32, layers, 4, 1, 8, vocab_size=8)
+    model = PaliGemma(PaliGemmaConfig(SiglipConfig(8, 8, 1, 1), sizes)).eval()
+    caches = model.language_model.new_caches(1, 2**14)
+    token, mask = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 2, dtype=torch.long)
+
+    def step() -> None:
+        for cache in caches:
+            cache.length = 1  # a second token every time
+        model.decode(token, mask, caches)
+
+    return median_seconds(step)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published peaks of a card.
+
+    Parameters
+    ----------
+    name : str
+    words : tuple of str
+        That occur in the name which the driver gives it.
+    tensor, plain : float
+        Operations a second: 16-bit numbers summed in float32 on tensor units, without sparsity; and float32.
+    bandwidth : float
+        Bytes a second of its memory.
+    memory : float
+        Bytes.
+    source : str
+        Where the maker says so.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    tensor: float
+    plain: float
+    bandwidth: float
+    memory: float
+    source: str
+
+
+_ADA = "NVIDIA Ada GPU Architecture, V2.01, appendices"
+GPUS = (
+    Gpu(
+        "H200 SXM",
+        ("H200",),
+        989e12,
+        67e12,
+        4800e9,
+        141e9,
+        "NVIDIA H200 Tensor Core GPU, datasheet (half of its figure with sparsity)",
+    ),
+    Gpu(
+        "H100 PCIe",
+        ("H100", "PCIe"),
+        756e12,
+        51e12,
+        2000e9,
+        80e9,
+        "NVIDIA H100 Tensor Core GPU, datasheet (half of its figure with sparsity)",
+    ),
+    Gpu(
+        "H100 SXM",
+        ("H100",),
+        989e12,
+        67e12,
+        3350e9,
+        80e9,
+        "NVIDIA H100 Tensor Core GPU, datasheet (half of its figure with sparsity)",
+    ),
+    Gpu(
+        "A100 SXM 80 GB",
+        ("A100", "SXM", "80GB"),
+        312e12,
+        19.5e12,
+        2039e9,
+        80e9,
+        "NVIDIA A100 Tensor Core GPU, datasheet",
+    ),
+    Gpu("A100 PCIe 80 GB", ("A100", "80GB"), 312e12, 19.5e12, 1935e9, 80e9, "NVIDIA A100 Tensor Core GPU, datasheet"),
+    Gpu("A100 40 GB", ("A100",), 312e12, 19.5e12, 1555e9, 40e9, "NVIDIA A100 Tensor Core GPU Architecture, table 1"),
+    Gpu("L40S", ("L40S",), 362e12, 91.6e12, 864e9, 48e9, "NVIDIA L40S, datasheet (without sparsity)"),
+    Gpu(
+        "L4",
+        ("L4",),
+        121e12,
+        30.3e12,
+        300e9,
+        24e9,
+        "NVIDIA L4 Tensor Core GPU, datasheet (half of its figure with sparsity)",
+    ),
+    Gpu("T4", ("T4",), 65e12, 8.1e12, 320e9, 16e9, "NVIDIA T4 Tensor Core GPU, product page"),
+    Gpu("V100 SXM2", ("V100",), 125e12, 15.7e12, 900e9, 16e9, "NVIDIA V100 Tensor Core GPU, datasheet"),
+    Gpu("RTX 4090", ("RTX 4090",), 165.2e12, 82.6e12, 1008e9, 24e9, _ADA),
+    Gpu("RTX 3090", ("RTX 3090",), 71e12, 35.6e12, 936e9, 24e9, "NVIDIA Ampere GA102 GPU Architecture, table 9"),
+)
+
+
+def gpu_machine(name: str, dtype: str = "bfloat16") -> Machine:
+    """The limits of a card by the name that its driver gives, from published peaks.
+
+    Raises
+    ------
+    ValueError
+        If the card is not in `GPUS`.
+    """
+    spelled = name.replace(" GB", "GB").lower()
+    for card in GPUS:
+        if all(re.search(rf"\b{word.lower()}\b", spelled.replace("-", " ")) for word in card.words):
+            peak = card.plain if dtype == "float32" else card.tensor
+            return Machine(f"{card.name}, computed", peak, card.bandwidth, card.bandwidth, card.bandwidth)
+    raise ValueError(
+        f"no published peaks of {name!r} are known here: expected one of {', '.join(g.name for g in GPUS)}"
+    )

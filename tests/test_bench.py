@@ -1,0 +1,231 @@
+"""`sigma-book bench` as a user meets it: real processes, real transformers; seconds are never asserted."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from sigma_book.assemble import POCKET
+from sigma_book.bench import (
+    SIZES,
+    Child,
+    Work,
+    bench,
+    equal_tokens,
+    growth,
+    make_batch,
+    random_folder,
+    size_config,
+    spread,
+    write_random_model,
+)
+from sigma_book.cli import main
+from sigma_book.paligemma import PaliGemma, count_parameters
+from sigma_book.processor import Processor
+from sigma_book.speed import inference_bill
+from sigma_book.weights import load_model, read_config
+
+PARTS = ["vision", "projector", "prefill", "head", "step", "step head", "first token", "next token"]
+
+
+def test_beside_transformers(tmp_path, capsys):
+    """The pocket model, end to end, with bill, JSON and picture."""
+    table, picture = tmp_path / "found.json", tmp_path / "found.png"
+    given = ["bench", "--against", "transformers", "--bill", "--warmup", "1", "--repeat", "2", "--new-tokens", "5"]
+    assert main([*given, "--json", str(table), "--save", str(picture)]) == 0
+    found = json.loads(table.read_text())
+    assert set(found["contenders"]) == {"sigma_book", "transformers"}
+    assert found["tokens_equal"] is True
+    for one in found["contenders"].values():
+        assert 0 < one["first_token"]["min"] <= one["first_token"]["median"] <= one["first_token"]["p95"]
+        assert 0 < one["next_token"]["min"] <= one["next_token"]["median"] <= one["next_token"]["p95"]
+        memory = one["memory"]
+        assert memory["peak_resident"] >= max(memory["anonymous"], memory["file_mapped"]) > 0
+        assert one["load"]["parameters"] > 1e6
+    ours, theirs = (found["contenders"][name] for name in ("sigma_book", "transformers"))
+    assert found["ratios"]["first_token"] == ours["first_token"]["median"] / theirs["first_token"]["median"]
+    assert [row["part"] for row in found["bill"]] == PARTS
+    for row in found["bill"]:
+        assert row["predicted"] > 0 and row["ratio"] == row["measured"] / row["predicted"]
+    assert found["limits"]["measured"] and found["limits"]["peak"] > 1e9
+    assert {"cpu", "cores", "threads", "versions", "date"} <= set(found["machine"])
+    assert found["work"]["prompt_length"] == 68  # 64 patches, bos, two words, newline
+    with Image.open(picture) as drawn:
+        assert drawn.format == "PNG" and min(drawn.size) > 100
+    shown = capsys.readouterr().out
+    assert "same tokens: yes" in shown and all(part in shown for part in PARTS)
+    assert {path.name for path in tmp_path.iterdir()} == {"found.json", "found.png"}
+
+
+def test_alone_with_a_batch_and_a_longer_prompt(tiny_folder, tmp_path):
+    table = tmp_path / "found.json"
+    given = ["bench", "--model", str(tiny_folder), "--batch", "3", "--prompt-tokens", "11", "--new-tokens", "1"]
+    assert main([*given, "--repeat", "1", "--warmup", "0", "--json", str(table)]) == 0
+    found = json.loads(table.read_text())
+    assert found["tokens_equal"] is None and "ratios" not in found and "bill" not in found
+    one = found["contenders"]["sigma_book"]
+    assert one["next_token"] is None and one["tokens_per_second"] is None  # there was no next token
+    assert found["work"]["prompt_length"] == 4 + 1 + 11 + 1
+    costs = inference_bill(read_config(tiny_folder), 3, 17, 1)
+    held = {"weights": costs.weights_held, "cache": costs.cache_held, "activations": costs.activations_held}
+    assert found["held"] == held
+
+
+def test_every_turn_has_pictures_of_its_own(tiny_folder):
+    """So that a cache of features cannot make a later turn look fast."""
+    processor, work = Processor.from_folder(tiny_folder), Work(str(tiny_folder), batch=2)
+    first, again, second = (make_batch(processor, work, turn).pixel_values for turn in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not any(torch.equal(one, other) for one in second for other in first)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_other_tokens_are_seen(tiny_folder):
+    """The comparison can fail: two contenders that are asked for answers to different turns."""
+    work = Work(str(tiny_folder), new_tokens=6)
+    with Child("sigma_book", work) as one, Child("transformers", work) as other:
+        one.turn(1)
+        other.turn(1)
+        assert equal_tokens([one, other]) is True
+        one.turn(2)
+        other.turn(3)
+        assert equal_tokens([one, other]) is False
+
+
+def test_spread_against_a_plain_count():
+    assert spread([3.0]) == {"min": 3.0, "median": 3.0, "p95": 3.0}
+    assert spread(range(1, 101)) == {"min": 1, "median": 50.5, "p95": 95}
+    assert spread([5, 1, 3])["p95"] == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_weights_load(tmp_path, dtype):
+    config = read_config(random_config(tmp_path))
+    write_random_model(tmp_path / "random", config, dtype)
+    model = load_model(tmp_path / "random", device="cpu", dtype=dtype)
+    assert model.config == config
+    assert all(parameter.dtype == dtype for parameter in model.parameters())
+    assert all(parameter.std() > 0 for parameter in model.parameters())
+    with safe_open(tmp_path / "random" / "model-00001.safetensors", framework="pt") as file:
+        assert len(file.keys()) == len(model.state_dict())
+
+
+def random_config(folder):
+    """A folder with the configuration of a small model."""
+    config = size_config("pocket").to_dict()
+    config["text_config"] |= {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 96}
+    config["vision_config"] |= {"num_hidden_layers": 1, "hidden_size": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(("size", "millions"), [("pocket", 3), ("300m", 303), ("1b", 1010), ("3b", 2923)])
+def test_sizes_are_what_they_are_called(size, millions):
+    with torch.device("meta"):
+        count = count_parameters(PaliGemma(size_config(size)))
+    assert count / 1e6 == pytest.approx(millions, rel=0.01)
+    assert size != "3b" or count == 2_923_466_480
+    assert size == "pocket" or size in SIZES
+
+
+def test_a_disk_that_is_full_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIGMA_BOOK_CACHE", str(tmp_path))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("usage", (), {"free": 10**9})())
+    with pytest.raises(RuntimeError, match=r"take 11\.7 GB .* has 1\.0 GB free: make room, or set SIGMA_BOOK_CACHE"):
+        random_folder("3b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_growth_of_the_pocket(tmp_path):
+    """Points that would take long are predicted only; predictions grow with every axis."""
+    found = growth("pocket", most_seconds=0.05)
+    for kind, values in (
+        ("pixels", [224, 448, 896]),
+        ("pictures", [1, 2, 4, 8, 16, 32]),
+        ("tokens", [16, 64, 256, 1024]),
+    ):
+        assert [point["value"] for point in found[kind]] == values
+        predicted = [point["predicted"] for point in found[kind]]
+        assert predicted == sorted(predicted)
+        assert all((point["measured"] is not None) == (point["predicted"] < 0.05) for point in found[kind])
+    assert found["tokens"][-1]["measured"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batch", "0"], "batch is 0"),
+        (["--new-tokens", "-3"], "new_tokens is -3"),
+        (["--repeat", "0"], "repeat is 0"),
+        (["--warmup", "-1"], "warmup is -1"),
+        (["--prompt-tokens", "0"], "prompt_tokens is 0"),
+        (["--new-tokens", "2000"], "context of 2048"),
+        (["--prompt-tokens", "2500"], "context of 2048"),
+        (["--against", "llama.cpp"], "--against is 'llama.cpp'"),
+        (["--against", "transformers", "--against", "transformers"], "--against names transformers twice"),
+        (["--dtype", "int3"], "dtype is 'int3'"),
+        (["--quantize", "int3"], "int3"),
+        (["--device", "abacus"], "device is 'abacus'"),
+        (["--size", "7b"], "size is '7b'"),
+        (["--size", "3b"], "--random goes with"),
+        (["--random"], "--random goes with"),
+        (["--size", "pocket", "--random"], "--random goes with"),
+        (["--size", "pocket", "--model", "."], "give one of them"),
+        (["--model", "no/such/folder/here"], "no/such/folder/here"),
+        (["--prompt", "<image> hello"], "<image>"),
+        (["--json", "no/such/folder/a.json"], "a.json"),
+        (["--json", "a.txt"], "ends in .json"),
+        (["--save", "a.jpg"], "ends in .png"),
+        (["--growth", "--bill"], "--growth"),
+        (["--growth", "--model", "."], "--growth"),
+    ],
+)
+def test_odd_arguments_get_a_sentence(capsys, arguments, words):
+    assert main(["bench", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and words in err.splitlines()[-1] and err.splitlines()[-1].startswith("sigma-book: ")
+
+
+def test_a_contender_that_dies_is_said():
+    """A real process, really killed."""
+    with Child("sigma_book", Work(folder=str(POCKET))) as child:
+        child.process.kill()
+        child.process.wait()
+        with pytest.raises(RuntimeError, match="sigma_book ended early .killed"):
+            child.turn(0)
+
+
+def test_the_command_imports_nothing_before_it_runs():
+    code = "import sys, sigma_book.cli as c; c.build_parser(); print(int('torch' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path):
+    """The same command on a card: measured beside what its published peaks give."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    table = tmp_path / "found.json"
+    assert main(["bench", "--device", "cuda", "--bill", "--repeat", "2", "--json", str(table)]) == 0
+    found = json.loads(table.read_text())
+    assert not found["limits"]["measured"]
+    assert found["contenders"]["sigma_book"]["memory"]["gpu_peak"] > 0
+    assert all(row["measured"] >= row["predicted"] for row in found["bill"] if row["measured"] is not None)
+
+
+def test_bench_as_a_call(tiny_folder):
+    found = bench(Work(str(tiny_folder), new_tokens=3), warmup=0, repeat=2)
+    assert found["work"]["repeat"] == 2
+    assert set(found["contenders"]["sigma_book"]["parts"]) == {
+        "vision",
+        "projector",
+        "prefill",
+        "head",
+        "step",
+        "step head",
+    }

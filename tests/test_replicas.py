@@ -1,0 +1,128 @@
+"""The service on several replicas: real Ray Serve, a real port, the real openai client, and `generate` as the reference."""
+
+import base64
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import httpx
+import openai
+import pytest
+
+from sigma_book import generate
+from sigma_book.replicas import ReplicaConfig
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"replicas": 0}, "replicas is 0"),
+        ({"replicas": 3, "most": 2}, "most is 2"),
+        ({"busy": 0}, "busy is 0"),
+        ({"cpus": -1}, "cpus is -1"),
+        ({"gpus": float("inf")}, "gpus is inf"),
+    ],
+)
+def test_settings_out_of_range(settings, words):
+    with pytest.raises(ValueError, match=words):
+        ReplicaConfig(**settings)
+
+
+def test_settings_are_those_that_ray_serve_knows():
+    """Its own schema reads them: a fixed number, and one that follows the load."""
+    serve = pytest.importorskip("ray.serve")
+
+    class Nothing:
+        pass
+
+    fixed = serve.deployment(Nothing).options(**ReplicaConfig(3, cpus=0.5, gpus=1).options(72))
+    assert (fixed.num_replicas, fixed.max_ongoing_requests) == (3, 72)
+    assert fixed.ray_actor_options == {"num_cpus": 0.5, "num_gpus": 1}
+    scaled = serve.deployment(Nothing).options(**ReplicaConfig(2, most=9, busy=6).options(72))
+    config = scaled._deployment_config.autoscaling_config
+    assert (config.min_replicas, config.max_replicas, config.target_ongoing_requests) == (2, 9, 6)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_replicas_answer_as_one_process_does(pictures, tiny_folder, tiny_model):
+    """Both work, greedy answers are those of `generate`, a stream and logprobs come through, SIGTERM ends it all."""
+    port = free_port()
+    command = [sys.executable, "-m", "sigma_book.cli", "serve", "--model", str(tiny_folder), "--replicas", "2"]
+    command += ["--port", str(port), "--device", "cpu", "--name", "tiny"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    try:
+        lines: list[str] = []
+        reader = threading.Thread(target=lambda: lines.extend(iter(process.stderr.readline, "")), daemon=True)
+        reader.start()
+        end = time.monotonic() + 200
+        while not any("listening on" in line for line in lines):
+            assert process.poll() is None and time.monotonic() < end, "".join(lines)
+            time.sleep(0.2)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+        assert [model.id for model in client.models.list()] == ["tiny"]
+        expected = [generate(picture, "caption en", model=tiny_model, max_new_tokens=12) for picture in pictures]
+        found: dict[int, list[str]] = {}
+
+        def ask(place: int) -> None:
+            for _ in range(4):
+                answer = client.chat.completions.create(**question(pictures[place]))
+                found.setdefault(place, []).append(answer.choices[0].message.content)
+
+        threads = [threading.Thread(target=ask, args=(place,)) for place in range(len(pictures))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == {place: [text] * 4 for place, text in enumerate(expected)}
+        stream = client.chat.completions.create(**question(pictures[0]), stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices) == expected[0]
+        logprobs = client.chat.completions.create(**question(pictures[0]), logprobs=True).choices[0].logprobs.content
+        _, _, ours = generate(pictures[0], "caption en", model=tiny_model, max_new_tokens=12, return_logprobs=True)
+        assert max(abs(entry.logprob - one) for entry, one in zip(logprobs, ours)) < 1e-4
+        assert both_have_worked(port)
+        with pytest.raises(openai.BadRequestError, match="system"):
+            client.chat.completions.create(
+                model="tiny", messages=[{"role": "system", "content": "x"}, *question(pictures[0])["messages"]]
+            )
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, "".join(lines)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"http://127.0.0.1:{port}/health/live")
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait(30)
+
+
+def question(picture) -> dict:
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(encoded.getvalue()).decode()}"
+    content = [{"type": "text", "text": "caption en"}, {"type": "image_url", "image_url": {"url": url}}]
+    return {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 12, "temperature": 0}
+
+
+def both_have_worked(port: int) -> bool:
+    """Metrics are those of whichever replica is asked: two different counts show that two have counted."""
+    seen: Counter = Counter()
+    for _ in range(60):
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        starts = [line for line in text.splitlines() if "start_time_seconds" in line and not line.startswith("#")]
+        tokens = [line for line in text.splitlines() if not line.startswith("#") and "tokens_total" in line]
+        assert tokens and any(float(line.rpartition(" ")[2]) > 0 for line in tokens)
+        seen[tuple(starts) or tuple(tokens)] += 1
+    return len(seen) == 2

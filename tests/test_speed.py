@@ -1,0 +1,184 @@
+"""The bill of an answer: operations against torch's own counter, bytes against the tensors themselves."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from sigma_book.gemma import GemmaConfig
+from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
+from sigma_book.qlora import nf4_bytes
+from sigma_book.siglip import SiglipConfig
+from sigma_book.speed import inference_bill
+
+TOWERS = {
+    "plain": SiglipConfig(48, 100, 3, 4, image_size=56, patch_size=14),
+    "one head": SiglipConfig(40, 72, 2, 1, image_size=42, patch_size=7),
+}
+GEMMA_2 = {
+    "query_pre_attn_scalar": 20.0,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "sliding_window": 7,
+    "layer_types": ("sliding_attention", "full_attention", "sliding_attention"),
+    "four_norms": True,
+}
+VOICES = {
+    "gemma 1": GemmaConfig(64, 160, 3, 4, 1, 24, 301),
+    "groups": GemmaConfig(56, 90, 2, 6, 3, 10, 130),
+    "gemma 2": GemmaConfig(64, 160, 3, 4, 2, 16, 301, **GEMMA_2),
+    "own head": GemmaConfig(64, 160, 3, 2, 2, 24, 301, tie_word_embeddings=False),
+}
+CASES = [
+    (tower, voice, batch, pictures) for tower in TOWERS for voice in VOICES for batch, pictures in ((1, 1), (3, 5))
+]
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that every operation reads and writes, apart from those that only look at memory in another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        if not function.is_view and "view" not in str(function) and "empty" not in str(function):
+            touched = tree_leaves((arguments, options, result))
+            self.bytes += sum(tensor.nbytes for tensor in touched if isinstance(tensor, torch.Tensor))
+        return result
+
+
+def build(tower: str, voice: str) -> PaliGemma:
+    with torch.device("meta"):
+        return PaliGemma(PaliGemmaConfig(TOWERS[tower], VOICES[voice], image_token_id=300)).eval()
+
+
+def flops(function, *arguments) -> int:
+    """On the meta device attention falls into plain products, which the counter knows."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        function(*arguments)
+    return counter.get_total_flops()
+
+
+def prompt_of(model: PaliGemma, batch: int, pictures: int) -> tuple[int, list]:
+    """A prompt's length and the arguments of `hidden_states`; pictures are spread over the rows as they come."""
+    length = -(-pictures // batch) * model.config.num_image_tokens + 5
+    ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
+    ones = torch.ones_like(ids)
+    features = torch.empty(pictures, model.config.num_image_tokens, model.config.text.hidden_size, device="meta")
+    return length, [ids, features, ones, torch.zeros_like(ids)]
+
+
+@pytest.mark.parametrize(("tower", "voice", "batch", "pictures"), CASES)
+def test_operations_are_those_that_torch_counts(tower, voice, batch, pictures):
+    """Exact: the same integers."""
+    model = build(tower, voice)
+    length, arguments = prompt_of(model, batch, pictures)
+    vision = model.config.vision
+    bill = inference_bill(model.config, batch, length, 9, pictures=pictures)
+    shown = torch.empty(pictures, 3, vision.image_size, vision.image_size, device="meta")
+    assert bill.vision.flops == flops(model.vision_tower, shown)
+    features = torch.empty(pictures, vision.num_patches, vision.hidden_size, device="meta")
+    assert bill.projector.flops == flops(model.multi_modal_projector, features)
+    caches = model.language_model.new_caches(batch, length + 9)
+    assert bill.prefill.flops == flops(model.hidden_states, *arguments, caches)
+    assert bill.head.flops == flops(model.logits, torch.empty(batch, model.config.text.hidden_size, device="meta"))
+    token = torch.zeros(batch, 1, dtype=torch.long, device="meta")
+    for seen in range(length + 1, length + 9):
+        blocks, head = bill.step(seen)
+        mask = torch.ones(batch, seen, dtype=torch.long, device="meta")
+        assert blocks.flops + head.flops == flops(model.decode, token, mask, caches)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("voice", VOICES)
+@pytest.mark.parametrize("tower", TOWERS)
+def test_weights_are_those_of_the_state_dict(tower, voice, precision):
+    """Exact, part by part."""
+    model = build(tower, voice).to(getattr(torch, precision))
+    bill = inference_bill(model.config, 2, 100, 9, precision)
+
+    def held(module) -> int:
+        return sum(tensor.nbytes for tensor in module.state_dict().values())
+
+    table = model.language_model.embed_tokens.weight.nbytes
+    assert bill.vision.weight_bytes == held(model.vision_tower)
+    assert bill.projector.weight_bytes == held(model.multi_modal_projector)
+    assert bill.prefill.weight_bytes == bill.step()[0].weight_bytes == held(model.language_model) - table
+    assert bill.head.weight_bytes == table
+    assert bill.weights_held == held(model)
+    caches = model.language_model.new_caches(2, 109)
+    assert bill.cache_held == sum(cache.key.nbytes + cache.value.nbytes for cache in caches)
+
+
+@pytest.mark.parametrize("voice", VOICES)
+def test_few_bits(voice):
+    """int8: a byte a weight and four a row, for every map but that of the patches; nf4: the decoder's maps alone."""
+    model = build("plain", voice)
+    maps = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    whole = sum(tensor.nbytes for tensor in model.state_dict().values())
+    table = model.language_model.embed_tokens.weight
+    byte = whole - sum(4 * m.weight.numel() - m.weight.numel() - 4 * len(m.weight) for m in maps.values())
+    if model.config.text.tie_word_embeddings:
+        byte += table.numel() + 4 * len(table)
+    assert inference_bill(model.config, 1, 30, 9, "int8").weights_held == byte
+    inside = [m.weight.numel() for name, m in maps.items() if name.startswith("language_model")]
+    four = whole - sum(4 * count - nf4_bytes(count) for count in inside)
+    assert inference_bill(model.config, 1, 30, 9, "nf4").weights_held == four
+    halves = inference_bill(model.config, 1, 30, 9, "nf4", exact=2)
+    assert halves.weights_held == whole // 2 - sum(2 * count - nf4_bytes(count) for count in inside)
+
+
+@pytest.mark.parametrize("voice", ["gemma 1", "gemma 2"])
+def test_bytes_moved_are_near_those_that_the_operations_touch(voice):
+    """Within a tenth of what a count over all operations finds: the bill leaves small vectors and indices out."""
+    tower = SiglipConfig(96, 400, 4, 4, image_size=112, patch_size=14)
+    text = VOICES[voice]
+    model = PaliGemma(PaliGemmaConfig(tower, text, image_token_id=300)).eval()
+    ids = torch.tensor([[300] * 64 + [2, 5, 6, 7]] * 2)
+    ones, features = torch.ones_like(ids), torch.randn(2, 64, text.hidden_size)
+    bill = inference_bill(model.config, 2, 68, 9)
+    with torch.no_grad(), Traffic() as traffic:
+        model.vision_tower(torch.zeros(2, 3, 112, 112))
+    assert traffic.bytes == pytest.approx(bill.vision.bytes, rel=0.1)
+    caches = model.language_model.new_caches(2, 80)
+    with torch.no_grad(), Traffic() as traffic:
+        model.hidden_states(ids, features, ones, torch.zeros_like(ids), caches)
+    assert traffic.bytes == pytest.approx(bill.prefill.bytes, rel=0.1)
+
+
+def test_the_full_size():
+    """PaliGemma 3B: 11.69 GB in float32, and the sixteen bits that fit 6.6 GB."""
+    config = PaliGemmaConfig.from_dict(
+        {
+            "model_type": "paligemma",
+            "text_config": {"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18, "head_dim": 256}
+            | {"num_attention_heads": 8, "num_key_value_heads": 1, "vocab_size": 257_216},
+            "vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27}
+            | {"num_attention_heads": 16, "image_size": 224, "patch_size": 14},
+        }
+    )
+    assert inference_bill(config, 1, 264, 20).weights_held == 4 * 2_923_466_480
+    half = inference_bill(config, 1, 264, 20, "bfloat16")
+    assert half.weights_held == 2 * 2_923_466_480
+    assert half.held < 6.6e9
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch": 0}, "batch is 0"),
+        ({"prompt_length": True}, "prompt_length is True"),
+        ({"new_tokens": 2.0}, "new_tokens is 2.0"),
+        ({"precision": "int7"}, "precision is 'int7'"),
+        ({"pictures": -1}, "pictures is -1"),
+        ({"prompt_length": 15}, "1 pictures take 16 tokens"),
+    ],
+)
+def test_what_cannot_be_billed_is_said(changes, words):
+    model = build("plain", "gemma 1")
+    arguments = {"batch": 1, "prompt_length": 30, "new_tokens": 4} | changes
+    with pytest.raises(ValueError, match=words):
+        inference_bill(model.config, **arguments)
