@@ -23,9 +23,11 @@
 import math
 import re
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -570,14 +572,19 @@ for precision in EXACT_BYTES:
 #
 # ## What this machine can do
 #
-# No data sheet is needed: we time it. Three rates matter.
+# No data sheet is needed: we time it.
 #
 # - *Products.* A map of 67 MB, too large to stay in the processor's own memory (its cache), times some rows of
 #   activations. Two such maps take turns.
 # - *Steps between.* A product of two tensors, number by number.
 # - *GELU.* It bends every number through a tanh, which costs arithmetic, not only bytes.
 #
-# And a fourth: a block of tiny numbers takes time too, in which nothing is computed to speak of. That is Python, and
+# `load` leaves float32 weights in the file, as a window (chapter 12), and reading through a window is about a tenth
+# slower than reading memory of one's own. So the maps that we time are windows too. And with one row, two maps of the
+# same size differ: each number that comes out is a sum of its own, begun and ended, so 8192 short sums take longer than
+# 2048 long ones. Two shapes give two equations, for the bandwidth and for what a sum takes besides.
+#
+# And a last one: a block of tiny numbers takes time too, in which nothing is computed to speak of. That is Python, and
 # torch's own book-keeping for each operation.
 
 
@@ -641,7 +648,11 @@ def product_rates(
 
 
 def _plain_map(inner: int, outer: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    weight = torch.randn(outer, inner)
+    """A float32 map whose weight is a window into a file, as `load` leaves it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weight"
+        torch.randn(outer, inner).numpy().tofile(path)
+        weight = torch.from_file(str(path), size=outer * inner).view(outer, inner)
     return lambda rows: F.linear(rows, weight)
 
 
@@ -686,6 +697,8 @@ class Machine:
         Operations a second, of products with many rows.
     read : float
         Bytes a second, of weights on their way into a product with one row.
+    begin : float
+        Seconds that each number which comes out of a product with one row takes besides.
     stream : float
         Bytes a second that steps between products read and write.
     copy : float
@@ -707,6 +720,7 @@ class Machine:
     read: float
     stream: float
     copy: float = 0.0
+    begin: float = 0.0
     curve: float = 0.0
     rates: tuple[tuple[int, float, float], ...] = ()
     tower_block: float = 0.0
@@ -727,13 +741,17 @@ class Machine:
     def seconds(self, part: Part) -> float:
         """How long a part takes.
 
-        Each product takes its operations over the rate for its rows; without measured rates, the whole part takes
-        the longer of operations over peak and bytes over bandwidth. Attention runs at the peak, or as fast as the
-        cache is read. Steps between products, GELU and empty blocks come on top, since they wait for each other.
+        Each product takes its operations over the rate for its rows, or, with one row, its bytes over bandwidth and
+        a little for each number that comes out. Attention runs at the peak, or as fast as the cache is read. Steps
+        between products, GELU and empty blocks come on top, since they wait for each other. Without measured rates
+        the whole part takes the longer of operations over peak and bytes over bandwidth.
         """
         if not self.rates:
             return max(part.flops / self.peak, part.bytes / self.read)
-        products = sum(one.flops / self.rate(one.rows, one.outer >= one.inner) for one in part.products)
+        if all(one.rows == 1 for one in part.products):
+            products = part.weight_bytes / self.read + self.begin * sum(one.outer * one.count for one in part.products)
+        else:
+            products = sum(one.flops / self.rate(one.rows, one.outer >= one.inner) for one in part.products)
         attention = max(sum(one.flops for one in part.attention) / self.peak, part.cache_bytes / self.read)
         between = part.between_bytes / self.stream + part.curved * self.curve
         return products + attention + between + self.overhead(part)
@@ -745,7 +763,7 @@ class Machine:
 
 
 def measure_machine(make_map: Callable | None = None, name: str = "this machine") -> Machine:
-    """Time what this processor can do, in a few seconds.
+    """Time what this processor can do, in some seconds.
 
     Parameters
     ----------
@@ -753,33 +771,39 @@ def measure_machine(make_map: Callable | None = None, name: str = "this machine"
         As in `product_rates`: a linear map in another precision.
     name : str
     """
+    inner, outer = 2048, 8192
     with torch.no_grad():
-        rates = product_rates((1, 2, 3, 4, 8, 16, 32, 64, 256, 1024), make_map=make_map)
+        rates = product_rates((1, 2, 3, 4, 8, 16, 32, 64, 256, 1024), inner, outer, make_map)
+        wide, narrow = (2 * inner * outer / rate for rate in rates[0][1:])  # seconds of one row
+        begin = min(max(0.0, (wide - narrow) / (outer - inner)), 0.5 * narrow / inner)
         numbers = torch.randn(256, 8192)
         passing = median_seconds(lambda: numbers * numbers)
-        curve = median_seconds(lambda: F.gelu(numbers, approximate="tanh")) - passing * 2 / 3
-        large, other = torch.zeros(2, 2**26)
-        one, five = _decoder_seconds(1), _decoder_seconds(5)
+        bending = median_seconds(lambda: F.gelu(numbers, approximate="tanh"))
+        large, other = torch.zeros(2, 2**25)
         copying = median_seconds(lambda: other.copy_(large))
+        one, five = _decoder_seconds(1), _decoder_seconds(5)
         return Machine(
             name=name,
             peak=max(max(row[1:]) for row in rates),
-            read=_read_rate(),
+            read=4 * inner * outer / (narrow - inner * begin),
             stream=3 * numbers.nbytes / passing,
             copy=2 * large.nbytes / copying,
-            curve=max(curve, 0.0) / numbers.numel(),
+            begin=begin,
+            curve=max(0.0, bending - passing * 2 / 3) / numbers.numel(),
             rates=rates,
             tower_block=_tower_block_seconds(),
-            decoder_block=(five - one) / 4,
-            around=max(0.0, one - (five - one) / 4),
+            decoder_block=max(0.0, five - one) / 4,
+            around=max(0.0, one - max(0.0, five - one) / 4),
             measured=True,
         )
 
 
-def _read_rate() -> float:
-    """Bytes a second of a matrix that one row goes through."""
-    weight, row = torch.randn(2**14, 2**12), torch.randn(1, 2**12)
-    return weight.nbytes / median_seconds(lambda: F.linear(row, weight))
+def median_machine(looks: Sequence[Machine]) -> Machine:
+    """Of several measurements of one machine, the median of each number."""
+    numbers = ("peak", "read", "stream", "copy", "begin", "curve", "tower_block", "decoder_block", "around")
+    middle = {key: statistics.median(getattr(look, key) for look in looks) for key in numbers}
+    rates = [tuple(map(statistics.median, zip(*rows))) for rows in zip(*(look.rates for look in looks))]
+    return replace(looks[0], rates=tuple((int(rows), wide, narrow) for rows, wide, narrow in rates), **middle)
 
 
 def _tower_block_seconds() -> float:
@@ -807,6 +831,7 @@ def _decoder_seconds(layers: int) -> float:
 machine = measure_machine()
 print(f"peak   {machine.peak / 1e9:7.1f} billion operations a second")
 print(f"read   {machine.read / 1e9:7.1f} GB a second into a product with one row; copy {machine.copy / 1e9:.1f}")
+print(f"begin  {machine.begin * 1e9:7.1f} ns for each sum with one row")
 print(f"stream {machine.stream / 1e9:7.1f} GB a second between products; GELU {machine.curve * 1e9:.2f} ns a number")
 print(f"empty  {machine.decoder_block * 1e6:7.0f} microseconds for a decoder block with nothing in it")
 assert machine.rates[0][1] < machine.peak  # one row never reaches the peak

@@ -25,7 +25,16 @@ from sigma_book.assemble import POCKET, load
 from sigma_book.generation import generate_tokens, whole_number
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 from sigma_book.processor import Batch, Processor
-from sigma_book.speed import InferenceBill, Machine, Part, gpu_machine, inference_bill, measure_machine, wait_for
+from sigma_book.speed import (
+    InferenceBill,
+    Machine,
+    Part,
+    gpu_machine,
+    inference_bill,
+    measure_machine,
+    median_machine,
+    wait_for,
+)
 from sigma_book.training import free_bytes
 from sigma_book.weights import find_folder, folder_beside, hub_name, pick_device, read_config, write_json, write_tensors
 from sigma_book.world import draw_scene, make_scene
@@ -470,10 +479,7 @@ def bench(work: Work, *, against: Sequence[str] = (), warmup: int = 1, repeat: i
         )
     costs = inference_bill(config, work.batch, prompt_length, work.new_tokens, work.quantize or work.dtype)
     names = ("sigma_book", *against)
-    machine = None
-    if bill:
-        machine = _machine(work)
-    children, memories = _take_turns(names, work, warmup, repeat, costs)
+    children, memories, looks = _take_turns(names, work, warmup, repeat, costs, probe=bill and work.device == "cpu")
     contenders = {child.role: summary(child, memories[child.role], work) for child in children}
     found = {
         "machine": machine_facts() | {"threads": children[0].facts["threads"]},
@@ -484,7 +490,8 @@ def bench(work: Work, *, against: Sequence[str] = (), warmup: int = 1, repeat: i
     }
     if len(contenders) > 1:
         found["ratios"] = _ratios(contenders)
-    if machine is not None:
+    if bill:
+        machine = _limits(work, looks)
         found["bill"] = compare(costs, machine, contenders["sigma_book"]["parts"])
         found["limits"] = asdict(machine)
     return found
@@ -509,22 +516,32 @@ def check_work(work: Work, against: Sequence[str], warmup: int, repeat: int) -> 
 
 
 def _take_turns(
-    names: Sequence[str], work: Work, warmup: int, repeat: int, costs: InferenceBill
-) -> tuple[list[Child], dict[str, dict]]:
-    """All contenders in turn, or one after the other where memory holds only one."""
+    names: Sequence[str], work: Work, warmup: int, repeat: int, costs: InferenceBill, probe: bool
+) -> tuple[list[Child], dict[str, dict], list[dict]]:
+    """All contenders in turn, or one after the other where memory holds only one.
+
+    The machine takes a turn behind ours each time, so that it is measured in the same weather.
+    """
     free = free_bytes(torch.device("cpu"))
     together = work.device == "cpu" and (free is None or 1.1 * len(names) * costs.held + 1e9 * len(names) < free)
-    groups = [names] if together else [[name] for name in names]
-    children, memories = [], {}
+    groups = [list(names)] if together else [[name] for name in names]
+    if probe:
+        groups[0].insert(1, "machine")
+    children, memories, looks = [], {}, []
     for group in groups:
         with ExitStack() as stack:
             running = [stack.enter_context(Child(name, work)) for name in group]
             for number in range(warmup + repeat):
                 for child in running:
                     child.turn(number, counts=number >= warmup)
-            memories |= {child.role: child.end() for child in running}
-            children += running
-    return children, memories
+            for child in running:
+                memory = child.end()
+                if child.role == "machine":
+                    looks = child.turns
+                else:
+                    memories[child.role] = memory
+                    children.append(child)
+    return children, memories, looks
 
 
 def _ratios(contenders: dict) -> dict[str, float]:
@@ -538,13 +555,12 @@ def _ratios(contenders: dict) -> dict[str, float]:
     return ratios
 
 
-def _machine(work: Work) -> Machine:
-    """This CPU's limits, measured in a process of its own, or a card's published ones."""
-    if torch.device(work.device).type == "cuda":
-        return gpu_machine(torch.cuda.get_device_name(work.device), work.dtype)
-    with Child("machine", work) as child:
-        values = child.turn(0)
-    machine = Machine(**values | {"rates": tuple(map(tuple, values["rates"]))})
+def _limits(work: Work, looks: Sequence[dict]) -> Machine:
+    """This CPU's limits from measurements of it, or a card's published ones."""
+    if work.device != "cpu":
+        name = torch.cuda.get_device_name(work.device) if torch.device(work.device).type == "cuda" else work.device
+        return gpu_machine(name, work.dtype)
+    machine = median_machine([Machine(**look | {"rates": tuple(map(tuple, look["rates"]))}) for look in looks])
     plain = work.dtype == "float32" and work.quantize is None
     return machine if plain else replace(machine, rates=())  # the rates are float32's
 
@@ -591,7 +607,9 @@ def growth(size: str, *, most_seconds: float = 60.0) -> dict:
     """
     if not most_seconds > 0:
         raise ValueError(f"most_seconds is {most_seconds}: expected a number above 0")
-    config, machine = size_config(size), _machine(Work(str(POCKET)))
+    config, work = size_config(size), Work(str(POCKET))
+    with Child("machine", work) as child:
+        machine = _limits(work, [child.turn(number) for number in range(3)])
     config = replace(config, text=replace(config.text, max_position_embeddings=2**16))  # random numbers, no context
     found: dict = {"machine": machine_facts(), "size": size, "pixels": [], "pictures": [], "tokens": []}
 

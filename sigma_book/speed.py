@@ -8,9 +8,11 @@ Tangled from chapters/21_speed.py: edit there, then run python -m sigma_book.tan
 import math
 import re
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -33,6 +35,7 @@ __all__ = [
     "inference_bill",
     "matrix_bytes",
     "measure_machine",
+    "median_machine",
     "median_seconds",
     "product_rates",
     "vision_bill",
@@ -413,7 +416,11 @@ def product_rates(
 
 
 def _plain_map(inner: int, outer: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    weight = torch.randn(outer, inner)
+    """A float32 map whose weight is a window into a file, as `load` leaves it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weight"
+        torch.randn(outer, inner).numpy().tofile(path)
+        weight = torch.from_file(str(path), size=outer * inner).view(outer, inner)
     return lambda rows: F.linear(rows, weight)
 
 
@@ -428,6 +435,8 @@ class Machine:
         Operations a second, of products with many rows.
     read : float
         Bytes a second, of weights on their way into a product with one row.
+    begin : float
+        Seconds that each number which comes out of a product with one row takes besides.
     stream : float
         Bytes a second that steps between products read and write.
     copy : float
@@ -449,6 +458,7 @@ class Machine:
     read: float
     stream: float
     copy: float = 0.0
+    begin: float = 0.0
     curve: float = 0.0
     rates: tuple[tuple[int, float, float], ...] = ()
     tower_block: float = 0.0
@@ -469,13 +479,17 @@ class Machine:
     def seconds(self, part: Part) -> float:
         """How long a part takes.
 
-        Each product takes its operations over the rate for its rows; without measured rates, the whole part takes
-        the longer of operations over peak and bytes over bandwidth. Attention runs at the peak, or as fast as the
-        cache is read. Steps between products, GELU and empty blocks come on top, since they wait for each other.
+        Each product takes its operations over the rate for its rows, or, with one row, its bytes over bandwidth and
+        a little for each number that comes out. Attention runs at the peak, or as fast as the cache is read. Steps
+        between products, GELU and empty blocks come on top, since they wait for each other. Without measured rates
+        the whole part takes the longer of operations over peak and bytes over bandwidth.
         """
         if not self.rates:
             return max(part.flops / self.peak, part.bytes / self.read)
-        products = sum(one.flops / self.rate(one.rows, one.outer >= one.inner) for one in part.products)
+        if all(one.rows == 1 for one in part.products):
+            products = part.weight_bytes / self.read + self.begin * sum(one.outer * one.count for one in part.products)
+        else:
+            products = sum(one.flops / self.rate(one.rows, one.outer >= one.inner) for one in part.products)
         attention = max(sum(one.flops for one in part.attention) / self.peak, part.cache_bytes / self.read)
         between = part.between_bytes / self.stream + part.curved * self.curve
         return products + attention + between + self.overhead(part)
@@ -487,7 +501,7 @@ class Machine:
 
 
 def measure_machine(make_map: Callable | None = None, name: str = "this machine") -> Machine:
-    """Time what this processor can do, in a few seconds.
+    """Time what this processor can do, in some seconds.
 
     Parameters
     ----------
@@ -495,33 +509,39 @@ def measure_machine(make_map: Callable | None = None, name: str = "this machine"
         As in `product_rates`: a linear map in another precision.
     name : str
     """
+    inner, outer = 2048, 8192
     with torch.no_grad():
-        rates = product_rates((1, 2, 3, 4, 8, 16, 32, 64, 256, 1024), make_map=make_map)
+        rates = product_rates((1, 2, 3, 4, 8, 16, 32, 64, 256, 1024), inner, outer, make_map)
+        wide, narrow = (2 * inner * outer / rate for rate in rates[0][1:])  # seconds of one row
+        begin = min(max(0.0, (wide - narrow) / (outer - inner)), 0.5 * narrow / inner)
         numbers = torch.randn(256, 8192)
         passing = median_seconds(lambda: numbers * numbers)
-        curve = median_seconds(lambda: F.gelu(numbers, approximate="tanh")) - passing * 2 / 3
-        large, other = torch.zeros(2, 2**26)
-        one, five = _decoder_seconds(1), _decoder_seconds(5)
+        bending = median_seconds(lambda: F.gelu(numbers, approximate="tanh"))
+        large, other = torch.zeros(2, 2**25)
         copying = median_seconds(lambda: other.copy_(large))
+        one, five = _decoder_seconds(1), _decoder_seconds(5)
         return Machine(
             name=name,
             peak=max(max(row[1:]) for row in rates),
-            read=_read_rate(),
+            read=4 * inner * outer / (narrow - inner * begin),
             stream=3 * numbers.nbytes / passing,
             copy=2 * large.nbytes / copying,
-            curve=max(curve, 0.0) / numbers.numel(),
+            begin=begin,
+            curve=max(0.0, bending - passing * 2 / 3) / numbers.numel(),
             rates=rates,
             tower_block=_tower_block_seconds(),
-            decoder_block=(five - one) / 4,
-            around=max(0.0, one - (five - one) / 4),
+            decoder_block=max(0.0, five - one) / 4,
+            around=max(0.0, one - max(0.0, five - one) / 4),
             measured=True,
         )
 
 
-def _read_rate() -> float:
-    """Bytes a second of a matrix that one row goes through."""
-    weight, row = torch.randn(2**14, 2**12), torch.randn(1, 2**12)
-    return weight.nbytes / median_seconds(lambda: F.linear(row, weight))
+def median_machine(looks: Sequence[Machine]) -> Machine:
+    """Of several measurements of one machine, the median of each number."""
+    numbers = ("peak", "read", "stream", "copy", "begin", "curve", "tower_block", "decoder_block", "around")
+    middle = {key: statistics.median(getattr(look, key) for look in looks) for key in numbers}
+    rates = [tuple(map(statistics.median, zip(*rows))) for rows in zip(*(look.rates for look in looks))]
+    return replace(looks[0], rates=tuple((int(rows), wide, narrow) for rows, wide, narrow in rates), **middle)
 
 
 def _tower_block_seconds() -> float:
