@@ -30,12 +30,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from sigma_book.gemma import GemmaConfig
+from sigma_book.gemma import Gemma, GemmaBlock, GemmaConfig
 from sigma_book.gqa import cache_bytes
-from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
+from sigma_book.paligemma import PaliGemmaConfig
 from sigma_book.qlora import nf4_bytes
+from sigma_book.rope import rotary_angles
 from sigma_book.siglip import SiglipBlock, SiglipConfig
 
 
@@ -46,6 +48,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import matplotlib.pyplot as plt
 
 from sigma_book import load
+from sigma_book.paligemma import PaliGemma
 from sigma_book.style import ANSWER, GREY, PICTURE, check, save, use_style
 
 use_style()
@@ -584,8 +587,9 @@ for precision in EXACT_BYTES:
 # same size differ: each number that comes out is a sum of its own, begun and ended, so 8192 short sums take longer than
 # 2048 long ones. Two shapes give two equations, for the bandwidth and for what a sum takes besides.
 #
-# And a last one: a block of tiny numbers takes time too, in which nothing is computed to speak of. That is Python, and
-# torch's own book-keeping for each operation.
+# And a last one: a block of tiny matrices takes time too, in which nothing is computed to speak of. That is Python, and
+# torch's own book-keeping for each operation. It takes longer in bad company: in a large model the weights that rush by
+# push Python's own data out of the cache, again and again. So we let weights rush by while we time it.
 
 
 # %%
@@ -709,8 +713,6 @@ class Machine:
         As `product_rates` gives them; none: the roofline alone.
     tower_block, decoder_block : float
         Seconds of a block with nothing in it.
-    around : float
-        Seconds that the decoder needs outside of its blocks: embedding, positions, masks, rotations.
     measured : bool
         False: from published peaks, so what it predicts is the least a run can take.
     """
@@ -725,7 +727,6 @@ class Machine:
     rates: tuple[tuple[int, float, float], ...] = ()
     tower_block: float = 0.0
     decoder_block: float = 0.0
-    around: float = 0.0
     measured: bool = False
 
     def rate(self, rows: int, widens: bool) -> float:
@@ -758,8 +759,7 @@ class Machine:
 
     def overhead(self, part: Part) -> float:
         """Seconds in which a part computes nothing: Python's time, and torch's for each operation."""
-        blocks = part.tower_blocks * self.tower_block + part.decoder_blocks * self.decoder_block
-        return blocks + (self.around if part.decoder_blocks else 0.0)
+        return part.tower_blocks * self.tower_block + part.decoder_blocks * self.decoder_block
 
 
 def measure_machine(make_map: Callable | None = None, name: str = "this machine") -> Machine:
@@ -781,7 +781,6 @@ def measure_machine(make_map: Callable | None = None, name: str = "this machine"
         bending = median_seconds(lambda: F.gelu(numbers, approximate="tanh"))
         large, other = torch.zeros(2, 2**25)
         copying = median_seconds(lambda: other.copy_(large))
-        one, five = _decoder_seconds(1), _decoder_seconds(5)
         return Machine(
             name=name,
             peak=max(max(row[1:]) for row in rates),
@@ -792,15 +791,14 @@ def measure_machine(make_map: Callable | None = None, name: str = "this machine"
             curve=max(0.0, bending - passing * 2 / 3) / numbers.numel(),
             rates=rates,
             tower_block=_tower_block_seconds(),
-            decoder_block=max(0.0, five - one) / 4,
-            around=max(0.0, one - max(0.0, five - one) / 4),
+            decoder_block=_decoder_block_seconds(),
             measured=True,
         )
 
 
 def median_machine(looks: Sequence[Machine]) -> Machine:
     """Of several measurements of one machine, the median of each number."""
-    numbers = ("peak", "read", "stream", "copy", "begin", "curve", "tower_block", "decoder_block", "around")
+    numbers = ("peak", "read", "stream", "copy", "begin", "curve", "tower_block", "decoder_block")
     middle = {key: statistics.median(getattr(look, key) for look in looks) for key in numbers}
     rates = [tuple(map(statistics.median, zip(*rows))) for rows in zip(*(look.rates for look in looks))]
     return replace(looks[0], rates=tuple((int(rows), wide, narrow) for rows, wide, narrow in rates), **middle)
@@ -812,19 +810,35 @@ def _tower_block_seconds() -> float:
     return median_seconds(lambda: block(token))
 
 
-def _decoder_seconds(layers: int) -> float:
-    """A step of a decoder so narrow that it computes nothing to speak of."""
-    sizes = GemmaConfig(32, 32, layers, 4, 1, 8, vocab_size=8)
-    model = PaliGemma(PaliGemmaConfig(SiglipConfig(8, 8, 1, 1), sizes)).eval()
-    caches = model.language_model.new_caches(1, 2**14)
-    token, mask = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 2, dtype=torch.long)
+def _decoder_block_seconds(passing_bytes: int = 2**24) -> float:
+    """A decoder block with Gemma's heads and next to no weights, in the company that it has in a large model.
 
-    def step() -> None:
-        for cache in caches:
-            cache.length = 1  # a second token every time
-        model.decode(token, mask, caches)
+    In front of each of its maps one row goes through a matrix that fills the caches, with its clock stopped: so Python
+    and torch find nothing where they left it, and the other threads have gone to sleep.
+    """
+    config = GemmaConfig(32, 32, 1, 8, 1, 256, vocab_size=8)
+    block, (cache,) = GemmaBlock(config).eval(), Gemma(config).new_caches(1, 512)
+    token, mask = torch.randn(1, 1, 32), torch.ones(1, 1, 1, 257, dtype=torch.bool)
+    row, passing = torch.randn(1, 2048), torch.zeros(passing_bytes // 8192, 2048)
+    angles = rotary_angles(torch.ones(1, 1), 256, 10_000.0)
+    away = []
 
-    return median_seconds(step)
+    def interrupt(*_) -> None:
+        started = time.perf_counter()
+        F.linear(row, passing)
+        away.append(time.perf_counter() - started)
+
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(interrupt)
+    times = []
+    for _ in range(16):
+        away.clear()
+        cache.length = 256
+        started = time.perf_counter()
+        block(token, angles, mask, cache)
+        times.append(time.perf_counter() - started - sum(away))
+    return statistics.median(times[1:])
 
 
 # %%
