@@ -63,11 +63,11 @@ _ = torch.set_grad_enabled(False)
 # additions, and bytes fetched from memory.
 
 # %%
-tokens, words = 256 + 8, 10
-weights = 2.92e9  # numbers that the model has learned, nearly
-halves = {"read the question": 2 * weights * tokens, "write a token": 2 * weights}
+tower, blocks, head = 0.41e9, 1.98e9, 0.53e9  # numbers that the model has learned, nearly
+halves = {"read the question": 2 * (256 * tower + 264 * blocks + head), "write a token": 2 * (blocks + head)}
+fetched = [4 * (tower + blocks + head), 4 * (blocks + head)]
 figure, axes = plt.subplots(1, 2, figsize=(7.6, 1.9), sharey=True)
-for axis, values, label in zip(axes, (list(halves.values()), [4 * weights] * 2), ("operations", "bytes fetched")):
+for axis, values, label in zip(axes, (list(halves.values()), fetched), ("operations", "bytes fetched")):
     axis.barh([1, 0], values, color=[PICTURE, ANSWER], height=0.6)
     for place, value in zip((1, 0), values):
         axis.text(value, place, f" {value / 1e9:,.0f} billion", va="center", fontsize=8)
@@ -78,7 +78,7 @@ save(figure, "21_halves")
 
 # %% [markdown]
 # *Figure: two pairs of bars. Reading the question takes hundreds of times more operations than writing a token.
-# The bytes fetched are the same, 12 billion in float32: every weight, once.*
+# The bytes fetched are nearly the same, 12 and 10 billion in float32: every weight once, the tower in reading only.*
 #
 # Reading is work for the arithmetic units. Writing is a delivery service: every weight is carried from memory to the
 # processor, used for one multiplication and one addition, and dropped. So the two halves are slow for different
@@ -235,6 +235,11 @@ class Part:
     def flops(self) -> int:
         """Multiplications and additions of all products, as torch's `FlopCounterMode` counts them."""
         return sum(product.flops for product in self.products + self.attention)
+
+    @property
+    def scores(self) -> int:
+        """How often a query is held against a key; in `attention` every second product makes them."""
+        return sum(product.rows * product.outer * product.count for product in self.attention[::2])
 
     @property
     def bytes(self) -> int:
@@ -580,7 +585,7 @@ for precision in EXACT_BYTES:
 # - *Products.* A map of 67 MB, too large to stay in the processor's own memory (its cache), times some rows of
 #   activations. Two such maps take turns.
 # - *Steps between.* A product of two tensors, number by number.
-# - *GELU.* It bends every number through a tanh, which costs arithmetic, not only bytes.
+# - *GELU and softmax.* They bend every number through a tanh or an exponential, which costs arithmetic, not only bytes.
 #
 # `load` leaves float32 weights in the file, as a window (chapter 12), and reading through a window is about a tenth
 # slower than reading memory of one's own. So the maps that we time are windows too. And with one row, two maps of the
@@ -678,12 +683,12 @@ print({rows: f"{rows * few[0][1] / rate:.1f} times one row" for rows, rate, _ in
 
 # %% [markdown]
 # *Figure: the time of a linear map over its rows, from 1 to 64, for a widening and a narrowing map. The dashed line is
-# what one row takes. Two rows already lie far above it, although the same bytes are fetched.*
+# what one row takes. Two rows already lie above it, although the same bytes are fetched.*
 #
 # This is a trap. With one row torch calls a routine for a matrix times a vector, which runs as fast as memory. With two
 # it calls the routine for two matrices, which first copies the weights into an order that suits many rows. For 256 rows
-# that copy is nothing; for two it is most of the work. So a small batch can cost more than its answers one after the
-# other, and a prediction for it must ask for the measured rate, not for the roofline. (Chapter 21b gets around it.)
+# that copy is nothing; for two it is most of the work. So two answers at once can cost as much as
+# one after the other, and a prediction for a small batch must ask for the measured rate, not for the roofline. (Chapter 21b gets around it.)
 #
 # ## A machine, exported
 
@@ -709,6 +714,8 @@ class Machine:
         Bytes a second, read and written, of copying more than a cache holds.
     curve : float
         Seconds for each number that passes a GELU.
+    score : float
+        Seconds for each score of attention, its multiplications apart: the softmax.
     rates : tuple
         As `product_rates` gives them; none: the roofline alone.
     tower_block, decoder_block : float
@@ -724,6 +731,7 @@ class Machine:
     copy: float = 0.0
     begin: float = 0.0
     curve: float = 0.0
+    score: float = 0.0
     rates: tuple[tuple[int, float, float], ...] = ()
     tower_block: float = 0.0
     decoder_block: float = 0.0
@@ -754,6 +762,7 @@ class Machine:
         else:
             products = sum(one.flops / self.rate(one.rows, one.outer >= one.inner) for one in part.products)
         attention = max(sum(one.flops for one in part.attention) / self.peak, part.cache_bytes / self.read)
+        attention += part.scores * self.score
         between = part.between_bytes / self.stream + part.curved * self.curve
         return products + attention + between + self.overhead(part)
 
@@ -779,16 +788,20 @@ def measure_machine(make_map: Callable | None = None, name: str = "this machine"
         numbers = torch.randn(256, 8192)
         passing = median_seconds(lambda: numbers * numbers)
         bending = median_seconds(lambda: F.gelu(numbers, approximate="tanh"))
+        heads = torch.randn(1, 16, 256, 72)
+        looking = median_seconds(lambda: F.scaled_dot_product_attention(heads, heads, heads))
+        peak = max(max(row[1:]) for row in rates)
         large, other = torch.zeros(2, 2**25)
         copying = median_seconds(lambda: other.copy_(large))
         return Machine(
             name=name,
-            peak=max(max(row[1:]) for row in rates),
+            peak=peak,
             read=4 * inner * outer / (narrow - inner * begin),
             stream=3 * numbers.nbytes / passing,
             copy=2 * large.nbytes / copying,
             begin=begin,
             curve=max(0.0, bending - passing * 2 / 3) / numbers.numel(),
+            score=max(0.0, looking / (16 * 256**2) - 4 * 72 / peak),
             rates=rates,
             tower_block=_tower_block_seconds(),
             decoder_block=_decoder_block_seconds(),
@@ -798,7 +811,7 @@ def measure_machine(make_map: Callable | None = None, name: str = "this machine"
 
 def median_machine(looks: Sequence[Machine]) -> Machine:
     """Of several measurements of one machine, the median of each number."""
-    numbers = ("peak", "read", "stream", "copy", "begin", "curve", "tower_block", "decoder_block")
+    numbers = ("peak", "read", "stream", "copy", "begin", "curve", "score", "tower_block", "decoder_block")
     middle = {key: statistics.median(getattr(look, key) for look in looks) for key in numbers}
     rates = [tuple(map(statistics.median, zip(*rows))) for rows in zip(*(look.rates for look in looks))]
     return replace(looks[0], rates=tuple((int(rows), wide, narrow) for rows, wide, narrow in rates), **middle)
@@ -1036,6 +1049,14 @@ reach = torch.logspace(-1, 3.2, 100)
 axis.loglog(reach, [min(machine.peak, machine.read * x) / 1e9 for x in reach.tolist()], color="0.5")
 roof_only = replace(machine, rates=())
 marks = {"vision": "s", "prefill": "o", "step": "v", "step head": "^"}
+labels = {
+    ("step", "float32", 1): ("step and head,\none row", (10, -14)),
+    ("step", "float32", 8): ("step and head, eight rows", (10, -4)),
+    ("step", "int8", 1): ("the same in int8, one row", (8, -4)),
+    ("step", "int8", 8): ("int8, eight rows", (-50, -16)),
+    ("vision", "float32", 1): ("tower", (-22, -16)),
+    ("prefill", "float32", 1): ("prefill", (4, -16)),
+}
 for precision, limits, colour in (("float32", machine, PICTURE), ("int8", roof_only, ANSWER)):
     for batch, size in ((1, 5), (8, 9)):
         costs = inference_bill(PALIGEMMA_3B, batch, 264, 20, precision)
@@ -1043,10 +1064,10 @@ for precision, limits, colour in (("float32", machine, PICTURE), ("int8", roof_o
             height = part.flops / limits.seconds(part) / 1e9
             filled = colour if precision == "float32" else "white"
             axis.plot(part.flops / part.bytes, height, marks[part.name], color=colour, mfc=filled, ms=size)
-            if batch == 1 and precision == "float32" or batch == 8 and part.name == "step":
-                label = f"{part.name}, {precision}, {batch} row{'s' * (batch > 1)}"
-                shift = (8, -12) if part.name != "step head" else (8, -24)
-                axis.annotate(label, (part.flops / part.bytes, height), shift, textcoords="offset points", fontsize=8)
+            if label := labels.get((part.name, precision, batch)):
+                axis.annotate(
+                    label[0], (part.flops / part.bytes, height), label[1], textcoords="offset points", fontsize=8
+                )
 axis.text(0.12, machine.read * 0.12 / 1e9 * 1.5, "memory", rotation=32, color="0.4")
 axis.text(3, machine.peak / 1e9 * 1.15, "arithmetic", color="0.4")
 axis.set(xlabel="operations for each byte", ylabel="billion operations a second", xlim=(0.1, 1500))
@@ -1087,6 +1108,8 @@ axis.annotate("empty blocks", (millions[-1], idle[-1]), (6, 0), textcoords="offs
 axis.loglog(millions, seen, "o", color=ANSWER)
 axis.annotate("measured", (millions[0], seen[0]), (4, 8), textcoords="offset points")
 axis.set(xlabel="million weights read in a step", ylabel="milliseconds", xlim=(None, millions[-1] * 6))
+axis.set_yticks([1, 2, 5, 10, 20, 50], [1, 2, 5, 10, 20, 50])
+axis.minorticks_off()
 save(figure, "21_line")
 bytes_per_block = machine.decoder_block * machine.read
 print(f"a block of {bytes_per_block / 4e6:.1f} million weights takes as long to read as an empty one takes to run")

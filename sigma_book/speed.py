@@ -127,6 +127,11 @@ class Part:
         return sum(product.flops for product in self.products + self.attention)
 
     @property
+    def scores(self) -> int:
+        """How often a query is held against a key; in `attention` every second product makes them."""
+        return sum(product.rows * product.outer * product.count for product in self.attention[::2])
+
+    @property
     def bytes(self) -> int:
         """Bytes moved."""
         return self.weight_bytes + self.cache_bytes + self.between_bytes + self.product_bytes
@@ -445,6 +450,8 @@ class Machine:
         Bytes a second, read and written, of copying more than a cache holds.
     curve : float
         Seconds for each number that passes a GELU.
+    score : float
+        Seconds for each score of attention, its multiplications apart: the softmax.
     rates : tuple
         As `product_rates` gives them; none: the roofline alone.
     tower_block, decoder_block : float
@@ -460,6 +467,7 @@ class Machine:
     copy: float = 0.0
     begin: float = 0.0
     curve: float = 0.0
+    score: float = 0.0
     rates: tuple[tuple[int, float, float], ...] = ()
     tower_block: float = 0.0
     decoder_block: float = 0.0
@@ -490,6 +498,7 @@ class Machine:
         else:
             products = sum(one.flops / self.rate(one.rows, one.outer >= one.inner) for one in part.products)
         attention = max(sum(one.flops for one in part.attention) / self.peak, part.cache_bytes / self.read)
+        attention += part.scores * self.score
         between = part.between_bytes / self.stream + part.curved * self.curve
         return products + attention + between + self.overhead(part)
 
@@ -515,16 +524,20 @@ def measure_machine(make_map: Callable | None = None, name: str = "this machine"
         numbers = torch.randn(256, 8192)
         passing = median_seconds(lambda: numbers * numbers)
         bending = median_seconds(lambda: F.gelu(numbers, approximate="tanh"))
+        heads = torch.randn(1, 16, 256, 72)
+        looking = median_seconds(lambda: F.scaled_dot_product_attention(heads, heads, heads))
+        peak = max(max(row[1:]) for row in rates)
         large, other = torch.zeros(2, 2**25)
         copying = median_seconds(lambda: other.copy_(large))
         return Machine(
             name=name,
-            peak=max(max(row[1:]) for row in rates),
+            peak=peak,
             read=4 * inner * outer / (narrow - inner * begin),
             stream=3 * numbers.nbytes / passing,
             copy=2 * large.nbytes / copying,
             begin=begin,
             curve=max(0.0, bending - passing * 2 / 3) / numbers.numel(),
+            score=max(0.0, looking / (16 * 256**2) - 4 * 72 / peak),
             rates=rates,
             tower_block=_tower_block_seconds(),
             decoder_block=_decoder_block_seconds(),
@@ -534,7 +547,7 @@ def measure_machine(make_map: Callable | None = None, name: str = "this machine"
 
 def median_machine(looks: Sequence[Machine]) -> Machine:
     """Of several measurements of one machine, the median of each number."""
-    numbers = ("peak", "read", "stream", "copy", "begin", "curve", "tower_block", "decoder_block")
+    numbers = ("peak", "read", "stream", "copy", "begin", "curve", "score", "tower_block", "decoder_block")
     middle = {key: statistics.median(getattr(look, key) for look in looks) for key in numbers}
     rates = [tuple(map(statistics.median, zip(*rows))) for rows in zip(*(look.rates for look in looks))]
     return replace(looks[0], rates=tuple((int(rows), wide, narrow) for rows, wide, narrow in rates), **middle)
