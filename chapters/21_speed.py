@@ -688,7 +688,8 @@ print({rows: f"{rows * few[0][1] / rate:.1f} times one row" for rows, rate, _ in
 # This is a trap. With one row torch calls a routine for a matrix times a vector, which runs as fast as memory. With two
 # it calls the routine for two matrices, which first copies the weights into an order that suits many rows. For 256 rows
 # that copy is nothing; for two it is most of the work. So two answers at once can cost as much as
-# one after the other, and a prediction for a small batch must ask for the measured rate, not for the roofline. (Chapter 21b gets around it.)
+# one after the other, and a prediction for a small batch must ask for the measured rate, not for the roofline.
+# (Chapter 21b gets around it.)
 #
 # ## A machine, exported
 
@@ -970,6 +971,15 @@ GPUS = (
         "NVIDIA H100 Tensor Core GPU, datasheet (half of its figure with sparsity)",
     ),
     Gpu(
+        "H100 NVL",
+        ("H100", "NVL"),
+        835e12,
+        60e12,
+        3900e9,
+        94e9,
+        "NVIDIA H100 Tensor Core GPU, datasheet (half of its figure with sparsity)",
+    ),
+    Gpu(
         "H100 SXM",
         ("H100",),
         989e12,
@@ -979,8 +989,8 @@ GPUS = (
         "NVIDIA H100 Tensor Core GPU, datasheet (half of its figure with sparsity)",
     ),
     Gpu(
-        "A100 SXM 80 GB",
-        ("A100", "SXM", "80GB"),
+        "A100 SXM4 80 GB",
+        ("A100", "SXM4", "80GB"),
         312e12,
         19.5e12,
         2039e9,
@@ -1000,7 +1010,7 @@ GPUS = (
         "NVIDIA L4 Tensor Core GPU, datasheet (half of its figure with sparsity)",
     ),
     Gpu("T4", ("T4",), 65e12, 8.1e12, 320e9, 16e9, "NVIDIA T4 Tensor Core GPU, product page"),
-    Gpu("V100 SXM2", ("V100",), 125e12, 15.7e12, 900e9, 16e9, "NVIDIA V100 Tensor Core GPU, datasheet"),
+    Gpu("V100 SXM2", ("V100", "SXM2"), 125e12, 15.7e12, 900e9, 16e9, "NVIDIA V100 Tensor Core GPU, datasheet"),
     Gpu("RTX 4090", ("RTX 4090",), 165.2e12, 82.6e12, 1008e9, 24e9, _ADA),
     Gpu("RTX 3090", ("RTX 3090",), 71e12, 35.6e12, 936e9, 24e9, "NVIDIA Ampere GA102 GPU Architecture, table 9"),
 )
@@ -1014,9 +1024,11 @@ def gpu_machine(name: str, dtype: str = "bfloat16") -> Machine:
     ValueError
         If the card is not in `GPUS`.
     """
-    spelled = name.replace(" GB", "GB").lower()
+    spelled = name.replace(" GB", "GB").replace("-", " ").lower()
     for card in GPUS:
-        if all(re.search(rf"\b{word.lower()}\b", spelled.replace("-", " ")) for word in card.words):
+        if "laptop" in spelled:  # other chips under the same number
+            break
+        if all(re.search(rf"\b{word.lower()}\b", spelled) for word in card.words):
             peak = card.plain if dtype == "float32" else card.tensor
             return Machine(f"{card.name}, computed", peak, card.bandwidth, card.bandwidth, card.bandwidth)
     raise ValueError(
@@ -1026,7 +1038,7 @@ def gpu_machine(name: str, dtype: str = "bfloat16") -> Machine:
 
 # %%
 print(
-    f"computed, not measured: PaliGemma 3B, one picture of 224 px, 8 words\n{'':16}{'first token':>12}{'next token':>12}"
+    f"computed, not measured: PaliGemma 3B, a picture of 224 px, 8 words\n{'':16}{'first token':>12}{'next token':>12}"
 )
 for card in GPUS:
     limits, costs = gpu_machine(card.name), inference_bill(PALIGEMMA_3B, 1, 264, 20, "bfloat16")
@@ -1229,8 +1241,8 @@ def ridge(peak: float, bandwidth: float, bytes_each: int) -> float: ...
 check(ridge, ((140e9, 20e9, 4), 14.0), ((312e12, 2.0e12, 2), 156.0))
 
 # %% [markdown]
-# **3.** ★★ The cache is read too. Write `cache_share(weight_bytes, bytes_a_token, length)`: which share of what a step
-# fetches is the cache, for one row?
+# **3.** ★★ The cache is read too. Write `cache_share(weight_bytes, bytes_a_token, length)`: which share of what a
+# step fetches is the cache, for one row?
 
 
 # %%
@@ -1240,10 +1252,10 @@ def cache_share(weight_bytes: float, bytes_a_token: float, length: int) -> float
 check(cache_share, ((10e9, 36_864, 0), 0.0), ((9e6, 1000, 1000), 0.1))
 
 # %% [markdown]
-# **4.** ★★★ A second, small model guesses `k` tokens, and the large one checks them all at once, as `k + 1` rows. Under the
-# roofline a check costs what one step costs. Write `speedup(k, chance, cost)`: how many tokens a step of the large model is
-# worth, if each guess is right with that chance, guesses after a wrong one are thrown away, the check always gives one
-# token more, and a guess costs `cost` of a large step. Then look at the figure of the trap again.
+# **4.** ★★★ A second, small model guesses `k` tokens, and the large one checks them all at once, as `k + 1` rows. Under
+# the roofline a check costs what one step costs. Write `speedup(k, chance, cost)`: how many tokens a second that gives,
+# in units of plain steps, if each guess is right with that chance, guesses after a wrong one are thrown away, the check
+# always gives one token more, and a guess costs `cost` of a large step. Then look at the figure of the trap again.
 
 
 # %%

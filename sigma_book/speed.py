@@ -639,6 +639,15 @@ GPUS = (
         "NVIDIA H100 Tensor Core GPU, datasheet (half of its figure with sparsity)",
     ),
     Gpu(
+        "H100 NVL",
+        ("H100", "NVL"),
+        835e12,
+        60e12,
+        3900e9,
+        94e9,
+        "NVIDIA H100 Tensor Core GPU, datasheet (half of its figure with sparsity)",
+    ),
+    Gpu(
         "H100 SXM",
         ("H100",),
         989e12,
@@ -648,8 +657,8 @@ GPUS = (
         "NVIDIA H100 Tensor Core GPU, datasheet (half of its figure with sparsity)",
     ),
     Gpu(
-        "A100 SXM 80 GB",
-        ("A100", "SXM", "80GB"),
+        "A100 SXM4 80 GB",
+        ("A100", "SXM4", "80GB"),
         312e12,
         19.5e12,
         2039e9,
@@ -669,7 +678,7 @@ GPUS = (
         "NVIDIA L4 Tensor Core GPU, datasheet (half of its figure with sparsity)",
     ),
     Gpu("T4", ("T4",), 65e12, 8.1e12, 320e9, 16e9, "NVIDIA T4 Tensor Core GPU, product page"),
-    Gpu("V100 SXM2", ("V100",), 125e12, 15.7e12, 900e9, 16e9, "NVIDIA V100 Tensor Core GPU, datasheet"),
+    Gpu("V100 SXM2", ("V100", "SXM2"), 125e12, 15.7e12, 900e9, 16e9, "NVIDIA V100 Tensor Core GPU, datasheet"),
     Gpu("RTX 4090", ("RTX 4090",), 165.2e12, 82.6e12, 1008e9, 24e9, _ADA),
     Gpu("RTX 3090", ("RTX 3090",), 71e12, 35.6e12, 936e9, 24e9, "NVIDIA Ampere GA102 GPU Architecture, table 9"),
 )
@@ -683,9 +692,11 @@ def gpu_machine(name: str, dtype: str = "bfloat16") -> Machine:
     ValueError
         If the card is not in `GPUS`.
     """
-    spelled = name.replace(" GB", "GB").lower()
+    spelled = name.replace(" GB", "GB").replace("-", " ").lower()
     for card in GPUS:
-        if all(re.search(rf"\b{word.lower()}\b", spelled.replace("-", " ")) for word in card.words):
+        if "laptop" in spelled:  # other chips under the same number
+            break
+        if all(re.search(rf"\b{word.lower()}\b", spelled) for word in card.words):
             peak = card.plain if dtype == "float32" else card.tensor
             return Machine(f"{card.name}, computed", peak, card.bandwidth, card.bandwidth, card.bandwidth)
     raise ValueError(
