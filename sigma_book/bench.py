@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -148,11 +148,9 @@ class Child:
         self.facts = self._ask(json.dumps({"role": role, "work": asdict(work)}))
 
     def _ask(self, line: str) -> dict:
-        try:
+        with suppress(BrokenPipeError):  # its last words say why
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # its last words say why
         words = self.process.stdout.readline()
         if not words:
             code = self.process.wait()
@@ -182,7 +180,8 @@ class Child:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):  # what it no longer read is still on its way
+            self.process.stdin.close()
         self.process.stdout.close()
 
 
