@@ -317,7 +317,8 @@ def _take_turns(
             running = [stack.enter_context(Child(name, work)) for name in group]
             for number in range(warmup + repeat):
                 for child in running:
-                    child.turn(number, counts=number >= warmup)
+                    if child.role != "machine" or number >= warmup:
+                        child.turn(number, counts=number >= warmup)
             for child in running:
                 memory = child.end()
                 if child.role == "machine":
