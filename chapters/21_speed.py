@@ -149,17 +149,25 @@ assert Product(4, 3, 2).flops == count_naive(4, 3, 2) == 48
 # ## Bytes of a matrix
 #
 # In float32 a weight has four bytes, in bfloat16 and float16 two. In **int8** it has one, and each row of the matrix
-# has a scale of four bytes that turns whole numbers back into real ones. NF4 is chapter 19's: half a byte, and a
-# little for scales.
+# has a scale of four bytes that turns whole numbers back into real ones. In **int4** it has half a byte, and each 32
+# weights share four bytes, for a step and an offset. NF4 is chapter 19's: half a byte, and a little for scales.
 #
-# Not everything is stored in few bits. In NF4 it is the linear maps of the decoder. In int8 it is those of the tower,
-# the projector and the head as well. Norms, biases, positions and the rows that are looked up for input tokens stay
-# exact; the head in int8 is therefore a second copy of the embedding.
+# Not everything is stored in few bits. In NF4 it is the linear maps of the decoder. In int8 it is those of the tower
+# and the head as well; int4 keeps these two in int8. Norms, biases, positions, projector and the rows that are looked
+# up for input tokens stay exact; the head in int8 is therefore a second copy of the embedding.
 
 
 # %%
 # | export
-EXACT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 4, "nf4": 4}  # of a number that is not in few bits
+EXACT_BYTES = {  # of a number that is not in few bits
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int8": 4,
+    "int4": 4,
+    "nf4": 4,
+}
+OUTSIDE = {"nf4": "exact", "int4": "int8"}  # how tower and head are stored while the decoder's maps are so
 
 
 def matrix_bytes(outer: int, inner: int, precision: str, exact: int) -> int:
@@ -170,18 +178,22 @@ def matrix_bytes(outer: int, inner: int, precision: str, exact: int) -> int:
     outer, inner : int
         Rows and columns, as `torch.nn.Linear` stores them.
     precision : str
-        int8: a byte a weight and 4 a row; nf4: as `nf4_bytes` counts; else `exact` bytes a weight.
+        int8: a byte a weight and 4 a row; int4: half a byte and 4 for each 32 weights; nf4: as `nf4_bytes` counts;
+        else `exact` bytes a weight.
     exact : int
         Bytes of a number that is not in few bits.
     """
     if precision == "int8":
         return outer * inner + 4 * outer
+    if precision == "int4":
+        return outer * inner // 2 + 4 * outer * (inner // 32)
     return nf4_bytes(outer * inner) if precision == "nf4" else outer * inner * exact
 
 
 # %%
 square = {name: matrix_bytes(2048, 2048, name, exact) / 2048**2 for name, exact in EXACT_BYTES.items()}
-assert square["float32"] == 4 and square["int8"] == 1 + 4 / 2048 and 0.5 < square["nf4"] < 0.52
+assert square["float32"] == 4 and square["int8"] == 1 + 4 / 2048
+assert square["int4"] == 5 / 8 and 0.5 < square["nf4"] < 0.52
 square
 
 # %% [markdown]
@@ -266,7 +278,7 @@ def vision_bill(config: PaliGemmaConfig, pictures: int, precision: str, exact: i
         sizes.num_hidden_layers,
         sizes.num_patches,
     )
-    few = "exact" if precision == "nf4" else precision  # chapter 19 leaves the tower alone
+    few = OUTSIDE.get(precision, precision)
     pixels = sizes.num_channels * sizes.patch_size**2
     rows, heads = pictures * patches, pictures * sizes.num_attention_heads * layers
     products = (
@@ -410,7 +422,7 @@ class InferenceBill:
         text = self.config.text
         parts = self.vision.weight_bytes + self.projector.weight_bytes + self.prefill.weight_bytes
         rows = text.vocab_size * text.hidden_size * self.exact
-        second = self.precision == "int8" or not text.tie_word_embeddings
+        second = self.precision in ("int8", "int4") or not text.tie_word_embeddings
         return parts + rows + (self.head.weight_bytes if second else 0)
 
     @property
@@ -458,11 +470,11 @@ def inference_bill(
     new_tokens : int
         Of each answer.
     precision : str
-        float32, bfloat16, float16, int8 or nf4.
+        float32, bfloat16, float16, int8, int4 or nf4.
     pictures : int, optional
         N, of all rows together; one for each row by default.
     exact : int, optional
-        Bytes of numbers that are not in few bits: 4 beside int8 and nf4, unless you say 2.
+        Bytes of numbers that are not in few bits: 4 beside int8, int4 and nf4, unless you say 2.
 
     Raises
     ------
@@ -488,7 +500,7 @@ def inference_bill(
         )
     exact = EXACT_BYTES[precision] if exact is None else exact
     text, width = config.text, config.vision.hidden_size
-    few = "exact" if precision == "nf4" else precision
+    few = OUTSIDE.get(precision, precision)
     rows = pictures * config.num_image_tokens
     project, score = Product(rows, width, text.hidden_size), Product(batch, text.hidden_size, text.vocab_size)
     capped = 0 if text.final_logit_softcapping is None else 6 * score.outer * batch
@@ -505,7 +517,7 @@ def inference_bill(
         projector=Part(
             "projector",
             (project,),
-            weight_bytes=matrix_bytes(text.hidden_size, width, few, exact) + exact * text.hidden_size,
+            weight_bytes=matrix_bytes(text.hidden_size, width, "exact", exact) + exact * text.hidden_size,
             product_bytes=exact * project.numbers,
         ),
         prefill=_decoder_bill(config, batch, prompt_length, prompt, precision, exact, "prefill"),
@@ -772,7 +784,7 @@ class Machine:
         return part.tower_blocks * self.tower_block + part.decoder_blocks * self.decoder_block
 
 
-def measure_machine(make_map: Callable | None = None, name: str = "this machine") -> Machine:
+def measure_machine(make_map: Callable | None = None, name: str = "this machine", weight_bytes: float = 4.0) -> Machine:
     """Time what this processor can do, in some seconds.
 
     Parameters
@@ -780,6 +792,8 @@ def measure_machine(make_map: Callable | None = None, name: str = "this machine"
     make_map : callable, optional
         As in `product_rates`: a linear map in another precision.
     name : str
+    weight_bytes : float
+        Of a weight in those maps.
     """
     inner, outer = 2048, 8192
     with torch.no_grad():
@@ -797,7 +811,7 @@ def measure_machine(make_map: Callable | None = None, name: str = "this machine"
         return Machine(
             name=name,
             peak=peak,
-            read=4 * inner * outer / (narrow - inner * begin),
+            read=weight_bytes * inner * outer / (narrow - inner * begin),
             stream=3 * numbers.nbytes / passing,
             copy=2 * large.nbytes / copying,
             begin=begin,

@@ -261,7 +261,8 @@ def bench(work: Work, *, against: Sequence[str] = (), warmup: int = 1, repeat: i
             f"a prompt of {prompt_length} tokens, pictures included, and {work.new_tokens} new ones do not fit the "
             f"model's context of {config.text.max_position_embeddings}: ask for fewer"
         )
-    costs = inference_bill(config, work.batch, prompt_length, work.new_tokens, work.quantize or work.dtype)
+    precision, exact = work.quantize or work.dtype, getattr(torch, work.dtype).itemsize
+    costs = inference_bill(config, work.batch, prompt_length, work.new_tokens, precision, exact=exact)
     names = ("sigma_book", *against)
     children, memories, looks = _take_turns(names, work, warmup, repeat, costs, probe=bill and work.device == "cpu")
     contenders = {child.role: summary(child, memories[child.role], work) for child in children}
@@ -346,8 +347,8 @@ def _limits(work: Work, looks: Sequence[dict]) -> Machine:
         name = torch.cuda.get_device_name(work.device) if torch.device(work.device).type == "cuda" else work.device
         return gpu_machine(name, work.dtype)
     machine = median_machine([Machine(**look | {"rates": tuple(map(tuple, look["rates"]))}) for look in looks])
-    plain = work.dtype == "float32" and work.quantize is None
-    return machine if plain else replace(machine, rates=())  # the rates are float32's
+    known = work.dtype == "float32" and work.quantize in (None, "int8")
+    return machine if known else replace(machine, rates=())  # its rates are those of other maps
 
 
 def compare(costs: InferenceBill, machine: Machine, parts: dict[str, dict]) -> list[dict]:
@@ -451,6 +452,7 @@ def run_bench(
     random: bool = False,
     against: Sequence[str] = (),
     quantize: str | None = None,
+    compile: bool = False,
     dtype: str | None = None,
     device: str = "cpu",
     batch: int = 1,
@@ -493,6 +495,7 @@ def run_bench(
             folder="",
             dtype=dtype or ("float32" if kind == "cpu" else "bfloat16"),
             quantize=quantize,
+            compile=compile,
             device=str(pick_device(device)),
             batch=batch,
             prompt=prompt,

@@ -29,6 +29,7 @@ class Work:
     folder: str
     dtype: str = "float32"
     quantize: str | None = None
+    compile: bool = False
     device: str = "cpu"
     batch: int = 1
     prompt: str = "caption en"
@@ -80,7 +81,8 @@ class Ours:
 
     def __init__(self, work: Work):
         self.work = work
-        self.model = load(work.folder, device=work.device, dtype=work.dtype, quantize=work.quantize)
+        compiled = {"compile": True} if work.compile else {}
+        self.model = load(work.folder, device=work.device, dtype=work.dtype, quantize=work.quantize, **compiled)
         self.clock = Clock(self.model.device)
         self.clock.watch(self.model, "encode_images", "pictures")
         self.clock.watch(self.model.multi_modal_projector, "forward", "projector")
@@ -152,13 +154,23 @@ class Theirs:
 
 
 class Probe:
-    """The machine itself: chapter 21's measurement."""
+    """The machine itself: chapter 21's measurement, of maps like those that the model will have."""
 
     def __init__(self, work: Work):
         self.parameters = 0
+        self.make_map, self.weight_bytes = None, 4
+        if work.quantize == "int8":
+            from sigma_book.fast import Int8Linear, int8_levels, quantize_rows
+
+            self.make_map = lambda inner, outer: Int8Linear(*quantize_rows(torch.randn(outer, inner), int8_levels()))
+            self.weight_bytes = 1
+        elif work.compile:
+            from sigma_book.fast import dense_map
+
+            self.make_map = lambda inner, outer: dense_map(torch.randn(outer, inner))
 
     def turn(self, number: int) -> dict:
-        return asdict(measure_machine(name=machine_facts()["cpu"]))
+        return asdict(measure_machine(self.make_map, machine_facts()["cpu"], self.weight_bytes))
 
 
 ROLES = {"sigma_book": Ours, "transformers": Theirs, "machine": Probe}

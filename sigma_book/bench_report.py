@@ -13,8 +13,8 @@ def bench_lines(found: dict) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
     lines = [
         f"{facts['gpu'] or facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads; {versions}; {facts['date']}",
-        f"{work['folder']}: {work['quantize'] or work['dtype']}, batch {work['batch']}, {work['prompt_length']} prompt "
-        f"tokens, {work['new_tokens']} new; {work['repeat']} turns after {work['warmup']}",
+        f"{work['folder']}: {work['quantize'] or work['dtype']}{', compiled' * work['compile']}, batch {work['batch']}, "
+        f"{work['prompt_length']} prompt tokens, {work['new_tokens']} new; {work['repeat']} turns after {work['warmup']}",
         "",
         f"{'':14}{'first token, ms':>28}{'next token, ms':>28}{'tokens/s':>10}{'peak MB':>10}{'own':>8}{'mapped':>8}",
         f"{'':14}{'min / median / p95':>28}{'min / median / p95':>28}",

@@ -115,16 +115,20 @@ def test_weights_are_those_of_the_state_dict(tower, voice, precision):
 
 @pytest.mark.parametrize("voice", VOICES)
 def test_few_bits(voice):
-    """int8: a byte a weight and four a row, for every map but that of the patches; nf4: the decoder's maps alone."""
+    """int8: a byte a weight and four a row, but for patches and projector; int4, nf4: the decoder's maps in four."""
     model = build("plain", voice)
     maps = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     whole = sum(tensor.nbytes for tensor in model.state_dict().values())
     table = model.language_model.embed_tokens.weight
+    maps = {name: module for name, module in maps.items() if not name.startswith("multi_modal_projector")}
     byte = whole - sum(4 * m.weight.numel() - m.weight.numel() - 4 * len(m.weight) for m in maps.values())
     if model.config.text.tie_word_embeddings:
         byte += table.numel() + 4 * len(table)
     assert inference_bill(model.config, 1, 30, 9, "int8").weights_held == byte
-    inside = [m.weight.numel() for name, m in maps.items() if name.startswith("language_model")]
+    decoder = [m.weight for name, m in maps.items() if name.startswith("language_model")]
+    four = byte - sum(w.numel() + 4 * len(w) - w.numel() // 2 - 4 * len(w) * (w.shape[1] // 32) for w in decoder)
+    assert inference_bill(model.config, 1, 30, 9, "int4").weights_held == four
+    inside = [weight.numel() for weight in decoder]
     four = whole - sum(4 * count - nf4_bytes(count) for count in inside)
     assert inference_bill(model.config, 1, 30, 9, "nf4").weights_held == four
     halves = inference_bill(model.config, 1, 30, 9, "nf4", exact=2)
