@@ -606,7 +606,7 @@ for precision in EXACT_BYTES:
 #
 # And a last one: a block of tiny matrices takes time too, in which nothing is computed to speak of. That is Python, and
 # torch's own book-keeping for each operation. It takes longer in bad company: in a large model the weights that rush by
-# push Python's own data out of the cache, again and again. So we let weights rush by while we time it.
+# push Python's own data out of the cache, again and again. So we time it twice, the second time while weights rush by.
 
 
 # %%
@@ -733,6 +733,8 @@ class Machine:
         As `product_rates` gives them; none: the roofline alone.
     tower_block, decoder_block : float
         Seconds of a block with nothing in it.
+    busy_block : float
+        The same of the decoder, while weights rush by.
     measured : bool
         False: from published peaks, so what it predicts is the least a run can take.
     """
@@ -748,6 +750,7 @@ class Machine:
     rates: tuple[tuple[int, float, float], ...] = ()
     tower_block: float = 0.0
     decoder_block: float = 0.0
+    busy_block: float = 0.0
     measured: bool = False
 
     def rate(self, rows: int, widens: bool) -> float:
@@ -780,8 +783,14 @@ class Machine:
         return products + attention + between + self.overhead(part)
 
     def overhead(self, part: Part) -> float:
-        """Seconds in which a part computes nothing: Python's time, and torch's for each operation."""
-        return part.tower_blocks * self.tower_block + part.decoder_blocks * self.decoder_block
+        """Seconds in which a part computes nothing: Python's time, and torch's for each operation.
+
+        A decoder block is as busy as its own weights make it: wholly so from 32 MB on.
+        """
+        if not part.decoder_blocks:
+            return part.tower_blocks * self.tower_block
+        share = min(1.0, part.weight_bytes / part.decoder_blocks / 2**25)
+        return part.decoder_blocks * (self.decoder_block + share * (self.busy_block - self.decoder_block))
 
 
 def measure_machine(make_map: Callable | None = None, name: str = "this machine", weight_bytes: float = 4.0) -> Machine:
@@ -819,14 +828,26 @@ def measure_machine(make_map: Callable | None = None, name: str = "this machine"
             score=max(0.0, looking / (16 * 256**2) - 4 * 72 / peak),
             rates=rates,
             tower_block=_tower_block_seconds(),
-            decoder_block=_decoder_block_seconds(),
+            decoder_block=_decoder_block_seconds(2**13),
+            busy_block=_decoder_block_seconds(2**24),
             measured=True,
         )
 
 
 def median_machine(looks: Sequence[Machine]) -> Machine:
     """Of several measurements of one machine, the median of each number."""
-    numbers = ("peak", "read", "stream", "copy", "begin", "curve", "score", "tower_block", "decoder_block")
+    numbers = (
+        "peak",
+        "read",
+        "stream",
+        "copy",
+        "begin",
+        "curve",
+        "score",
+        "tower_block",
+        "decoder_block",
+        "busy_block",
+    )
     middle = {key: statistics.median(getattr(look, key) for look in looks) for key in numbers}
     rates = [tuple(map(statistics.median, zip(*rows))) for rows in zip(*(look.rates for look in looks))]
     return replace(looks[0], rates=tuple((int(rows), wide, narrow) for rows, wide, narrow in rates), **middle)
@@ -838,11 +859,11 @@ def _tower_block_seconds() -> float:
     return median_seconds(lambda: block(token))
 
 
-def _decoder_block_seconds(passing_bytes: int = 2**24) -> float:
-    """A decoder block with Gemma's heads and next to no weights, in the company that it has in a large model.
+def _decoder_block_seconds(passing_bytes: int) -> float:
+    """A decoder block with Gemma's heads and next to no weights, while others rush by.
 
-    In front of each of its maps one row goes through a matrix that fills the caches, with its clock stopped: so Python
-    and torch find nothing where they left it, and the other threads have gone to sleep.
+    In front of each of its maps one row goes through a matrix of `passing_bytes`, with the clock stopped: if it fills
+    the caches, Python and torch find nothing where they left it, and the other threads have gone to sleep.
     """
     config = GemmaConfig(32, 32, 1, 8, 1, 256, vocab_size=8)
     block, (cache,) = GemmaBlock(config).eval(), Gemma(config).new_caches(1, 512)
@@ -876,6 +897,7 @@ print(f"read   {machine.read / 1e9:7.1f} GB a second into a product with one row
 print(f"begin  {machine.begin * 1e9:7.1f} ns for each sum with one row")
 print(f"stream {machine.stream / 1e9:7.1f} GB a second between products; GELU {machine.curve * 1e9:.2f} ns a number")
 print(f"empty  {machine.decoder_block * 1e6:7.0f} microseconds for a decoder block with nothing in it")
+print(f"busy   {machine.busy_block * 1e6:7.0f} microseconds while weights rush by")
 assert machine.rates[0][1] < machine.peak  # one row never reaches the peak
 
 # %% [markdown]

@@ -468,6 +468,8 @@ class Machine:
         As `product_rates` gives them; none: the roofline alone.
     tower_block, decoder_block : float
         Seconds of a block with nothing in it.
+    busy_block : float
+        The same of the decoder, while weights rush by.
     measured : bool
         False: from published peaks, so what it predicts is the least a run can take.
     """
@@ -483,6 +485,7 @@ class Machine:
     rates: tuple[tuple[int, float, float], ...] = ()
     tower_block: float = 0.0
     decoder_block: float = 0.0
+    busy_block: float = 0.0
     measured: bool = False
 
     def rate(self, rows: int, widens: bool) -> float:
@@ -515,8 +518,14 @@ class Machine:
         return products + attention + between + self.overhead(part)
 
     def overhead(self, part: Part) -> float:
-        """Seconds in which a part computes nothing: Python's time, and torch's for each operation."""
-        return part.tower_blocks * self.tower_block + part.decoder_blocks * self.decoder_block
+        """Seconds in which a part computes nothing: Python's time, and torch's for each operation.
+
+        A decoder block is as busy as its own weights make it: wholly so from 32 MB on.
+        """
+        if not part.decoder_blocks:
+            return part.tower_blocks * self.tower_block
+        share = min(1.0, part.weight_bytes / part.decoder_blocks / 2**25)
+        return part.decoder_blocks * (self.decoder_block + share * (self.busy_block - self.decoder_block))
 
 
 def measure_machine(make_map: Callable | None = None, name: str = "this machine", weight_bytes: float = 4.0) -> Machine:
@@ -554,14 +563,26 @@ def measure_machine(make_map: Callable | None = None, name: str = "this machine"
             score=max(0.0, looking / (16 * 256**2) - 4 * 72 / peak),
             rates=rates,
             tower_block=_tower_block_seconds(),
-            decoder_block=_decoder_block_seconds(),
+            decoder_block=_decoder_block_seconds(2**13),
+            busy_block=_decoder_block_seconds(2**24),
             measured=True,
         )
 
 
 def median_machine(looks: Sequence[Machine]) -> Machine:
     """Of several measurements of one machine, the median of each number."""
-    numbers = ("peak", "read", "stream", "copy", "begin", "curve", "score", "tower_block", "decoder_block")
+    numbers = (
+        "peak",
+        "read",
+        "stream",
+        "copy",
+        "begin",
+        "curve",
+        "score",
+        "tower_block",
+        "decoder_block",
+        "busy_block",
+    )
     middle = {key: statistics.median(getattr(look, key) for look in looks) for key in numbers}
     rates = [tuple(map(statistics.median, zip(*rows))) for rows in zip(*(look.rates for look in looks))]
     return replace(looks[0], rates=tuple((int(rows), wide, narrow) for rows, wide, narrow in rates), **middle)
@@ -573,11 +594,11 @@ def _tower_block_seconds() -> float:
     return median_seconds(lambda: block(token))
 
 
-def _decoder_block_seconds(passing_bytes: int = 2**24) -> float:
-    """A decoder block with Gemma's heads and next to no weights, in the company that it has in a large model.
+def _decoder_block_seconds(passing_bytes: int) -> float:
+    """A decoder block with Gemma's heads and next to no weights, while others rush by.
 
-    In front of each of its maps one row goes through a matrix that fills the caches, with its clock stopped: so Python
-    and torch find nothing where they left it, and the other threads have gone to sleep.
+    In front of each of its maps one row goes through a matrix of `passing_bytes`, with the clock stopped: if it fills
+    the caches, Python and torch find nothing where they left it, and the other threads have gone to sleep.
     """
     config = GemmaConfig(32, 32, 1, 8, 1, 256, vocab_size=8)
     block, (cache,) = GemmaBlock(config).eval(), Gemma(config).new_caches(1, 512)

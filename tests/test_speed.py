@@ -234,7 +234,9 @@ MEASURED_RATES = ((1, 8.0, 8.0), (4, 10.0, 20.0), (16, 40.0, 20.0))
 
 def test_a_prediction_by_hand():
     """Every term alone, then all together, on a machine of round numbers."""
-    machine = Machine(**(vars(MEASURED) | {"rates": MEASURED_RATES, "decoder_block": 7.0, "measured": True}))
+    machine = Machine(
+        **(vars(MEASURED) | {"rates": MEASURED_RATES, "decoder_block": 7.0, "busy_block": 15.0, "measured": True})
+    )
     assert machine.rate(4, widens=True) == 10 and machine.rate(4, widens=False) == 20
     assert machine.rate(8, widens=True) == pytest.approx(20)  # half way on both logarithms
     assert machine.rate(99, widens=True) == 40
@@ -246,8 +248,11 @@ def test_a_prediction_by_hand():
     attention = Part("x", (Product(4, 3, 5),), looks, cache_bytes=30)
     assert attention.scores == 24
     assert machine.seconds(attention) == pytest.approx(12 + max(192 / 100, 3) + 24 * 0.125)
-    rest = Part("x", (Product(4, 3, 5),), between_bytes=40, curved=8, tower_blocks=2, decoder_blocks=1)
-    assert machine.seconds(rest) == pytest.approx(12 + 40 / 20 + 8 * 0.25 + 2 * 3 + 7)
+    rest = Part("x", (Product(4, 3, 5),), between_bytes=40, curved=8, decoder_blocks=1)
+    assert machine.seconds(rest) == pytest.approx(12 + 40 / 20 + 8 * 0.25 + 7)
+    assert machine.overhead(Part("x", (), tower_blocks=2)) == 6
+    for megabytes, block in ((0, 7), (16, 11), (32, 15), (99, 15)):  # of weights in each of two blocks
+        assert machine.overhead(Part("x", (), weight_bytes=2 * megabytes * 2**20, decoder_blocks=2)) == 2 * block
 
 
 def test_the_median_of_looks():
