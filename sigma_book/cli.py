@@ -327,6 +327,7 @@ def _bench_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--random", action="store_true", help="weights of that size are random, written once")
     command.add_argument("--against", metavar="NAME", action="append", default=[], help="run transformers too")
     command.add_argument("--quantize", metavar="Q", help="as in generate")
+    command.add_argument("--compile", action="store_true", help="load with compile=True")
     command.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16 (default: float32 on a CPU)")
     command.add_argument("--device", metavar="D", default="cpu", help="cpu, cuda, mps or auto (default: cpu)")
     command.add_argument("--batch", metavar="N", type=int, default=1, help="pictures answered together (default: 1)")
