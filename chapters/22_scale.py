@@ -1014,8 +1014,8 @@ save(figure, "22_bill")
 
 # %% [markdown]
 # *Figure: memory on each GPU for the 28B model, over 1 to 512 GPUs, both axes logarithmic. DDP stays flat, far above a dotted
-# line of 80 GB. FSDP starts beside it, falls under the line before 64 GPUs and flattens out. LoRA and QLoRA are flat
-# lines below.*
+# line of 80 GB. LoRA and QLoRA are flat lines below it. FSDP starts beside DDP, is under the dotted line at 8 GPUs, and under all
+# others at 64.*
 #
 # FSDP does not fall for ever: what is borrowed stays, two blocks and the embedding. And a rank with one example must still send as
 # much as a rank with a hundred, so few examples on many ranks are spent on waiting.
