@@ -722,9 +722,9 @@ with torch.no_grad():
     for name, parameter in noise.language_model.named_parameters():
         if parameter.dim() == 2 and "embed" not in name:
             parameter.copy_(torch.randn_like(parameter) * parameter.std())
-crowded = [row for row in found if len(row[0].things) >= 4]
+crowded = [row for row in found if len(row[0].things) >= 4][:40]
 on_thing = {"trained": [], "noise": []}
-for scene, prompt, thing, weights, *_ in crowded[:40]:
+for scene, prompt, thing, weights, *_ in crowded:
     (look,) = explain(noise, draw_scene(scene), prompt, thing.colour)
     for name, grid in (("trained", weights), ("noise", look.weights)):
         on_thing[name].append(lies_on(int(grid.argmax()), thing.box)[0])
