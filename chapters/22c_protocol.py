@@ -79,9 +79,10 @@ boxes += [("picture", 8.6, 0.9, PICTURE)]
 for name, x, y, colour in boxes:
     axis.add_patch(FancyBboxPatch((x, y - 0.22), 1.3, 0.44, boxstyle="round,pad=0.06", facecolor=colour, lw=0))
     axis.text(x + 0.65, y, name, ha="center", va="center", color="black" if colour == PROMPT else "white", fontsize=9)
-for name, x in (("n: 2", 0), ("tools", 1.0), ("system", 2.1), ("assistant", 4.2), ("a second picture", 6.3)):
-    axis.text(x + 0.5, -0.25, name, ha="center", va="center", fontsize=9, color="0.45")
-    axis.plot([x + 0.08, x + 0.92], [-0.25, -0.25], color="#d55e00", lw=1.2)
+for name, x in (("n: 2", 0.6), ("tools", 2.0), ("system", 3.6), ("assistant", 5.4), ("a second picture", 7.8)):
+    axis.text(x, 0.1, name, ha="center", va="center", fontsize=9, color="0.45")
+    half = 0.1 + 0.055 * len(name)
+    axis.plot([x - half, x + half], [0.1, 0.1], color="#d55e00", lw=1.2)
 for start, end in (
     ((1.4, 1.5), (2.0, 1.5)),
     ((3.5, 1.5), (4.1, 1.5)),
@@ -91,7 +92,7 @@ for start, end in (
     axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "0.4"})
 for y in (2.1, 0.9):
     axis.annotate("", (8.5, y), (7.7, y), arrowprops={"arrowstyle": "-|>", "color": "0.4"})
-axis.set(xlim=(-0.2, 10.1), ylim=(-0.6, 2.5))
+axis.set(xlim=(-0.2, 10.1), ylim=(-0.2, 2.5))
 axis.axis("off")
 save(figure, "22c_request")
 
@@ -724,14 +725,14 @@ for rank, colour in enumerate((ANSWER, PROMPT, GREY)):
     axis.bar(np.arange(len(content)) + 0.28 * (rank - 1), chances[:, rank], width=0.26, color=colour)
 for place, entry in enumerate(content):
     second = entry["top_logprobs"][1]["token"].strip()
-    axis.text(place, 1.06, second, ha="center", va="bottom", fontsize=8, color="0.4", rotation=45)
-axis.set_xticks(range(len(content)), [entry["token"].strip() for entry in content], rotation=45, ha="right")
+    axis.text(place, 1.06, second, ha="center", va="bottom", fontsize=8, color="0.4")
+axis.set_xticks(range(len(content)), [entry["token"].strip() for entry in content])
 axis.set(ylabel="probability", ylim=(0, 1.02))
 save(figure, "22c_logprobs")
 
 # %% [markdown]
 # *Figure: three bars for each token of an answer, the likeliest tokens there. The first reaches nearly one at most places.
-# Below stands the token that was taken, above, slanted and grey, the second likeliest.*
+# Below stands the token that was taken, above, in grey, the second likeliest.*
 #
 # ## The bill
 #

@@ -303,7 +303,7 @@ assert star.box[0] <= down < star.box[2] and star.box[1] <= along < star.box[3]
 #
 # ## Which one is right?
 #
-# One picture proves nothing. So: a hundred scenes, a question about a colour in each, only answers that are right. A way
+# One picture proves nothing. So: eighty scenes, a question about a colour in each, only answers that are right. A way
 # scores if its top patch lies on the thing that was asked about. There are two ways to count that, and we use both:
 # the patch **touches** the thing's box, or, more strictly, its **middle** is inside of it.
 
@@ -339,14 +339,14 @@ def share(flags: list[bool]) -> float:
     return sum(flags) / len(flags)
 
 
-tries = right_ones(colour_questions(62_000_000, 100))
+tries = right_ones(colour_questions(62_000_000, 80))
 hits: dict[str, list] = {}
 for scene, prompt, thing in tries:
     for name, weights in all_maps(read(draw_scene(scene), prompt, thing.colour)).items():
         hits.setdefault(name, []).append(lies_on(int(weights.argmax()), thing.box))
-for scene, prompt, thing in tries[:15]:  # covering is slow: fifteen must do
+for scene, prompt, thing in tries[:12]:  # covering is slow: twelve must do
     falls = lead_of(draw_scene(scene), prompt, thing.colour) - covered_leads(scene, prompt, thing.colour)
-    hits.setdefault("covering (15 scenes)", []).append(lies_on(int(falls.argmax()), thing.box))
+    hits.setdefault("covering (12 scenes)", []).append(lies_on(int(falls.argmax()), thing.box))
 any_patch = [lies_on(patch, thing.box) for _, _, thing in tries for patch in range(SIDE**2)]
 table = {"any patch": tuple(map(share, zip(*any_patch)))} | {
     name: tuple(map(share, zip(*got))) for name, got in hits.items()
@@ -358,10 +358,10 @@ for name, (touches, middle) in table.items():
 # %% [markdown]
 # Read it from the top. **Attention** in layers 2 and 3 does worse than a patch chosen blindly: hardly any of that look goes
 # to the picture at all. By then the prompt's tokens have read the picture (the prefix sees itself both ways), and the
-# answer reads the prompt. **Rollout** follows that detour and finds the thing, though only in half of the answers its
+# answer reads the prompt. **Rollout** follows that detour and finds the thing, though in little more than half of the answers its
 # middle. The **gradient** finds it at every depth when we take the length, less often when we take the sum. **Covering**, at
-# the bottom, finds it less often than any of these, for the reason we saw. We ship the length before block 2: best on both
-# counts together.
+# the bottom, finds it less often than any of these, for the reason we saw.
+# Before blocks 1, 2 and 3 the length does about equally well on both counts together; we ship the one between.
 
 # %%
 attention = [table[f"attention, layer {layer}"][0] for layer in (1, 2, 3, 4)]
@@ -369,8 +369,8 @@ chosen = table["length, before block 2"]
 assert max(attention[1:3]) < table["any patch"][0] < max(attention) < 0.6
 assert table["rollout to the features"][0] > 0.9 and table["rollout to the features"][1] < 0.6
 assert all(table[f"length{name[3:]}"][0] > both[0] for name, both in table.items() if name.startswith("sum"))
-assert table["covering (15 scenes)"][0] < min(both[0] for name, both in table.items() if name.startswith("length"))
-assert sum(chosen) == max(sum(both) for both in table.values())
+assert table["covering (12 scenes)"][0] < min(both[0] for name, both in table.items() if name.startswith("length"))
+assert sum(chosen) > max(sum(both) for both in table.values()) - 0.08  # of 2
 
 # %% [markdown]
 # ## Where the evidence goes
@@ -593,7 +593,7 @@ def _evidence(lead: torch.Tensor, patches: torch.Tensor, keep: bool) -> torch.Te
         (gradient,) = torch.autograd.grad(lead, patches, retain_graph=keep)
         reached = bool(gradient.any())
     if not reached:
-        raise ValueError("no gradient reaches the picture, as with maps in whole numbers: load the model without int8")
+        raise ValueError("no gradient reaches the picture: load the model without quantize and compile")
     patches = patches.detach()[0].float()  # (P, Dv)
     weights = (gradient[0].float() * (patches - patches.median(0).values)).norm(dim=-1).cpu()  # (P,)
     if not weights.isfinite().all():
@@ -621,7 +621,7 @@ def looks_as_json(looks: Sequence[Look]) -> dict:
 # ## Proof
 #
 # It equals the map above, which came from the model's own reading with nothing saved on memory. (`tests/test_why.py` does
-# the same for Gemma 2 and odd sizes, and once without any autograd: each number of each patch is shifted by a hundred-thousandth,
+# the same for Gemma 2 and odd sizes, and once without any autograd: each number of each patch is shifted a little,
 # and the scores are read again.)
 
 # %%

@@ -26,12 +26,13 @@ from sigma_book.npz import load_npz
 from sigma_book.paligemma import PaliGemma
 from sigma_book.processor import Batch, Processor, Tokenizer, load_image
 from sigma_book.qlora import nf4_on_arrival, quantize_nf4
-from sigma_book.weights import find_folder, load_model, open_tensor, read_config
+from sigma_book.weights import find_folder, load_model, open_tensor, pick_device, read_config
 
 __all__ = ["generate", "load", "read_settings"]
 
 POCKET = Path(__file__).parent / "pocket_model"
 ROWS_AT_ONCE = 32  # longer lists are answered in several batches; a beam counts as a row
+EMBEDDING = "language_model.embed_tokens.weight"
 WATCHED = ("*.json", "*.safetensors", "tokenizer.model")  # the files that make a model
 
 _kept: dict[str, tuple[object, PaliGemma]] = {}  # the pocket model and the last other one, for `generate`
@@ -119,10 +120,9 @@ def load(
         read_config(folder)  # a folder of another model is told first
         processor = Processor.from_folder(folder)
         if in_few_bits or (compile and adapter is None):
-            ready = Preparation(quantize)
-            model = load_model(folder, device, dtype, ready)
-            on_cpu = model.device.type == "cpu"
-            model = ready.finish(model, open_tensor(folder, "language_model.embed_tokens.weight") if on_cpu else None)
+            on_cpu = pick_device(device).type == "cpu"
+            ready = Preparation(quantize, (lambda: open_tensor(folder, EMBEDDING)) if on_cpu else None)
+            model = ready.finish(load_model(folder, device, dtype, ready))
         else:
             model = load_model(folder, device, dtype, nf4_on_arrival() if quantize else None)
     if adapter is not None:

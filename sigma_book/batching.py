@@ -70,14 +70,23 @@ class SlotCache:
         self.window = window
         self.max_length = max_length
         columns = max_length if window is None else min(window, max_length)
-        self.key = torch.zeros(rows, num_kv_heads, columns, head_dim, dtype=dtype, device=device)
-        self.value = torch.zeros_like(self.key)
+        self.key = torch.empty(rows, num_kv_heads, columns, head_dim, dtype=dtype, device=device)
+        self.value = torch.empty_like(self.key)
         self.lengths: list[int] = []  # of the rows in use
         self.first = 0  # the row that the next step begins with
+        self._cleared = 0  # columns that have been wiped once: an empty tensor holds anything, nan too
 
     @property
     def columns(self) -> int:
         return self.key.shape[2]
+
+    def _reach(self, columns: int) -> None:
+        """Wipe columns that are needed for the first time. Until then the system need not find memory for them."""
+        if columns > self._cleared:
+            end = min(columns + 64, self.columns)
+            self.key[:, :, self._cleared : end] = 0
+            self.value[:, :, self._cleared : end] = 0
+            self._cleared = end
 
     def join(self, filled: KVCache, row: int, length: int) -> None:
         """Copy the last `length` tokens of one row of a cache that was just filled, behind the rows in use.
@@ -95,6 +104,7 @@ class SlotCache:
             )
         token = filled.columns() - (filled.length - length)  # (C,): which token each column holds; below 0 is padding
         kept = (token >= max(0, length - self.columns)).nonzero()[:, 0]
+        self._reach(min(length, self.columns))
         column = token[kept] % self.columns
         self.key[place, :, column] = filled.key[row, :, kept]
         self.value[place, :, column] = filled.value[row, :, kept]
@@ -135,12 +145,13 @@ class SlotCache:
                 f"a step takes one token a row, for rows in use with less than {self.max_length} tokens: got "
                 f"{key.shape[2]} for each of {len(key)} rows, and in use are rows of {lengths} tokens"
             )
+        end = min(max(lengths) + 1, self.columns)
+        self._reach(end)
         place = torch.tensor([rows, [length % self.columns for length in lengths]], device=key.device)  # (2, B)
         self.key[place[0], :, place[1]] = key[:, :, 0].to(self.key.dtype)
         self.value[place[0], :, place[1]] = value[:, :, 0].to(self.value.dtype)
         for row in rows:
             self.lengths[row] += 1
-        end = min(max(lengths) + 1, self.columns)
         return self.key[rows.start : rows.stop, :, :end], self.value[rows.start : rows.stop, :, :end]
 
     def mask(self, positions: torch.Tensor) -> torch.Tensor:
@@ -182,7 +193,7 @@ class RunningBatch:
                 dtype=like.key.dtype,
                 device=like.key.device,
             )
-            for like in model.language_model.new_caches(1, max_length)
+            for like in model.language_model.new_caches(1, 1)
         ]
 
     @property

@@ -5,30 +5,34 @@ Each contender runs in a process of its own, so that its memory is its own. They
 
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from datetime import datetime
-from importlib import metadata
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from sigma_book import __version__
-from sigma_book.assemble import POCKET, load
+from sigma_book.assemble import POCKET
+from sigma_book.bench_contenders import Work, machine_facts, make_batch
+from sigma_book.bench_report import bench_lines, draw_bench, draw_growth, growth_lines
 from sigma_book.generation import generate_tokens, whole_number
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 from sigma_book.processor import Batch, Processor
-from sigma_book.speed import InferenceBill, Machine, Part, gpu_machine, inference_bill, measure_machine, wait_for
+from sigma_book.speed import (
+    InferenceBill,
+    Machine,
+    Part,
+    gpu_machine,
+    inference_bill,
+    median_machine,
+)
 from sigma_book.training import free_bytes
 from sigma_book.weights import find_folder, folder_beside, hub_name, pick_device, read_config, write_json, write_tensors
-from sigma_book.world import draw_scene, make_scene
 
 __all__ = ["SIZES", "Work", "bench", "growth", "random_folder", "write_random_model"]
 
@@ -46,22 +50,7 @@ SIZES = {
     ),
     "3b": (SO400M, (2048, 16_384, 18, 8, 1, 257_216)),
 }
-CONTENDERS = ("sigma_book", "transformers")
 SHARD = 2_500_000_000  # bytes of a random file, so that one at a time is in memory
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every contender is asked to do, again and again."""
-
-    folder: str
-    dtype: str = "float32"
-    quantize: str | None = None
-    device: str = "cpu"
-    batch: int = 1
-    prompt: str = "caption en"
-    prompt_tokens: int | None = None
-    new_tokens: int = 16
 
 
 def size_config(size: str, image_size: int = 224) -> PaliGemmaConfig:
@@ -119,7 +108,7 @@ def write_random_model(folder: str | Path, config: PaliGemmaConfig, dtype: torch
 
 
 def random_folder(size: str, dtype: str = "float32") -> Path:
-    """A folder with random weights of a named size, written once and kept in `SIGMA_BOOK_CACHE`, or ~/.cache/sigma_book.
+    """A folder with random weights of a named size, written once and kept in `SIGMA_BOOK_CACHE` or ~/.cache/sigma_book.
 
     Raises
     ------
@@ -148,193 +137,20 @@ def random_folder(size: str, dtype: str = "float32") -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------------------------------ inside a contender
-
-
-def make_batch(processor: Processor, work: Work, turn: int) -> Batch:
-    """The prompts of a turn: pictures that no earlier turn had, so that nothing kept from it can help."""
-    pictures = [draw_scene(make_scene(1000 * turn + row)) for row in range(work.batch)]
-    batch = processor.prepare(pictures, [work.prompt] * work.batch)
-    if work.prompt_tokens is None:
-        return batch
-    start = processor.num_image_tokens + 1  # behind the pictures and bos
-    text = batch.input_ids[:, start:-1]
-    text = text.repeat(1, -(-work.prompt_tokens // max(1, text.shape[1])))[:, : work.prompt_tokens]
-    ids = torch.cat([batch.input_ids[:, :start], text, batch.input_ids[:, -1:]], dim=1)
-    return Batch(ids, torch.ones_like(ids), torch.zeros_like(ids), batch.pixel_values)
-
-
-class Clock:
-    """Seconds of the calls of some methods of an object, in order."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.times: dict[str, list[float]] = {}
-
-    def now(self) -> float:
-        wait_for(self.device)
-        return time.perf_counter()
-
-    def watch(self, thing: object, method: str, name: str) -> None:
-        """Time a method of this one object from now on."""
-        inner = getattr(thing, method)
-
-        def timed(*arguments, **options):
-            started = self.now()
-            result = inner(*arguments, **options)
-            self.times.setdefault(name, []).append(self.now() - started)
-            return result
-
-        setattr(thing, method, timed)
-
-
-class Ours:
-    """This package: `load`, then one token after another as `generate` takes them."""
-
-    def __init__(self, work: Work):
-        self.work = work
-        self.model = load(work.folder, device=work.device, dtype=work.dtype, quantize=work.quantize)
-        self.clock = Clock(self.model.device)
-        self.clock.watch(self.model, "encode_images", "pictures")
-        self.clock.watch(self.model.multi_modal_projector, "forward", "projector")
-        self.clock.watch(self.model, "prefill", "prefill")
-        self.clock.watch(self.model, "decode", "step")
-        self.clock.watch(self.model, "logits", "head")
-        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-
-    def turn(self, number: int) -> dict:
-        batch = make_batch(self.model.processor, self.work, number)
-        self.clock.times.clear()
-        marks, tokens = [self.clock.now()], []
-        for picks in generate_tokens(self.model, batch, max_new_tokens=self.work.new_tokens, stop_ids=()):
-            marks.append(self.clock.now())
-            tokens.append([pick.token for pick in picks])
-        return {"marks": marks, "tokens": tokens, "parts": self._parts(), "prompt_length": batch.input_ids.shape[1]}
-
-    def _parts(self) -> dict[str, list[float]]:
-        """The watched times, each without what was watched inside it; a part that was not called is left out."""
-        times = self.clock.times
-        heads = times.get("head", [])
-        parts = {"head": heads[:1], "step head": heads[1:]}
-        if "projector" in times:
-            parts["projector"] = times["projector"]
-            parts["vision"] = [times["pictures"][0] - times["projector"][0]]
-        if heads:
-            parts["prefill"] = [times["prefill"][0] - heads[0]]
-            parts["step"] = [step - head for step, head in zip(times.get("step", []), heads[1:], strict=False)]
-        return {name: values for name, values in parts.items() if values}
-
-
-class Theirs:
-    """transformers: its own `generate`, greedy, with a clock where it takes each token."""
-
-    def __init__(self, work: Work):
-        from transformers import LogitsProcessor, PaliGemmaForConditionalGeneration
-
-        self.work = work
-        self.processor = Processor.from_folder(work.folder)
-        dtype = getattr(torch, work.dtype)
-        self.model = PaliGemmaForConditionalGeneration.from_pretrained(work.folder, dtype=dtype).eval().to(work.device)
-        self.model.generation_config.eos_token_id = None  # every answer has the same length
-        self.clock = Clock(self.model.device)
-        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.marks: list[float] = []
-        outer = self
-
-        class Mark(LogitsProcessor):
-            def __call__(self, input_ids, scores):
-                outer.marks.append(outer.clock.now())
-                return scores
-
-        self.mark = Mark()
-
-    def turn(self, number: int) -> dict:
-        batch = make_batch(self.processor, self.work, number).to(self.model.device)
-        length = batch.input_ids.shape[1]
-        pixels = batch.pixel_values.to(self.model.dtype)
-        self.marks = [self.clock.now()]
-        with torch.no_grad():
-            answer = self.model.generate(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                token_type_ids=batch.token_type_ids,
-                pixel_values=pixels,
-                max_new_tokens=self.work.new_tokens,
-                do_sample=False,
-                logits_processor=[self.mark],
-            )
-        tokens = answer[:, length:].T.tolist()
-        return {"marks": self.marks, "tokens": tokens, "parts": {}, "prompt_length": length}
-
-
-class Probe:
-    """The machine itself: chapter 21's measurement."""
-
-    def __init__(self, work: Work):
-        self.parameters = 0
-
-    def turn(self, number: int) -> dict:
-        return asdict(measure_machine(name=machine_facts()["cpu"]))
-
-
-ROLES = {"sigma_book": Ours, "transformers": Theirs, "machine": Probe}
-
-
-def memory_now(device: torch.device | str) -> dict[str, int | None]:
-    """Bytes of this process: its peak, what it holds of its own, and what is a window into files; the GPU's peak."""
-    found: dict[str, int | None] = dict.fromkeys(("peak_resident", "anonymous", "file_mapped"))
-    status = Path("/proc/self/status")
-    if status.is_file():
-        table = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        for key, name in zip(found, ("VmHWM", "RssAnon", "RssFile"), strict=True):
-            found[key] = int(table[name].split()[0]) * 1024 if name in table else None
-    if torch.device(device).type == "cuda":
-        found["gpu_peak"] = torch.cuda.max_memory_allocated(device)
-    return found
-
-
-def serve_turns() -> None:
-    """The loop of a child process: a JSON line with role and work, then a number for each turn, then `end`."""
-    reply = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no reply
-
-    def answer(values: dict) -> None:
-        reply.write(json.dumps(values) + "\n")
-        reply.flush()
-
-    order = json.loads(sys.stdin.readline())
-    work = Work(**order["work"])
-    try:
-        started = time.perf_counter()
-        runner = ROLES[order["role"]](work)
-        loaded = {"load_seconds": time.perf_counter() - started, "parameters": runner.parameters}
-        answer(loaded | {"threads": torch.get_num_threads(), "loaded": memory_now(work.device)})
-        while (line := sys.stdin.readline().strip()) not in ("end", ""):
-            answer(runner.turn(int(line)))
-        answer(memory_now(work.device))
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        answer({"error": " ".join(str(error).split())})
-
-
-# --------------------------------------------------------------------------------------------------- outside of them
-
-
 class Child:
     """A contender in its own process."""
 
     def __init__(self, role: str, work: Work):
         self.role = role
-        command = [sys.executable, "-c", "from sigma_book.bench import serve_turns; serve_turns()"]
+        command = [sys.executable, "-c", "from sigma_book.bench_contenders import serve_turns; serve_turns()"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.turns: list[dict] = []
         self.facts = self._ask(json.dumps({"role": role, "work": asdict(work)}))
 
     def _ask(self, line: str) -> dict:
-        try:
+        with suppress(BrokenPipeError):  # its last words say why
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # its last words say why
         words = self.process.stdout.readline()
         if not words:
             code = self.process.wait()
@@ -364,33 +180,9 @@ class Child:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):  # what it no longer read is still on its way
+            self.process.stdin.close()
         self.process.stdout.close()
-
-
-def machine_facts() -> dict:
-    """Machine, versions and date."""
-    info = Path("/proc/cpuinfo")
-    named = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.is_file()
-        else []
-    )
-    versions = {"sigma_book": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for package in ("transformers",):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "cpu": named[0] if named else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": platform.platform(),
-        "versions": versions,
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -415,14 +207,15 @@ def summary(child: Child, memory: dict, work: Work) -> dict:
         "first_token": spread(firsts),
         "next_token": spread(steps) if steps else None,
         "tokens_per_second": work.batch / statistics.median(steps) if steps else None,
-        "tokens_per_second_whole": work.batch * work.new_tokens / statistics.median(firsts_and_steps(child)),
+        "tokens_per_second_whole": work.batch * work.new_tokens / statistics.median(whole_turns(child)),
         "memory": memory,
         "load": child.facts,
         "parts": {name: spread(seconds) for name, seconds in parts.items()},
     }
 
 
-def firsts_and_steps(child: Child) -> list[float]:
+def whole_turns(child: Child) -> list[float]:
+    """Seconds from the prompt to the last token, turn by turn."""
     return [turn["marks"][-1] - turn["marks"][0] for turn in child.turns]
 
 
@@ -468,12 +261,10 @@ def bench(work: Work, *, against: Sequence[str] = (), warmup: int = 1, repeat: i
             f"a prompt of {prompt_length} tokens, pictures included, and {work.new_tokens} new ones do not fit the "
             f"model's context of {config.text.max_position_embeddings}: ask for fewer"
         )
-    costs = inference_bill(config, work.batch, prompt_length, work.new_tokens, work.quantize or work.dtype)
+    precision, exact = work.quantize or work.dtype, getattr(torch, work.dtype).itemsize
+    costs = inference_bill(config, work.batch, prompt_length, work.new_tokens, precision, exact=exact)
     names = ("sigma_book", *against)
-    machine = None
-    if bill:
-        machine = _machine(work)
-    children, memories = _take_turns(names, work, warmup, repeat, costs)
+    children, memories, looks = _take_turns(names, work, warmup, repeat, costs, probe=bill and work.device == "cpu")
     contenders = {child.role: summary(child, memories[child.role], work) for child in children}
     found = {
         "machine": machine_facts() | {"threads": children[0].facts["threads"]},
@@ -484,7 +275,8 @@ def bench(work: Work, *, against: Sequence[str] = (), warmup: int = 1, repeat: i
     }
     if len(contenders) > 1:
         found["ratios"] = _ratios(contenders)
-    if machine is not None:
+    if bill:
+        machine = _limits(work, looks)
         found["bill"] = compare(costs, machine, contenders["sigma_book"]["parts"])
         found["limits"] = asdict(machine)
     return found
@@ -509,22 +301,33 @@ def check_work(work: Work, against: Sequence[str], warmup: int, repeat: int) -> 
 
 
 def _take_turns(
-    names: Sequence[str], work: Work, warmup: int, repeat: int, costs: InferenceBill
-) -> tuple[list[Child], dict[str, dict]]:
-    """All contenders in turn, or one after the other where memory holds only one."""
+    names: Sequence[str], work: Work, warmup: int, repeat: int, costs: InferenceBill, probe: bool
+) -> tuple[list[Child], dict[str, dict], list[dict]]:
+    """All contenders in turn, or one after the other where memory holds only one.
+
+    The machine takes a turn behind ours each time, so that it is measured in the same weather.
+    """
     free = free_bytes(torch.device("cpu"))
     together = work.device == "cpu" and (free is None or 1.1 * len(names) * costs.held + 1e9 * len(names) < free)
-    groups = [names] if together else [[name] for name in names]
-    children, memories = [], {}
+    groups = [list(names)] if together else [[name] for name in names]
+    if probe:
+        groups[0].insert(1, "machine")
+    children, memories, looks = [], {}, []
     for group in groups:
         with ExitStack() as stack:
             running = [stack.enter_context(Child(name, work)) for name in group]
             for number in range(warmup + repeat):
                 for child in running:
-                    child.turn(number, counts=number >= warmup)
-            memories |= {child.role: child.end() for child in running}
-            children += running
-    return children, memories
+                    if child.role != "machine" or number >= warmup:
+                        child.turn(number, counts=number >= warmup)
+            for child in running:
+                memory = child.end()
+                if child.role == "machine":
+                    looks = child.turns
+                else:
+                    memories[child.role] = memory
+                    children.append(child)
+    return children, memories, looks
 
 
 def _ratios(contenders: dict) -> dict[str, float]:
@@ -538,15 +341,14 @@ def _ratios(contenders: dict) -> dict[str, float]:
     return ratios
 
 
-def _machine(work: Work) -> Machine:
-    """This CPU's limits, measured in a process of its own, or a card's published ones."""
-    if torch.device(work.device).type == "cuda":
-        return gpu_machine(torch.cuda.get_device_name(work.device), work.dtype)
-    with Child("machine", work) as child:
-        values = child.turn(0)
-    machine = Machine(**values | {"rates": tuple(map(tuple, values["rates"]))})
-    plain = work.dtype == "float32" and work.quantize is None
-    return machine if plain else replace(machine, rates=())  # the rates are float32's
+def _limits(work: Work, looks: Sequence[dict]) -> Machine:
+    """This CPU's limits from measurements of it, or a card's published ones."""
+    if work.device != "cpu":
+        name = torch.cuda.get_device_name(work.device) if torch.device(work.device).type == "cuda" else work.device
+        return gpu_machine(name, work.dtype)
+    machine = median_machine([Machine(**look | {"rates": tuple(map(tuple, look["rates"]))}) for look in looks])
+    known = work.dtype == "float32" and work.quantize in (None, "int8")
+    return machine if known else replace(machine, rates=())  # its rates are those of other maps
 
 
 def compare(costs: InferenceBill, machine: Machine, parts: dict[str, dict]) -> list[dict]:
@@ -571,8 +373,6 @@ def compare(costs: InferenceBill, machine: Machine, parts: dict[str, dict]) -> l
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------ growth
-
 PIXELS = (224, 448, 896)
 PICTURES = (1, 2, 4, 8, 16, 32)
 TOKENS = (16, 64, 256, 1024)
@@ -591,7 +391,9 @@ def growth(size: str, *, most_seconds: float = 60.0) -> dict:
     """
     if not most_seconds > 0:
         raise ValueError(f"most_seconds is {most_seconds}: expected a number above 0")
-    config, machine = size_config(size), _machine(Work(str(POCKET)))
+    config, work = size_config(size), Work(str(POCKET))
+    with Child("machine", work) as child:
+        machine = _limits(work, [child.turn(number) for number in range(3)])
     config = replace(config, text=replace(config.text, max_position_embeddings=2**16))  # random numbers, no context
     found: dict = {"machine": machine_facts(), "size": size, "pixels": [], "pictures": [], "tokens": []}
 
@@ -629,112 +431,6 @@ def time_answer(model: PaliGemma, batch: int, new_tokens: int) -> float:
     return time.perf_counter() - started
 
 
-# ------------------------------------------------------------------------------------------------ tables and pictures
-
-
-def _milliseconds(values: dict | None) -> str:
-    return "-" if values is None else " / ".join(f"{1e3 * values[key]:,.1f}" for key in ("min", "median", "p95"))
-
-
-def bench_lines(found: dict) -> list[str]:
-    """What `bench` found, as a table for people."""
-    facts, work = found["machine"], found["work"]
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
-    lines = [
-        f"{facts['gpu'] or facts['cpu']}, {facts['cores']} cores, {found['machine']['threads']} threads; {versions}; {facts['date']}",
-        f"{work['folder']}: {work['dtype']}{', ' + work['quantize'] if work['quantize'] else ''}, batch {work['batch']}, "
-        f"{work['prompt_length']} prompt tokens, {work['new_tokens']} new; {work['repeat']} turns after {work['warmup']}",
-        "",
-        f"{'':14}{'first token, ms':>28}{'next token, ms':>28}{'tokens/s':>10}{'peak MB':>10}{'own':>8}{'mapped':>8}",
-        f"{'':14}{'min / median / p95':>28}{'min / median / p95':>28}",
-    ]
-    for name, one in found["contenders"].items():
-        megabytes = [
-            "-" if one["memory"][key] is None else f"{one['memory'][key] / 1e6:,.0f}"
-            for key in ("peak_resident", "anonymous", "file_mapped")
-        ]
-        speed = one["tokens_per_second"]
-        lines.append(
-            f"{name:14}{_milliseconds(one['first_token']):>28}{_milliseconds(one['next_token']):>28}"
-            f"{'-' if speed is None else f'{speed:.1f}':>10}{megabytes[0]:>10}{megabytes[1]:>8}{megabytes[2]:>8}"
-        )
-    if "ratios" in found:
-        ratios = ", ".join(f"{name.replace('_', ' ')} {ratio:.2f}" for name, ratio in found["ratios"].items())
-        lines += ["", f"sigma_book / transformers: {ratios}; same tokens: {'yes' if found['tokens_equal'] else 'no'}"]
-    if "bill" in found:
-        limits = found["limits"]
-        how = "measured" if limits["measured"] else "computed from published peaks, not measured"
-        lines += ["", f"limits ({how}): {limits['peak'] / 1e9:,.0f} GFLOP/s, {limits['read'] / 1e9:,.1f} GB/s"]
-        lines.append(f"{'part':14}{'GFLOP':>10}{'MB moved':>10}{'predicted ms':>14}{'measured ms':>14}{'ratio':>8}")
-        for row in found["bill"]:
-            measured = "-" if row["measured"] is None else f"{row['measured'] * 1e3:,.1f}"
-            ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
-            lines.append(
-                f"{row['part']:14}{row['flops'] / 1e9:>10,.1f}{row['bytes'] / 1e6:>10,.1f}"
-                f"{row['predicted'] * 1e3:>14,.1f}{measured:>14}{ratio:>8}"
-            )
-    return lines
-
-
-def growth_lines(found: dict) -> list[str]:
-    """What `growth` found, as a table for people."""
-    lines = [f"size {found['size']}, float32; {found['machine']['cpu']}; {found['machine']['date']}"]
-    for kind in ("pixels", "pictures", "tokens"):
-        lines.append(f"{kind:10}{'predicted s':>14}{'measured s':>14}{'ratio':>8}")
-        for point in found[kind]:
-            seen = point["measured"]
-            measured, ratio = ("-", "-") if seen is None else (f"{seen:.2f}", f"{seen / point['predicted']:.2f}")
-            lines.append(f"{point['value']:<10}{point['predicted']:>14.2f}{measured:>14}{ratio:>8}")
-    return lines
-
-
-def draw_bench(found: dict):
-    """A figure: each contender's first and next token, and what was predicted."""
-    import matplotlib.pyplot as plt
-
-    from sigma_book.style import ANSWER, GREY, PICTURE, use_style
-
-    use_style()
-    names = list(found["contenders"])
-    figure, axes = plt.subplots(1, 2, figsize=(8, 0.9 + 0.6 * len(names)), sharey=True)
-    predicted = {row["part"]: row["predicted"] for row in found.get("bill", [])}
-    for axis, key, part in zip(axes, ("first_token", "next_token"), ("first token", "next token")):
-        for place, name in enumerate(reversed(names)):
-            values = found["contenders"][name][key]
-            if values is None:
-                continue
-            axis.barh(place, 1e3 * values["median"], color=PICTURE if name == "sigma_book" else GREY, height=0.55)
-            axis.plot([1e3 * values["min"], 1e3 * values["p95"]], [place, place], color="black", lw=1)
-            axis.text(1e3 * values["p95"], place, f"  {1e3 * values['median']:,.1f}", va="center", fontsize=9)
-        if part in predicted:
-            axis.axvline(1e3 * predicted[part], color=ANSWER, lw=1.5, ls="--")
-            axis.text(1e3 * predicted[part], len(names) - 0.45, "predicted", color=ANSWER, fontsize=8, ha="center")
-        axis.set(title=f"{part}, ms", xlim=(0, axis.get_xlim()[1] * 1.2), ylim=(-0.5, len(names) - 0.25))
-    axes[0].set_yticks(range(len(names)), list(reversed(names)))
-    return figure
-
-
-def draw_growth(found: dict):
-    """A figure with three panels: predicted lines, measured points."""
-    import matplotlib.pyplot as plt
-
-    from sigma_book.style import ANSWER, PICTURE, use_style
-
-    use_style()
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3), sharey=True)
-    for axis, kind in zip(axes, ("pixels", "pictures", "tokens")):
-        values = [point["value"] for point in found[kind]]
-        axis.plot(values, [point["predicted"] for point in found[kind]], color=PICTURE, label="predicted")
-        seen = [(point["value"], point["measured"]) for point in found[kind] if point["measured"] is not None]
-        axis.plot(*zip(*seen), "o", color=ANSWER, label="measured")
-        axis.set(xscale="log", yscale="log", xticks=values, xticklabels=values)
-        axis.set_xlabel({"pixels": "side in pixels", "pictures": "pictures at once", "tokens": "new tokens"}[kind])
-        axis.minorticks_off()
-    axes[0].set_ylabel("seconds")
-    axes[0].legend(frameon=False)
-    return figure
-
-
 def write_beside(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file next to its place, then move it there."""
     fresh = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
@@ -756,6 +452,7 @@ def run_bench(
     random: bool = False,
     against: Sequence[str] = (),
     quantize: str | None = None,
+    compile: bool = False,
     dtype: str | None = None,
     device: str = "cpu",
     batch: int = 1,
@@ -798,6 +495,7 @@ def run_bench(
             folder="",
             dtype=dtype or ("float32" if kind == "cpu" else "bfloat16"),
             quantize=quantize,
+            compile=compile,
             device=str(pick_device(device)),
             batch=batch,
             prompt=prompt,

@@ -327,6 +327,7 @@ def _bench_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--random", action="store_true", help="weights of that size are random, written once")
     command.add_argument("--against", metavar="NAME", action="append", default=[], help="run transformers too")
     command.add_argument("--quantize", metavar="Q", help="as in generate")
+    command.add_argument("--compile", action="store_true", help="load with compile=True")
     command.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16 (default: float32 on a CPU)")
     command.add_argument("--device", metavar="D", default="cpu", help="cpu, cuda, mps or auto (default: cpu)")
     command.add_argument("--batch", metavar="N", type=int, default=1, help="pictures answered together (default: 1)")
@@ -348,7 +349,9 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _serve_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", metavar="DIR", help="folder or hub id of a PaliGemma (default: the pocket model)")
+    _model_arguments(command)
+    command.add_argument("--quantize", metavar="Q", help="int8, int4 or nf4, as in generate")
+    command.add_argument("--compile", action="store_true", help="lay the weights out for speed first")
     command.add_argument("--name", metavar="NAME", help="what requests call the model (default: its folder's name)")
     command.add_argument("--host", metavar="H", default="127.0.0.1", help="0.0.0.0 for all (default: 127.0.0.1)")
     command.add_argument("--port", metavar="N", type=int, default=8000, help="0 is any free one (default: 8000)")
@@ -374,25 +377,21 @@ def _serve_arguments(command: argparse.ArgumentParser) -> None:
         "--cors", metavar="ORIGIN", action="append", default=[], help="a site that may ask; repeatable"
     )
     command.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
-    command.add_argument("--device", metavar="D", default="auto", help="auto, cuda, cuda:0, mps or cpu (default: auto)")
-    command.add_argument(
-        "--dtype", metavar="T", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
-    )
-    command.add_argument("--quantize", metavar="Q", help="nf4 stores the decoder in 4 bits (default: as stored)")
-    command.add_argument("--adapter", metavar="DIR", help="folder or hub id of a LoRA adapter for the model")
 
 
 def _serve(options: argparse.Namespace) -> None:
     from sigma_book.assemble import load
-    from sigma_book.server import ServerConfig
-    from sigma_book.serving import read_api_keys, serve
 
+    try:
+        from sigma_book.server import ServerConfig
+        from sigma_book.serving import read_api_keys, serve
+    except ImportError as error:
+        raise RuntimeError(f"serve needs more packages ({error}): pip install 'sigma-book[serve]'") from error
     config = ServerConfig(
         model_name=options.name or (Path(options.model).name if options.model else "pocket"),
         max_body=options.max_body,
         max_pixels=options.max_pixels,
         max_new_tokens=options.max_tokens,
-        max_waiting=options.max_rows + options.queue,
         deadline=options.deadline,
         api_keys=read_api_keys(options.api_keys),
         cors_origins=tuple(options.cors),
@@ -411,6 +410,7 @@ def _serve(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         quantize=options.quantize,
         adapter=options.adapter,
+        compile=options.compile,
     )
     if options.replicas == 1 and options.max_replicas is None:
         serve(make_model(), config, grace=options.grace, **address, **sizes)
@@ -429,7 +429,7 @@ def _answer_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--actors", metavar="N", type=int, default=1, help="processes with the model (default: 1)")
     command.add_argument("--batch-size", metavar="N", type=int, default=16, help="answered together (default: 16)")
     command.add_argument("--max-new-tokens", metavar="N", type=int, default=100, help="longest answer (default: 100)")
-    command.add_argument("--quantize", metavar="Q", help="nf4 stores the decoder in 4 bits (default: as stored)")
+    command.add_argument("--quantize", metavar="Q", help="int8, int4 or nf4, as in generate")
     command.add_argument(
         "--form", metavar="F", default="jsonl", help="of the answers: jsonl or parquet (default: jsonl)"
     )

@@ -1,6 +1,6 @@
 """The same answers, sooner.
 
-Where do the seconds go that the machine does not need?
+How does one model answer faster, and how little of its precision does that cost?
 
 Tangled from chapters/21b_fast.py: edit there, then run python -m sigma_book.tangle.
 """
@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sigma_book.attention import MultiHeadAttention, attention, merge_heads, split_heads
-from sigma_book.gemma import GemmaAttention
+from sigma_book.gemma import GemmaAttention, RMSNorm
 from sigma_book.gqa import grouped_attention
 from sigma_book.kv_cache import KVCache
 from sigma_book.paligemma import PaliGemma
@@ -24,12 +24,14 @@ from sigma_book.rope import rotate
 
 __all__ = [
     "GROUP",
+    "PART_ROWS",
     "SMALLEST",
     "ExactEmbedding",
     "FastPaliGemma",
     "FixedSlots",
     "FusedAttention",
     "FusedGeGLU",
+    "FusedNorm",
     "FusedVisionAttention",
     "Int4Linear",
     "Int8Linear",
@@ -62,162 +64,13 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
         super().__init__()
-        self.out_features, self.in_features = weight.shape
+        self.out_width, self.in_width = weight.shape
         # laid out for one row; the kernel takes any number
         self.register_buffer("packed", torch.ops.mkldnn._reorder_linear_weight(weight, 1), persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(hidden_states, self.packed, self.bias, "none", [], "")
-
-
-SMALLEST = 1e-30  # the least step of a scale, so that a row of zeros stays one
-
-
-def quantize_rows(weight: torch.Tensor, levels: int = 127) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix to whole numbers from -levels to levels, each row with a step of its own.
-
-    Parameters
-    ----------
-    weight : torch.Tensor
-        (out_features, in_features).
-    levels : int
-        127 for eight bits.
-
-    Returns
-    -------
-    codes : torch.Tensor
-        int8 (out_features, in_features).
-    steps : torch.Tensor
-        float32 (out_features,): row times step is about the weight, no number further off than half a step.
-
-    Raises
-    ------
-    ValueError
-        If a weight is not finite.
-    """
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    steps = torch.empty(len(weight), device=weight.device)
-    for first in range(0, len(weight), 4096):  # so that the float32 copies stay small
-        rows = weight[first : first + 4096].float()
-        step = (rows.abs().amax(1) / levels).clamp_(min=SMALLEST)
-        if not step.isfinite().all():
-            raise ValueError("a weight is not finite: it cannot be quantized")
-        codes[first : first + 4096] = (rows / step[:, None]).round_()
-        steps[first : first + 4096] = step
-    return codes, steps
-
-
-class Int8Linear(nn.Module):
-    """A frozen linear map of eight bits a weight, which also rounds what goes in to eight bits, token by token.
-
-    Parameters
-    ----------
-    codes, steps : torch.Tensor
-        As `quantize_rows` gives them, with `int8_levels()`.
-    bias : torch.Tensor, optional
-        (out_features,), float32; added unrounded.
-
-    Notes
-    -----
-    Products and sums of the codes are whole numbers and exact; only the two roundings lose something.
-    """
-
-    def __init__(self, codes: torch.Tensor, steps: torch.Tensor, bias: torch.Tensor | None = None):
-        super().__init__()
-        self.out_features, self.in_features = codes.shape
-        self.register_buffer("packed", torch.ops.onednn.qlinear_prepack(codes, None), persistent=False)
-        self.register_buffer("steps", steps, persistent=False)
-        self.register_buffer("zeros", torch.zeros(len(codes), dtype=torch.int64), persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        rows = hidden_states.reshape(-1, self.in_features).float()  # (N, in)
-        step = rows.abs().amax(1, keepdim=True).div_(127).clamp_(min=SMALLEST)  # (N, 1)
-        codes = (rows / step).round_().add_(128).to(torch.uint8)  # from 1 to 255: the kernel wants no sign
-        output = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, 128, self.packed, self.steps, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )  # (N, out)
-        output.mul_(step)
-        if self.bias is not None:
-            output.add_(self.bias)
-        return output.view(*hidden_states.shape[:-1], self.out_features).to(hidden_states.dtype)
-
-
-@cache
-def int8_levels() -> int:
-    """How far codes of weights may go on this CPU: to 127, or to 63 where its kernel adds pairs in 16 bits.
-
-    Raises
-    ------
-    RuntimeError
-        If this build of torch has no oneDNN.
-    """
-    if not torch.backends.mkldnn.is_available():
-        raise RuntimeError("this torch has no oneDNN kernels, which int8 and int4 need: load without quantize")
-    largest = Int8Linear(torch.full((16, 64), 127, dtype=torch.int8), torch.ones(16))
-    # 255 is the largest code of an input; two products of it and 127 are more than 16 bits hold
-    exact = largest(torch.full((1, 64), 127.0))
-    return 127 if exact.eq(127 * 127 * 64).all() else 63
-
-
-GROUP = 32  # weights that share a step and an offset
-
-
-def quantize_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix to codes from 0 to 15, with a step and an offset for each 32 numbers of a row.
-
-    Parameters
-    ----------
-    weight : torch.Tensor
-        (out_features, in_features); the width a multiple of 32.
-
-    Returns
-    -------
-    codes : torch.Tensor
-        uint8 (out_features, in_features); a weight is about (code - 8) * step + offset.
-    steps : torch.Tensor
-        bfloat16 (in_features / 32, out_features, 2): step and offset, as the kernel wants them.
-
-    Raises
-    ------
-    ValueError
-        If a weight is not finite.
-    """
-    codes, steps = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device), []
-    for first in range(0, len(weight), 4096):
-        groups = weight[first : first + 4096].float().unflatten(1, (-1, GROUP))  # (out, in / 32, 32)
-        low, high = groups.aminmax(dim=-1)
-        if not (high - low).isfinite().all():
-            raise ValueError("a weight is not finite: it cannot be quantized")
-        step = ((high - low) / 15).clamp_(min=SMALLEST).bfloat16()
-        offset = (low + 8 * step.float()).bfloat16()
-        found = ((groups - offset.float()[..., None]) / step.float()[..., None]).round_().add_(8).clamp_(0, 15)
-        codes[first : first + 4096] = found.flatten(1)
-        steps.append(torch.stack((step, offset), -1))  # (out, in / 32, 2)
-    return codes, torch.cat(steps).transpose(0, 1).contiguous()
-
-
-class Int4Linear(nn.Module):
-    """A frozen linear map of five bits a weight, steps counted; computed in bfloat16.
-
-    Parameters
-    ----------
-    codes, steps : torch.Tensor
-        As `quantize_groups` gives them; `out_features` must be a multiple of 16.
-    """
-
-    def __init__(self, codes: torch.Tensor, steps: torch.Tensor):
-        super().__init__()
-        self.out_features, self.in_features = codes.shape
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
-        self.register_buffer("packed", packed, persistent=False)
-        self.register_buffer("steps", steps, persistent=False)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        rows = hidden_states.reshape(-1, self.in_features).bfloat16()  # (N, in)
-        output = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.steps)  # (N, out)
-        return output.view(*hidden_states.shape[:-1], self.out_features).to(hidden_states.dtype)
 
 
 class FusedAttention(nn.Module):
@@ -278,6 +131,157 @@ class FusedVisionAttention(nn.Module):
         return self.out_proj(merge_heads(attention(query, key, value)))  # (B, T, D)
 
 
+SMALLEST = 1e-30  # the least step of a scale, so that a row of zeros stays one
+PART_ROWS = 1024  # quantized at once, so that the float32 copies stay small
+
+
+def quantize_rows(weight: torch.Tensor, levels: int = 127) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix to whole numbers from -levels to levels, each row with a step of its own.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        (out_features, in_features).
+    levels : int
+        127 for eight bits.
+
+    Returns
+    -------
+    codes : torch.Tensor
+        int8 (out_features, in_features).
+    steps : torch.Tensor
+        float32 (out_features,): row times step is about the weight, no number further off than half a step.
+
+    Raises
+    ------
+    ValueError
+        If a weight is not finite.
+    """
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    steps = torch.empty(len(weight), device=weight.device)
+    for first in range(0, len(weight), PART_ROWS):
+        rows = weight[first : first + PART_ROWS].float()
+        step = (rows.abs().amax(1) / levels).clamp_(min=SMALLEST)
+        if not step.isfinite().all():
+            raise ValueError("a weight is not finite: it cannot be quantized")
+        codes[first : first + PART_ROWS] = (rows / step[:, None]).round_()
+        steps[first : first + PART_ROWS] = step
+    return codes, steps
+
+
+class Int8Linear(nn.Module):
+    """A frozen linear map of eight bits a weight, which also rounds what goes in to eight bits, token by token.
+
+    Parameters
+    ----------
+    codes, steps : torch.Tensor
+        As `quantize_rows` gives them, with `int8_levels()`.
+    bias : torch.Tensor, optional
+        (out_features,), float32; added unrounded.
+
+    Notes
+    -----
+    Products and sums of the codes are whole numbers and exact; only the two roundings lose something.
+    """
+
+    def __init__(self, codes: torch.Tensor, steps: torch.Tensor, bias: torch.Tensor | None = None):
+        super().__init__()
+        self.out_width, self.in_width = codes.shape
+        self.register_buffer("packed", torch.ops.onednn.qlinear_prepack(codes, None), persistent=False)
+        self.register_buffer("steps", steps, persistent=False)
+        self.register_buffer("zeros", torch.zeros(len(codes), dtype=torch.int64), persistent=False)
+        self.register_buffer("middle", torch.tensor(128.5), persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        rows = hidden_states.reshape(-1, self.in_width).float()  # (N, in)
+        step = rows.abs().amax(1, keepdim=True).div_(127).clamp_(min=SMALLEST)  # (N, 1)
+        codes = torch.addcdiv(self.middle, rows, step).to(torch.uint8)  # rounded, 1 to 255: the kernel wants no sign
+        output = torch.ops.onednn.qlinear_pointwise(
+            codes, 1.0, 128, self.packed, self.steps, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )  # (N, out)
+        output.mul_(step)
+        if self.bias is not None:
+            output.add_(self.bias)
+        return output.view(*hidden_states.shape[:-1], self.out_width).to(hidden_states.dtype)
+
+
+@cache
+def int8_levels() -> int:
+    """How far codes of weights may go on this CPU: to 127, or to 63 where its kernel adds pairs in 16 bits.
+
+    Raises
+    ------
+    RuntimeError
+        If this build of torch has no oneDNN.
+    """
+    if not torch.backends.mkldnn.is_available():
+        raise RuntimeError("this torch has no oneDNN kernels, which int8 and int4 need: load without quantize")
+    largest = Int8Linear(torch.full((16, 64), 127, dtype=torch.int8), torch.ones(16))
+    # 255 is the largest code of an input; two products of it and 127 are more than 16 bits hold
+    exact = largest(torch.full((1, 64), 127.0))
+    return 127 if exact.eq(127 * 127 * 64).all() else 63
+
+
+GROUP = 32  # weights that share a step and an offset
+
+
+def quantize_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix to codes from 0 to 15, with a step and an offset for each 32 numbers of a row.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        (out_features, in_features); the width a multiple of 32.
+
+    Returns
+    -------
+    codes : torch.Tensor
+        uint8 (out_features, in_features); a weight is about (code - 8) * step + offset.
+    steps : torch.Tensor
+        bfloat16 (in_features / 32, out_features, 2): step and offset, as the kernel wants them.
+
+    Raises
+    ------
+    ValueError
+        If a weight is not finite.
+    """
+    codes, steps = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device), []
+    for first in range(0, len(weight), PART_ROWS):
+        groups = weight[first : first + PART_ROWS].float().unflatten(1, (-1, GROUP))  # (out, in / 32, 32)
+        low, high = groups.aminmax(dim=-1)
+        if not (high - low).isfinite().all():
+            raise ValueError("a weight is not finite: it cannot be quantized")
+        step = ((high - low) / 15).clamp_(min=SMALLEST).bfloat16()
+        offset = (low + 8 * step.float()).bfloat16()
+        found = ((groups - offset.float()[..., None]) / step.float()[..., None]).round_().add_(8).clamp_(0, 15)
+        codes[first : first + PART_ROWS] = found.flatten(1)
+        steps.append(torch.stack((step, offset), -1))  # (out, in / 32, 2)
+    return codes, torch.cat(steps).transpose(0, 1).contiguous()
+
+
+class Int4Linear(nn.Module):
+    """A frozen linear map of five bits a weight, steps counted; computed in bfloat16.
+
+    Parameters
+    ----------
+    codes, steps : torch.Tensor
+        As `quantize_groups` gives them; `out_features` must be a multiple of 16.
+    """
+
+    def __init__(self, codes: torch.Tensor, steps: torch.Tensor):
+        super().__init__()
+        self.out_width, self.in_width = codes.shape
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("steps", steps, persistent=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        rows = hidden_states.reshape(-1, self.in_width).bfloat16()  # (N, in)
+        output = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.steps)  # (N, out)
+        return output.view(*hidden_states.shape[:-1], self.out_width).to(hidden_states.dtype)
+
+
 class PictureCache:
     """Features of the last pictures, found again by what the pictures show.
 
@@ -335,6 +339,20 @@ class ExactEmbedding(nn.Module):
         return F.embedding(input_ids, self.weight).to(self.dtype)
 
 
+class FusedNorm(nn.Module):
+    """RMSNorm by torch's own kernel, with 1 + weight added up beforehand."""
+
+    def __init__(self, plain: RMSNorm):
+        super().__init__()
+        self.eps = plain.eps
+        self.register_buffer("factor", 1.0 + plain.weight.detach().float(), persistent=False)
+        self.register_buffer("weight", plain.weight.detach(), persistent=False)  # its dtype is that of the model
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        wide = F.rms_norm(hidden_states.float(), self.factor.shape, self.factor, self.eps)
+        return wide.to(hidden_states.dtype)
+
+
 class FastPaliGemma(PaliGemma):
     """A PaliGemma made ready for answering, and for nothing else: it cannot learn, move or be saved.
 
@@ -344,8 +362,6 @@ class FastPaliGemma(PaliGemma):
         Whose blocks hold prepared maps already.
     head : torch.nn.Module
         Maps hidden states to scores.
-    embedding : torch.nn.Module, optional
-        For look-ups; `plain`'s own by default.
 
     Attributes
     ----------
@@ -353,18 +369,17 @@ class FastPaliGemma(PaliGemma):
         Used by `encode_images`.
     """
 
-    def __init__(self, plain: PaliGemma, head: nn.Module, embedding: nn.Module | None = None):
+    def __init__(self, plain: PaliGemma, head: nn.Module):
         nn.Module.__init__(self)
         self.config = plain.config
         self.vision_tower = plain.vision_tower
         self.multi_modal_projector = plain.multi_modal_projector
         self.language_model = plain.language_model
-        if embedding is not None:
-            self.language_model.embed_tokens = embedding
         self.head = head
         self.picture_cache = PictureCache()
         self.compiled_step = None
         super().train(False)
+        self.requires_grad_(False)
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if type(pixel_values) is not torch.Tensor or pixel_values.is_meta:  # fake tensors have no content
@@ -389,6 +404,179 @@ class FastPaliGemma(PaliGemma):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "FastPaliGemma":
         raise RuntimeError("a packed model stays where it is: load it with the device and dtype that you want")
+
+
+def map_groups(model: PaliGemma) -> dict[str, list[str]]:
+    """The maps of a prepared model, each with the plain maps that it is made of, one below the other."""
+    groups = {}
+    for index in range(len(model.language_model.layers)):
+        block = f"language_model.layers.{index}"
+        groups[f"{block}.self_attn.qkv_proj"] = [f"{block}.self_attn.{part}_proj" for part in "qkv"]
+        groups[f"{block}.self_attn.o_proj"] = [f"{block}.self_attn.o_proj"]
+        groups[f"{block}.mlp.gate_up_proj"] = [f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj"]
+        groups[f"{block}.mlp.down_proj"] = [f"{block}.mlp.down_proj"]
+    for index in range(len(model.vision_tower.encoder.layers)):
+        block = f"vision_tower.encoder.layers.{index}"
+        groups[f"{block}.self_attn.qkv_proj"] = [f"{block}.self_attn.{part}_proj" for part in "qkv"]
+        groups |= {f"{block}.{part}": [f"{block}.{part}"] for part in ("self_attn.out_proj", "mlp.fc1", "mlp.fc2")}
+    return groups
+
+
+class Preparation:
+    """Takes the tensors of a model one by one, as `load_model` hands them to its `place`, and makes it ready to answer.
+
+    Parameters
+    ----------
+    quantize : str, optional
+        "int8": tower, decoder and head in eight bits. "int4": the decoder in four, the rest in eight. None: all in
+        the dtype they come in.
+    reopen : callable, optional
+        Gives the embedding once more, as the file has it, memory-mapped: look-ups read from that, and what was read
+        to make the head is let go.
+    """
+
+    def __init__(self, quantize: str | None = None, reopen: Callable[[], torch.Tensor] | None = None):
+        self.quantize, self.reopen = quantize, reopen
+        self.maps: dict[str, nn.Module] = {}  # done, without biases
+        self._parts: dict[str, tuple[torch.Tensor, ...]] = {}  # weights that wait for others
+        self._group: dict[str, str] = {}  # plain map to prepared map
+        self._groups: dict[str, list[str]] = {}
+
+    def __call__(self, model: PaliGemma, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Take one tensor; what comes back is what stays in the model as it was."""
+        if not self._groups:
+            self._groups = map_groups(model)
+            self._group = {part: group for group, parts in self._groups.items() for part in parts}
+        owner, _, kind = name.rpartition(".")
+        is_table = owner == "language_model.embed_tokens"
+        if owner == "lm_head" or (is_table and model.config.text.tie_word_embeddings):
+            self.maps["head"] = self._build([self._shrink(owner, tensor, in_four=False)])
+        if owner == "lm_head":
+            model.lm_head = nn.Identity()
+            return {}
+        if is_table and self.reopen is not None:
+            model.language_model.embed_tokens = ExactEmbedding(self.reopen(), tensor.dtype)
+            return {}
+        if owner not in self._group or kind != "weight":
+            return {name: tensor}
+        model.get_submodule(owner).weight = None  # now it waits for no weight
+        group = self._group[owner]
+        plain = [model.get_submodule(part) for part in self._groups[group]]
+        fits = tensor.shape[1] % GROUP == 0 and sum(linear.out_features for linear in plain) % 16 == 0
+        in_four = self.quantize == "int4" and owner.startswith("language_model") and fits
+        self._parts[owner] = self._shrink(owner, tensor, in_four)
+        if all(part in self._parts for part in self._groups[group]):
+            self.maps[group] = self._build([self._parts.pop(part) for part in self._groups[group]])
+        return {}
+
+    def _shrink(self, owner: str, weight: torch.Tensor, in_four: bool) -> tuple[torch.Tensor, ...]:
+        """The weight in fewer bits, at once: the full one is freed before the next is read."""
+        if self.quantize is None or weight.device.type != "cpu":
+            return (weight,)
+        try:
+            return quantize_groups(weight) if in_four else quantize_rows(weight, int8_levels())
+        except ValueError as error:
+            raise ValueError(f"{owner}: {error}") from error
+
+    def _build(self, parts: list[tuple[torch.Tensor, ...]]) -> nn.Module:
+        first, *steps = (list(kind) for kind in zip(*parts))
+        whole = torch.cat(first) if len(first) > 1 else first[0]
+        del first
+        if not steps:
+            return dense_map(whole, self.quantize)
+        if whole.dtype == torch.int8:
+            return Int8Linear(whole, torch.cat(steps[0]))
+        return Int4Linear(whole, torch.cat(steps[0], dim=1))
+
+    def finish(self, model: PaliGemma) -> FastPaliGemma:
+        """Put the prepared blocks in the places of the plain ones, once all tensors were handed over."""
+        for group, parts in self._groups.items():
+            biases = [model.get_submodule(part).bias for part in parts]
+            if biases[0] is not None:
+                _set_bias(self.maps[group], torch.cat(biases))
+        for index, block in enumerate(model.language_model.layers):
+            maps = self._of(f"language_model.layers.{index}")
+            block.self_attn = FusedAttention(block.self_attn, maps["qkv_proj"], maps["o_proj"])
+            block.mlp = FusedGeGLU(maps["gate_up_proj"], maps["down_proj"])
+        for index, block in enumerate(model.vision_tower.encoder.layers):
+            maps = self._of(f"vision_tower.encoder.layers.{index}")
+            block.self_attn = FusedVisionAttention(block.self_attn, maps["qkv_proj"], maps["out_proj"])
+            block.mlp.fc1, block.mlp.fc2 = maps["fc1"], maps["fc2"]
+        for name, module in list(model.language_model.named_modules()):
+            if isinstance(module, RMSNorm):
+                model.language_model.set_submodule(name, FusedNorm(module))
+        return FastPaliGemma(model, self.maps.pop("head"))
+
+    def _of(self, block: str) -> dict[str, nn.Module]:
+        names = [name for name in self.maps if name.startswith(f"{block}.")]
+        return {name.rpartition(".")[2]: self.maps.pop(name) for name in names}
+
+
+def _set_bias(linear: nn.Module, bias: torch.Tensor) -> None:
+    if isinstance(linear, nn.Linear):
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    else:
+        linear.bias = bias.float() if isinstance(linear, Int8Linear) else bias
+
+
+def dense_map(weight: torch.Tensor, quantize: str | None = None) -> nn.Module:
+    """A map whose weight keeps its dtype: packed where oneDNN has kernels for it, else a plain one.
+
+    On other devices than the CPU, "int8" and "int4" leave the weight to torchao.
+
+    Raises
+    ------
+    RuntimeError
+        If torchao is wanted and not installed.
+    """
+    packable = weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+    if weight.device.type == "cpu" and packable and type(weight) in (torch.Tensor, nn.Parameter):
+        return PackedLinear(weight.detach())
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear if quantize is None else torchao_map(linear, quantize)
+
+
+def torchao_map(linear: nn.Linear, quantize: str) -> nn.Linear:
+    """The same map with a weight that torchao keeps in eight or four bits, for accelerators; its input is not rounded.
+
+    Raises
+    ------
+    RuntimeError
+        If torchao is not installed.
+    """
+    try:
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise RuntimeError(f"quantize={quantize!r} on this device needs torchao: pip install torchao") from error
+    whole = nn.Sequential(linear)  # torchao replaces weights inside of something
+    quantize_(whole, Int4WeightOnlyConfig(group_size=GROUP) if quantize == "int4" else Int8WeightOnlyConfig())
+    return whole[0]
+
+
+@torch.no_grad()
+def prepare(model: PaliGemma, quantize: str | None = None) -> FastPaliGemma:
+    """A loaded model made ready to answer. It is used up: each of its matrices is freed when its copy is made.
+
+    Parameters
+    ----------
+    model : PaliGemma
+        A plain one; an adapter must be merged.
+    quantize : str, optional
+        As `Preparation` takes it.
+
+    Raises
+    ------
+    ValueError
+        If the model has an adapter or quantized weights, or a weight is not finite.
+    """
+    modules = dict(model.named_modules())
+    if any(not isinstance(modules.get(part), nn.Linear) for parts in map_groups(model).values() for part in parts):
+        raise ValueError("this model has an adapter or quantized maps: merge the adapter, or load it plainly, first")
+    ready = Preparation(quantize)
+    for name, tensor in model.state_dict().items():
+        ready(model, name, tensor)
+    return ready.finish(model)
 
 
 class FixedSlots:
@@ -457,180 +645,6 @@ def static_step(
     return model.logits(hidden_states[:, -1])
 
 
-def map_groups(model: PaliGemma) -> dict[str, list[str]]:
-    """The maps of a prepared model, each with the plain maps that it is made of, one below the other."""
-    groups = {}
-    for index in range(len(model.language_model.layers)):
-        block = f"language_model.layers.{index}"
-        groups[f"{block}.self_attn.qkv_proj"] = [f"{block}.self_attn.{part}_proj" for part in "qkv"]
-        groups[f"{block}.self_attn.o_proj"] = [f"{block}.self_attn.o_proj"]
-        groups[f"{block}.mlp.gate_up_proj"] = [f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj"]
-        groups[f"{block}.mlp.down_proj"] = [f"{block}.mlp.down_proj"]
-    for index in range(len(model.vision_tower.encoder.layers)):
-        block = f"vision_tower.encoder.layers.{index}"
-        groups[f"{block}.self_attn.qkv_proj"] = [f"{block}.self_attn.{part}_proj" for part in "qkv"]
-        groups |= {f"{block}.{part}": [f"{block}.{part}"] for part in ("self_attn.out_proj", "mlp.fc1", "mlp.fc2")}
-    return groups
-
-
-class Preparation:
-    """Takes the tensors of a model one by one, as `load_model` hands them to its `place`, and makes it ready to answer.
-
-    Parameters
-    ----------
-    quantize : str, optional
-        "int8": tower, decoder and head in eight bits. "int4": the decoder in four, the rest in eight. None: all in
-        the dtype they come in.
-    """
-
-    def __init__(self, quantize: str | None = None):
-        self.quantize = quantize
-        self.maps: dict[str, nn.Module] = {}  # done, without biases
-        self._parts: dict[str, tuple[torch.Tensor, ...]] = {}  # weights that wait for others
-        self._group: dict[str, str] = {}  # plain map to prepared map
-        self._groups: dict[str, list[str]] = {}
-
-    def __call__(self, model: PaliGemma, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Take one tensor; what comes back is what stays in the model as it was."""
-        if not self._groups:
-            self._groups = map_groups(model)
-            self._group = {part: group for group, parts in self._groups.items() for part in parts}
-        owner, _, kind = name.rpartition(".")
-        if name == ("language_model.embed_tokens" if model.config.text.tie_word_embeddings else "lm_head") + ".weight":
-            self.maps["head"] = self._build([self._shrink(owner, tensor, in_four=False)])
-            if owner != "lm_head":
-                return {name: tensor}
-            model.lm_head = nn.Identity()
-            return {}
-        if owner not in self._group or kind != "weight":
-            return {name: tensor}
-        model.get_submodule(owner).weight = None  # now it waits for no weight
-        group = self._group[owner]
-        plain = [model.get_submodule(part) for part in self._groups[group]]
-        fits = tensor.shape[1] % GROUP == 0 and sum(linear.out_features for linear in plain) % 16 == 0
-        in_four = self.quantize == "int4" and owner.startswith("language_model") and fits
-        self._parts[owner] = self._shrink(owner, tensor, in_four)
-        if all(part in self._parts for part in self._groups[group]):
-            self.maps[group] = self._build([self._parts.pop(part) for part in self._groups[group]])
-        return {}
-
-    def _shrink(self, owner: str, weight: torch.Tensor, in_four: bool) -> tuple[torch.Tensor, ...]:
-        """The weight in fewer bits, at once: the full one is freed before the next is read."""
-        if self.quantize is None or weight.device.type != "cpu":
-            return (weight,)
-        try:
-            return quantize_groups(weight) if in_four else quantize_rows(weight, int8_levels())
-        except ValueError as error:
-            raise ValueError(f"{owner}: {error}") from error
-
-    def _build(self, parts: list[tuple[torch.Tensor, ...]]) -> nn.Module:
-        first, *steps = (list(kind) for kind in zip(*parts))
-        whole = torch.cat(first) if len(first) > 1 else first[0]
-        del first
-        if not steps:
-            return dense_map(whole, self.quantize)
-        if whole.dtype == torch.int8:
-            return Int8Linear(whole, torch.cat(steps[0]))
-        return Int4Linear(whole, torch.cat(steps[0], dim=1))
-
-    def finish(self, model: PaliGemma, embedding: torch.Tensor | None = None) -> FastPaliGemma:
-        """Put the prepared blocks in the places of the plain ones.
-
-        Parameters
-        ----------
-        model : PaliGemma
-            Whose tensors were all handed over. It is used up.
-        embedding : torch.Tensor, optional
-            The table for look-ups as the file has it, memory-mapped; the model's own by default.
-        """
-        for group, parts in self._groups.items():
-            biases = [model.get_submodule(part).bias for part in parts]
-            if biases[0] is not None:
-                _set_bias(self.maps[group], torch.cat(biases))
-        for index, block in enumerate(model.language_model.layers):
-            maps = self._of(f"language_model.layers.{index}")
-            block.self_attn = FusedAttention(block.self_attn, maps["qkv_proj"], maps["o_proj"])
-            block.mlp = FusedGeGLU(maps["gate_up_proj"], maps["down_proj"])
-        for index, block in enumerate(model.vision_tower.encoder.layers):
-            maps = self._of(f"vision_tower.encoder.layers.{index}")
-            block.self_attn = FusedVisionAttention(block.self_attn, maps["qkv_proj"], maps["out_proj"])
-            block.mlp.fc1, block.mlp.fc2 = maps["fc1"], maps["fc2"]
-        table = None if embedding is None else ExactEmbedding(embedding, model.language_model.norm.weight.dtype)
-        return FastPaliGemma(model, self.maps.pop("head"), table)
-
-    def _of(self, block: str) -> dict[str, nn.Module]:
-        names = [name for name in self.maps if name.startswith(f"{block}.")]
-        return {name.rpartition(".")[2]: self.maps.pop(name) for name in names}
-
-
-def _set_bias(linear: nn.Module, bias: torch.Tensor) -> None:
-    if isinstance(linear, nn.Linear):
-        linear.bias = nn.Parameter(bias, requires_grad=False)
-    else:
-        linear.bias = bias.float() if isinstance(linear, Int8Linear) else bias
-
-
-def dense_map(weight: torch.Tensor, quantize: str | None = None) -> nn.Module:
-    """A map whose weight keeps its dtype: packed where oneDNN has kernels for it, else a plain one.
-
-    On other devices than the CPU, "int8" and "int4" leave the weight to torchao.
-
-    Raises
-    ------
-    RuntimeError
-        If torchao is wanted and not installed.
-    """
-    packable = weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
-    if weight.device.type == "cpu" and packable and type(weight) in (torch.Tensor, nn.Parameter):
-        return PackedLinear(weight.detach())
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return linear if quantize is None else torchao_map(linear, quantize)
-
-
-def torchao_map(linear: nn.Linear, quantize: str) -> nn.Linear:
-    """The same map with a weight that torchao keeps in eight or four bits, for accelerators; its input is not rounded.
-
-    Raises
-    ------
-    RuntimeError
-        If torchao is not installed.
-    """
-    try:
-        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
-    except ImportError as error:
-        raise RuntimeError(f"quantize={quantize!r} on this device needs torchao: pip install torchao") from error
-    whole = nn.Sequential(linear)  # torchao replaces weights inside of something
-    quantize_(whole, Int4WeightOnlyConfig(group_size=GROUP) if quantize == "int4" else Int8WeightOnlyConfig())
-    return whole[0]
-
-
-@torch.no_grad()
-def prepare(model: PaliGemma, quantize: str | None = None) -> FastPaliGemma:
-    """A loaded model made ready to answer. It is used up: each of its matrices is freed when its copy is made.
-
-    Parameters
-    ----------
-    model : PaliGemma
-        A plain one; an adapter must be merged.
-    quantize : str, optional
-        As `Preparation` takes it.
-
-    Raises
-    ------
-    ValueError
-        If the model has an adapter or quantized weights, or a weight is not finite.
-    """
-    if any(
-        not isinstance(model.get_submodule(part), nn.Linear) for parts in map_groups(model).values() for part in parts
-    ):
-        raise ValueError("this model has an adapter or quantized maps: merge the adapter, or load it plainly, first")
-    ready = Preparation(quantize)
-    for name, tensor in model.state_dict().items():
-        ready(model, name, tensor)
-    return ready.finish(model)
-
-
 def compile_step(model: FastPaliGemma, mode: str | None = None) -> None:
     """Let `torch.compile` make one program of a whole decoding step; it is made at the first token, which takes long.
 
@@ -644,4 +658,11 @@ def compile_step(model: FastPaliGemma, mode: str | None = None) -> None:
     def step(*inputs) -> torch.Tensor:
         return static_step(model, *inputs)
 
-    model.compiled_step = torch.compile(step, mode=mode)
+    compiled = torch.compile(step, mode=mode)
+
+    def run(*inputs) -> torch.Tensor:
+        for tensor in (tensor for pair in inputs[-1] for tensor in pair):
+            torch._dynamo.mark_static_address(tensor, guard=False)  # written in place, and never elsewhere
+        return compiled(*inputs)
+
+    model.compiled_step = run

@@ -36,6 +36,7 @@ from sigma_book.qlora import nf4_bytes
 from sigma_book.scale import (
     RankCheckpoints,
     Ranks,
+    asked_whole,
     check_parallel,
     choose_parallel,
     copy_loss,
@@ -149,13 +150,8 @@ def finetune(
         whole_number(name, value, least=1)
     if evaluate_every is not None:
         whole_number("evaluate_every", evaluate_every, least=1)
-    if parallel is not None and not under_torchrun():
-        raise ValueError(
-            f"parallel is {parallel!r}, but this process is alone: start it with torchrun, or leave it out"
-        )
-    ranks = join_ranks(device) if under_torchrun() else ALONE
+    ranks, device = _meet(device, parallel)
     say = remark if ranks.rank == 0 else _say_nothing
-    device = ranks.device if under_torchrun() else pick_device(device)
     batch_size = share_of_batch(config.batch_size, ranks)
     source = {"form": form, "root": root, "annotations": annotations}
     examples = _examples(data, source, say)
@@ -169,7 +165,7 @@ def finetune(
         raise ValueError(
             f"{base} is an adapter: give the model it was made for, or first merge the two (`merge_lora`) and save them"
         )
-    if under_torchrun():
+    if isinstance(ranks, Ranks):
         parallel = _parallel(parallel, base, config, ranks)
         say(f"{ranks.size} ranks, {parallel}: {batch_size} of the {config.batch_size} examples of a batch for each")
     files = {"data": data, "annotations": annotations, "evaluate": evaluate}
@@ -193,8 +189,8 @@ def finetune(
         random.seed(config.seed)
         learner, save, loss = _ready(model, config, device, ranks, parallel)
         optimizers = [adamw_by_part(learner, config)]
-        form = Checkpoints if parallel is None else partial(RankCheckpoints, ranks=ranks)
-        checkpoints = form(out / "checkpoints", learner, optimizers, every=save_every, keep=keep)
+        kind = Checkpoints if parallel is None else partial(RankCheckpoints, ranks=ranks)
+        checkpoints = kind(out / "checkpoints", learner, optimizers, every=save_every, keep=keep)
         follower = None if wandb is None or ranks.rank else _Follower(wandb, out, identity)
         progress = checkpoints.restore()  # last, so that the random numbers are those of the checkpoint
         if progress.step:
@@ -249,6 +245,18 @@ def finetune(
         save(final)
         ranks.leave()
         return final
+
+
+def _meet(device: str | torch.device, parallel: str | None) -> tuple[Alone, torch.device]:
+    """The processes that `torchrun` started, or this one alone, and where it computes."""
+    if under_torchrun():
+        ranks = join_ranks(device)
+        return ranks, ranks.device
+    if parallel is not None:
+        raise ValueError(
+            f"parallel is {parallel!r}, but this process is alone: start it with torchrun, or leave it out"
+        )
+    return ALONE, pick_device(device)
 
 
 def _say_nothing(text: str) -> None:
@@ -480,7 +488,8 @@ def _look(
     step: int,
 ) -> str:
     """Examine a model, note it, and keep it if it is the best so far; gives a line and some answers."""
-    found = {"step": step} | examine(model, model.processor, held_out, autocast=AUTOCAST[config.dtype])
+    with asked_whole(model):
+        found = {"step": step} | examine(model, model.processor, held_out, autocast=AUTOCAST[config.dtype])
     former = [note["loss"] for note in progress.notes if note["step"] > 0]
     if ranks.first(step > 0 and found["loss"] < min(former, default=float("inf"))):
         save(out / "best")

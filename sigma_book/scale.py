@@ -1,6 +1,6 @@
-"""Many machines, one model.
+"""Many processes, one step.
 
-How do many processes take one step together, and what does each of them keep and send?
+How do many graphics cards teach one model together, and what does each of them keep and send?
 
 Tangled from chapters/22_scale.py: edit there, then run python -m sigma_book.tangle.
 """
@@ -25,11 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sigma_book.lora import DECODER_LINEARS, LoraConfig, LoraLinear, add_lora, find_linears
+from sigma_book.lora import LoraConfig, LoraLinear, add_lora
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 from sigma_book.processor import Batch, to_disk
 from sigma_book.qlora import nf4_bytes
@@ -54,6 +54,7 @@ __all__ = [
     "RankBill",
     "RankCheckpoints",
     "Ranks",
+    "asked_whole",
     "check_parallel",
     "choose_parallel",
     "copy_loss",
@@ -179,7 +180,7 @@ def others_there(what: str) -> Iterator[None]:
         ) from error
 
 
-_LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe")
+_LOST = re.compile(r"gloo/transport|NCCL|[Cc]onnection (closed|reset|refused)")
 
 
 def share_of_batch(batch_size: int, ranks: Alone) -> int:
@@ -263,8 +264,7 @@ def shard_model(model: PaliGemma, ranks: Ranks, dtype: str) -> None:
     for block in blocks_of(model):  # angles of positions must stay float32 on their way into a block
         fully_shard(block, mesh=mesh, mp_policy=replace(policy, cast_forward_inputs=False))
     fully_shard(model, mesh=mesh, mp_policy=policy)  # what is in no block: embeddings, projector, last norms
-    for name in ("loss", "encode_images", "prefill", "decode"):  # entered from outside, as `forward` is
-        register_fsdp_forward_method(model, name)
+    register_fsdp_forward_method(model, "loss")  # where it is entered from outside, as by `forward`
 
 
 def shape_model(sizes: PaliGemmaConfig, config: TrainingConfig) -> PaliGemma:
@@ -317,6 +317,17 @@ def load_sharded(folder: str | Path, config: TrainingConfig, ranks: Ranks) -> Pa
                 module.lora_A.to_local().copy_(whole[rows_of(len(whole), ranks.rank, ranks.size)])
                 module.lora_B.to_local().zero_()
     return model
+
+
+@contextmanager
+def asked_whole(model: PaliGemma) -> Iterator[None]:
+    """Around an examination: what is in no block stays whole from its first loss on, and is cut again at the end.
+
+    Between, the model may answer; its blocks are gathered for each token. All ranks have to ask the same.
+    """
+    yield
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def gather(model: nn.Module, ranks: Ranks, learning: bool = False) -> dict[str, torch.Tensor]:
@@ -523,30 +534,28 @@ class RankBill:
         return self.weights + self.gradients + self.optimizer + self.gathered
 
 
-def rank_bill(sizes: PaliGemmaConfig, config: TrainingConfig, parallel: str, ranks: int) -> RankBill:
+def rank_bill(model: PaliGemma, config: TrainingConfig, parallel: str, ranks: int) -> RankBill:
     """The bill of rank 0, which has the most rows, for one step of one small batch with AdamW.
 
     Parameters
     ----------
-    sizes : PaliGemmaConfig
-        Of the model.
+    model : PaliGemma
+        As `shape_model` gives it.
     config : TrainingConfig
-        Its method, freeze, rank and dtype (a real one) count.
+        The one it was made with.
     parallel : str
         ddp or fsdp.
     ranks : int
         How many.
     """
-    model = shape_model(sizes, config)
+    item = getattr(torch, config.dtype).itemsize
     if parallel == "ddp":
         weights = sum(parameter.nbytes for parameter in model.parameters())
         if config.method == "qlora":
-            linears = find_linears(shape_model(sizes, replace(config, method="full")), DECODER_LINEARS).values()
-            item = getattr(torch, config.dtype).itemsize
-            weights -= sum(item * linear.weight.numel() - nf4_bytes(linear.weight.numel()) for linear in linears)
+            codes = [m.base.weight.numel() for m in model.modules() if isinstance(m, LoraLinear)]
+            weights -= sum(item * count - nf4_bytes(count) for count in codes)
         gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         return RankBill(weights, gradients, 2 * gradients, 0, ring_bytes(gradients, ranks))
-    item = getattr(torch, config.dtype).itemsize
     groups = _groups(model)
     gathered = item * sum(p.numel() for p in groups[0][0])
     gathered += sum(sorted(item * sum(p.numel() for p in group) for group, _ in groups[1:])[-2:])
@@ -606,4 +615,4 @@ def choose_parallel(sizes: PaliGemmaConfig, config: TrainingConfig, ranks: int, 
     """
     if config.method == "qlora" or free is None:
         return "ddp"
-    return "ddp" if rank_bill(sizes, config, "ddp", ranks).kept <= free / 2 else "fsdp"
+    return "ddp" if rank_bill(shape_model(sizes, config), config, "ddp", ranks).kept <= free / 2 else "fsdp"

@@ -8,22 +8,27 @@ Tangled from chapters/21_speed.py: edit there, then run python -m sigma_book.tan
 import math
 import re
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from sigma_book.gemma import GemmaConfig
+from sigma_book.gemma import Gemma, GemmaBlock, GemmaConfig
 from sigma_book.gqa import cache_bytes
-from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
+from sigma_book.paligemma import PaliGemmaConfig
 from sigma_book.qlora import nf4_bytes
+from sigma_book.rope import rotary_angles
 from sigma_book.siglip import SiglipBlock, SiglipConfig
 
 __all__ = [
     "EXACT_BYTES",
     "GPUS",
+    "OUTSIDE",
     "Gpu",
     "InferenceBill",
     "Machine",
@@ -33,6 +38,7 @@ __all__ = [
     "inference_bill",
     "matrix_bytes",
     "measure_machine",
+    "median_machine",
     "median_seconds",
     "product_rates",
     "vision_bill",
@@ -60,7 +66,15 @@ class Product:
         return self.rows * (self.inner + self.outer) * self.count
 
 
-EXACT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 4, "nf4": 4}  # of a number that is not in few bits
+EXACT_BYTES = {  # of a number that is not in few bits
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int8": 4,
+    "int4": 4,
+    "nf4": 4,
+}
+OUTSIDE = {"nf4": "exact", "int4": "int8"}  # how tower and head are stored while the decoder's maps are so
 
 
 def matrix_bytes(outer: int, inner: int, precision: str, exact: int) -> int:
@@ -71,12 +85,15 @@ def matrix_bytes(outer: int, inner: int, precision: str, exact: int) -> int:
     outer, inner : int
         Rows and columns, as `torch.nn.Linear` stores them.
     precision : str
-        int8: a byte a weight and 4 a row; nf4: as `nf4_bytes` counts; else `exact` bytes a weight.
+        int8: a byte a weight and 4 a row; int4: half a byte and 4 for each 32 weights; nf4: as `nf4_bytes` counts;
+        else `exact` bytes a weight.
     exact : int
         Bytes of a number that is not in few bits.
     """
     if precision == "int8":
         return outer * inner + 4 * outer
+    if precision == "int4":
+        return outer * inner // 2 + 4 * outer * (inner // 32)
     return nf4_bytes(outer * inner) if precision == "nf4" else outer * inner * exact
 
 
@@ -122,6 +139,11 @@ class Part:
         return sum(product.flops for product in self.products + self.attention)
 
     @property
+    def scores(self) -> int:
+        """How often a query is held against a key; in `attention` every second product makes them."""
+        return sum(product.rows * product.outer * product.count for product in self.attention[::2])
+
+    @property
     def bytes(self) -> int:
         """Bytes moved."""
         return self.weight_bytes + self.cache_bytes + self.between_bytes + self.product_bytes
@@ -136,7 +158,7 @@ def vision_bill(config: PaliGemmaConfig, pictures: int, precision: str, exact: i
         sizes.num_hidden_layers,
         sizes.num_patches,
     )
-    few = "exact" if precision == "nf4" else precision  # chapter 19 leaves the tower alone
+    few = OUTSIDE.get(precision, precision)
     pixels = sizes.num_channels * sizes.patch_size**2
     rows, heads = pictures * patches, pictures * sizes.num_attention_heads * layers
     products = (
@@ -254,7 +276,7 @@ class InferenceBill:
         text = self.config.text
         parts = self.vision.weight_bytes + self.projector.weight_bytes + self.prefill.weight_bytes
         rows = text.vocab_size * text.hidden_size * self.exact
-        second = self.precision == "int8" or not text.tie_word_embeddings
+        second = self.precision in ("int8", "int4") or not text.tie_word_embeddings
         return parts + rows + (self.head.weight_bytes if second else 0)
 
     @property
@@ -302,11 +324,11 @@ def inference_bill(
     new_tokens : int
         Of each answer.
     precision : str
-        float32, bfloat16, float16, int8 or nf4.
+        float32, bfloat16, float16, int8, int4 or nf4.
     pictures : int, optional
         N, of all rows together; one for each row by default.
     exact : int, optional
-        Bytes of numbers that are not in few bits: 4 beside int8 and nf4, unless you say 2.
+        Bytes of numbers that are not in few bits: 4 beside int8, int4 and nf4, unless you say 2.
 
     Raises
     ------
@@ -332,7 +354,7 @@ def inference_bill(
         )
     exact = EXACT_BYTES[precision] if exact is None else exact
     text, width = config.text, config.vision.hidden_size
-    few = "exact" if precision == "nf4" else precision
+    few = OUTSIDE.get(precision, precision)
     rows = pictures * config.num_image_tokens
     project, score = Product(rows, width, text.hidden_size), Product(batch, text.hidden_size, text.vocab_size)
     capped = 0 if text.final_logit_softcapping is None else 6 * score.outer * batch
@@ -349,7 +371,7 @@ def inference_bill(
         projector=Part(
             "projector",
             (project,),
-            weight_bytes=matrix_bytes(text.hidden_size, width, few, exact) + exact * text.hidden_size,
+            weight_bytes=matrix_bytes(text.hidden_size, width, "exact", exact) + exact * text.hidden_size,
             product_bytes=exact * project.numbers,
         ),
         prefill=_decoder_bill(config, batch, prompt_length, prompt, precision, exact, "prefill"),
@@ -406,14 +428,19 @@ def product_rates(
         measured = []
         for (first, second), width in zip(maps, (inner, outer), strict=True):
             given = torch.randn(count, width)
-            seconds = median_seconds(lambda a=first, b=second, x=given: (a(x), b(x))) / 2
+            least = 0.3 if count == 1 else 0.05  # one row is what bandwidth is taken from
+            seconds = median_seconds(lambda a=first, b=second, x=given: (a(x), b(x)), least) / 2
             measured.append(2 * count * inner * outer / seconds)
         rates.append((count, *measured))
     return tuple(rates)
 
 
 def _plain_map(inner: int, outer: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    weight = torch.randn(outer, inner)
+    """A float32 map whose weight is a window into a file, as `load` leaves it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weight"
+        torch.randn(outer, inner).numpy().tofile(path)
+        weight = torch.from_file(str(path), size=outer * inner).view(outer, inner)
     return lambda rows: F.linear(rows, weight)
 
 
@@ -428,18 +455,22 @@ class Machine:
         Operations a second, of products with many rows.
     read : float
         Bytes a second, of weights on their way into a product with one row.
+    begin : float
+        Seconds that each number which comes out of a product with one row takes besides.
     stream : float
         Bytes a second that steps between products read and write.
     copy : float
         Bytes a second, read and written, of copying more than a cache holds.
     curve : float
         Seconds for each number that passes a GELU.
+    score : float
+        Seconds for each score of attention, its multiplications apart: the softmax.
     rates : tuple
         As `product_rates` gives them; none: the roofline alone.
     tower_block, decoder_block : float
         Seconds of a block with nothing in it.
-    around : float
-        Seconds that the decoder needs outside of its blocks: embedding, positions, masks, rotations.
+    busy_block : float
+        The same of the decoder, while weights rush by.
     measured : bool
         False: from published peaks, so what it predicts is the least a run can take.
     """
@@ -449,11 +480,13 @@ class Machine:
     read: float
     stream: float
     copy: float = 0.0
+    begin: float = 0.0
     curve: float = 0.0
+    score: float = 0.0
     rates: tuple[tuple[int, float, float], ...] = ()
     tower_block: float = 0.0
     decoder_block: float = 0.0
-    around: float = 0.0
+    busy_block: float = 0.0
     measured: bool = False
 
     def rate(self, rows: int, widens: bool) -> float:
@@ -469,59 +502,91 @@ class Machine:
     def seconds(self, part: Part) -> float:
         """How long a part takes.
 
-        Each product takes its operations over the rate for its rows; without measured rates, the whole part takes
-        the longer of operations over peak and bytes over bandwidth. Attention runs at the peak, or as fast as the
-        cache is read. Steps between products, GELU and empty blocks come on top, since they wait for each other.
+        Each product takes its operations over the rate for its rows, or, with one row, its bytes over bandwidth and
+        a little for each number that comes out. Attention runs at the peak, or as fast as the cache is read. Steps
+        between products, GELU and empty blocks come on top, since they wait for each other. Without measured rates
+        the whole part takes the longer of operations over peak and bytes over bandwidth.
         """
         if not self.rates:
             return max(part.flops / self.peak, part.bytes / self.read)
-        products = sum(one.flops / self.rate(one.rows, one.outer >= one.inner) for one in part.products)
+        if all(one.rows == 1 for one in part.products):
+            products = part.weight_bytes / self.read + self.begin * sum(one.outer * one.count for one in part.products)
+        else:
+            products = sum(one.flops / self.rate(one.rows, one.outer >= one.inner) for one in part.products)
         attention = max(sum(one.flops for one in part.attention) / self.peak, part.cache_bytes / self.read)
+        attention += part.scores * self.score
         between = part.between_bytes / self.stream + part.curved * self.curve
         return products + attention + between + self.overhead(part)
 
     def overhead(self, part: Part) -> float:
-        """Seconds in which a part computes nothing: Python's time, and torch's for each operation."""
-        blocks = part.tower_blocks * self.tower_block + part.decoder_blocks * self.decoder_block
-        return blocks + (self.around if part.decoder_blocks else 0.0)
+        """Seconds in which a part computes nothing: Python's time, and torch's for each operation.
+
+        A decoder block is as busy as its own weights make it: wholly so from 32 MB on.
+        """
+        if not part.decoder_blocks:
+            return part.tower_blocks * self.tower_block
+        share = min(1.0, part.weight_bytes / part.decoder_blocks / 2**25)
+        return part.decoder_blocks * (self.decoder_block + share * (self.busy_block - self.decoder_block))
 
 
-def measure_machine(make_map: Callable | None = None, name: str = "this machine") -> Machine:
-    """Time what this processor can do, in a few seconds.
+def measure_machine(make_map: Callable | None = None, name: str = "this machine", weight_bytes: float = 4.0) -> Machine:
+    """Time what this processor can do, in some seconds.
 
     Parameters
     ----------
     make_map : callable, optional
         As in `product_rates`: a linear map in another precision.
     name : str
+    weight_bytes : float
+        Of a weight in those maps.
     """
+    inner, outer = 2048, 8192
     with torch.no_grad():
-        rates = product_rates((1, 2, 3, 4, 8, 16, 32, 64, 256, 1024), make_map=make_map)
+        rates = product_rates((1, 2, 3, 4, 8, 16, 32, 64, 256, 512), inner, outer, make_map)
+        wide, narrow = (2 * inner * outer / rate for rate in rates[0][1:])  # seconds of one row
+        begin = min(max(0.0, (wide - narrow) / (outer - inner)), 0.5 * narrow / inner)
         numbers = torch.randn(256, 8192)
         passing = median_seconds(lambda: numbers * numbers)
-        curve = median_seconds(lambda: F.gelu(numbers, approximate="tanh")) - passing * 2 / 3
-        large, other = torch.zeros(2, 2**26)
-        one, five = _decoder_seconds(1), _decoder_seconds(5)
+        bending = median_seconds(lambda: F.gelu(numbers, approximate="tanh"))
+        heads = torch.randn(1, 16, 256, 72)
+        looking = median_seconds(lambda: F.scaled_dot_product_attention(heads, heads, heads))
+        peak = max(max(row[1:]) for row in rates)
+        large, other = torch.zeros(2, 2**25)
         copying = median_seconds(lambda: other.copy_(large))
         return Machine(
             name=name,
-            peak=max(max(row[1:]) for row in rates),
-            read=_read_rate(),
+            peak=peak,
+            read=weight_bytes * inner * outer / (narrow - inner * begin),
             stream=3 * numbers.nbytes / passing,
             copy=2 * large.nbytes / copying,
-            curve=max(curve, 0.0) / numbers.numel(),
+            begin=begin,
+            curve=max(0.0, bending - passing * 2 / 3) / numbers.numel(),
+            score=max(0.0, looking / (16 * 256**2) - 4 * 72 / peak),
             rates=rates,
             tower_block=_tower_block_seconds(),
-            decoder_block=(five - one) / 4,
-            around=max(0.0, one - (five - one) / 4),
+            decoder_block=_decoder_block_seconds(2**13),
+            busy_block=_decoder_block_seconds(2**24),
             measured=True,
         )
 
 
-def _read_rate() -> float:
-    """Bytes a second of a matrix that one row goes through."""
-    weight, row = torch.randn(2**14, 2**12), torch.randn(1, 2**12)
-    return weight.nbytes / median_seconds(lambda: F.linear(row, weight))
+def median_machine(looks: Sequence[Machine]) -> Machine:
+    """Of several measurements of one machine, the median of each number."""
+    numbers = (
+        "peak",
+        "read",
+        "stream",
+        "copy",
+        "begin",
+        "curve",
+        "score",
+        "tower_block",
+        "decoder_block",
+        "busy_block",
+    )
+    middle = {key: statistics.median(getattr(look, key) for look in looks) for key in numbers}
+    rates = [tuple(map(statistics.median, zip(*rows))) for rows in zip(*(look.rates for look in looks))]
+    return replace(looks[0], rates=tuple((int(rows), wide, narrow) for rows, wide, narrow in rates), **middle)
 
 
 def _tower_block_seconds() -> float:
@@ -530,19 +595,35 @@ def _tower_block_seconds() -> float:
     return median_seconds(lambda: block(token))
 
 
-def _decoder_seconds(layers: int) -> float:
-    """A step of a decoder so narrow that it computes nothing to speak of."""
-    sizes = GemmaConfig(32, 32, layers, 4, 1, 8, vocab_size=8)
-    model = PaliGemma(PaliGemmaConfig(SiglipConfig(8, 8, 1, 1), sizes)).eval()
-    caches = model.language_model.new_caches(1, 2**14)
-    token, mask = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 2, dtype=torch.long)
+def _decoder_block_seconds(passing_bytes: int) -> float:
+    """A decoder block with Gemma's heads and next to no weights, while others rush by.
 
-    def step() -> None:
-        for cache in caches:
-            cache.length = 1  # a second token every time
-        model.decode(token, mask, caches)
+    In front of each of its maps one row goes through a matrix of `passing_bytes`, with the clock stopped: if it fills
+    the caches, Python and torch find nothing where they left it, and the other threads have gone to sleep.
+    """
+    config = GemmaConfig(32, 32, 1, 8, 1, 256, vocab_size=8)
+    block, (cache,) = GemmaBlock(config).eval(), Gemma(config).new_caches(1, 512)
+    token, mask = torch.randn(1, 1, 32), torch.ones(1, 1, 1, 257, dtype=torch.bool)
+    row, passing = torch.randn(1, 2048), torch.zeros(passing_bytes // 8192, 2048)
+    angles = rotary_angles(torch.ones(1, 1), 256, 10_000.0)
+    away = []
 
-    return median_seconds(step)
+    def interrupt(*_) -> None:
+        started = time.perf_counter()
+        F.linear(row, passing)
+        away.append(time.perf_counter() - started)
+
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(interrupt)
+    times = []
+    for _ in range(16):
+        away.clear()
+        cache.length = 256
+        started = time.perf_counter()
+        block(token, angles, mask, cache)
+        times.append(time.perf_counter() - started - sum(away))
+    return statistics.median(times[1:])
 
 
 @dataclass(frozen=True)
@@ -594,6 +675,15 @@ GPUS = (
         "NVIDIA H100 Tensor Core GPU, datasheet (half of its figure with sparsity)",
     ),
     Gpu(
+        "H100 NVL",
+        ("H100", "NVL"),
+        835e12,
+        60e12,
+        3900e9,
+        94e9,
+        "NVIDIA H100 Tensor Core GPU, datasheet (half of its figure with sparsity)",
+    ),
+    Gpu(
         "H100 SXM",
         ("H100",),
         989e12,
@@ -603,8 +693,8 @@ GPUS = (
         "NVIDIA H100 Tensor Core GPU, datasheet (half of its figure with sparsity)",
     ),
     Gpu(
-        "A100 SXM 80 GB",
-        ("A100", "SXM", "80GB"),
+        "A100 SXM4 80 GB",
+        ("A100", "SXM4", "80GB"),
         312e12,
         19.5e12,
         2039e9,
@@ -624,7 +714,7 @@ GPUS = (
         "NVIDIA L4 Tensor Core GPU, datasheet (half of its figure with sparsity)",
     ),
     Gpu("T4", ("T4",), 65e12, 8.1e12, 320e9, 16e9, "NVIDIA T4 Tensor Core GPU, product page"),
-    Gpu("V100 SXM2", ("V100",), 125e12, 15.7e12, 900e9, 16e9, "NVIDIA V100 Tensor Core GPU, datasheet"),
+    Gpu("V100 SXM2", ("V100", "SXM2"), 125e12, 15.7e12, 900e9, 16e9, "NVIDIA V100 Tensor Core GPU, datasheet"),
     Gpu("RTX 4090", ("RTX 4090",), 165.2e12, 82.6e12, 1008e9, 24e9, _ADA),
     Gpu("RTX 3090", ("RTX 3090",), 71e12, 35.6e12, 936e9, 24e9, "NVIDIA Ampere GA102 GPU Architecture, table 9"),
 )
@@ -638,9 +728,11 @@ def gpu_machine(name: str, dtype: str = "bfloat16") -> Machine:
     ValueError
         If the card is not in `GPUS`.
     """
-    spelled = name.replace(" GB", "GB").lower()
+    spelled = name.replace(" GB", "GB").replace("-", " ").lower()
     for card in GPUS:
-        if all(re.search(rf"\b{word.lower()}\b", spelled.replace("-", " ")) for word in card.words):
+        if "laptop" in spelled:  # other chips under the same number
+            break
+        if all(re.search(rf"\b{word.lower()}\b", spelled) for word in card.words):
             peak = card.plain if dtype == "float32" else card.tensor
             return Machine(f"{card.name}, computed", peak, card.bandwidth, card.bandwidth, card.bandwidth)
     raise ValueError(

@@ -182,7 +182,7 @@ def _evidence(lead: torch.Tensor, patches: torch.Tensor, keep: bool) -> torch.Te
         (gradient,) = torch.autograd.grad(lead, patches, retain_graph=keep)
         reached = bool(gradient.any())
     if not reached:
-        raise ValueError("no gradient reaches the picture, as with maps in whole numbers: load the model without int8")
+        raise ValueError("no gradient reaches the picture: load the model without quantize and compile")
     patches = patches.detach()[0].float()  # (P, Dv)
     weights = (gradient[0].float() * (patches - patches.median(0).values)).norm(dim=-1).cpu()  # (P,)
     if not weights.isfinite().all():

@@ -13,16 +13,15 @@ from sigma_book.assemble import POCKET
 from sigma_book.bench import (
     SIZES,
     Child,
-    Work,
     bench,
     equal_tokens,
     growth,
-    make_batch,
     random_folder,
     size_config,
     spread,
     write_random_model,
 )
+from sigma_book.bench_contenders import Work, make_batch
 from sigma_book.cli import main
 from sigma_book.paligemma import PaliGemma, count_parameters
 from sigma_book.processor import Processor
@@ -177,6 +176,7 @@ def test_growth_of_the_pocket(tmp_path):
         (["--size", "pocket", "--model", "."], "give one of them"),
         (["--model", "no/such/folder/here"], "no/such/folder/here"),
         (["--prompt", "<image> hello"], "<image>"),
+        (["--prompt", "", "--prompt-tokens", "3"], "prompt is ''"),
         (["--json", "no/such/folder/a.json"], "a.json"),
         (["--json", "a.txt"], "ends in .json"),
         (["--save", "a.jpg"], "ends in .png"),

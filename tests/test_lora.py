@@ -365,7 +365,7 @@ def test_what_the_command_says(adapter, picture_file, tmp_path, capsys, tiny_fol
     assert "expected the folder of an adapter" in said("--adapter", str(tiny_folder))
     assert "no such folder" in said("--adapter", str(tmp_path / "nowhere"))
     assert "is an adapter itself" in said("--model", str(adapter), "--adapter", str(adapter))
-    assert "quantize is 'int3': expected 'nf4'" in said("--quantize", "int3")
+    assert "quantize is 'int3': expected 'nf4', 'int8' or 'int4'" in said("--quantize", "int3")
     edit(adapter, base_model_name_or_path="/gone/base")
     assert "was made for /gone/base" in said("--model", str(adapter))
     edit(adapter, base_model_name_or_path=None)

@@ -880,7 +880,7 @@ def test_schemathesis_finds_no_server_error(start_server, tiny_model):
             strategy = operation.as_strategy(generation_mode=mode)
 
             @given(case=strategy)
-            @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=8, deadline=None, database=None, suppress_health_check=list(HealthCheck))
             def no_server_error(case):
                 answer = case.call(timeout=30)
                 assert answer.status_code < 500, answer.text

@@ -17,7 +17,7 @@ from sigma_book import generate
 from sigma_book.cli import main
 from sigma_book.serving import read_api_keys
 
-LOAD_SECONDS = float(os.environ.get("SIGMA_BOOK_LOAD_SECONDS", 8))  # 60 is what an operator would want
+LOAD_SECONDS = float(os.environ.get("SIGMA_BOOK_LOAD_SECONDS", 4))  # 60 is what an operator would want
 # A request waits and is answered for (rows + queue) / capacity seconds under load: few of both keep that short.
 ROWS, QUEUE = (int(number) for number in os.environ.get("SIGMA_BOOK_LOAD_ROWS", "4,2").split(","))
 
@@ -83,19 +83,21 @@ def test_sigterm_finishes_what_runs_and_takes_nothing_new(serve, long_folder, pi
 
 
 def test_a_second_signal_and_the_end_of_grace_do_not_wait(serve, long_folder, picture_file):
-    for arguments, signals in (((), 2), (("--grace", 0.3), 1)):
-        process = serve("--model", long_folder, *arguments)
-        asking = threading.Thread(
-            target=lambda url=process.url: pytest.raises(httpx.HTTPError, ask, url, picture_file, 16000)
-        )
+    """In both cases the request that was under way hears why it has no answer."""
+    started = [(serve("--model", long_folder), 2), (serve("--model", long_folder, "--grace", 0.3), 1)]
+    for process, signals in started:
+        answers = []
+        asking = threading.Thread(target=lambda: answers.append(ask(process.url, picture_file, 16000)))  # noqa: B023
         asking.start()
         while "sigma_book_running_rows 1.0" not in httpx.get(f"{process.url}/metrics").text:
             time.sleep(0.02)
         for _ in range(signals):
             process.send_signal(signal.SIGINT)
-            time.sleep(0.5)
-        assert process.wait(15) is not None
+            time.sleep(0.3)
+        assert process.wait(15) == 0
         asking.join()
+        assert answers[0].status_code == 503 and answers[0].json()["error"]["code"] == "stopping"
+        assert process.log()[-1]["event"] == "stopped"
 
 
 def test_what_is_wrong_is_said_before_a_port_is_open(capsys, tmp_path, tiny_folder):
@@ -195,11 +197,12 @@ def resident(process: subprocess.Popen) -> float:
 def run_load(serve, questions: list[dict], seconds: float, rows: int, queue: int) -> dict:
     """What a server does alone, with full rows, and with twice the requests that it can answer."""
     process = serve("--max-rows", rows, "--queue", queue)
-    warm = asyncio.run(in_turn(process.url, questions, rows + queue, 1.0))
-    alone = asyncio.run(in_turn(process.url, questions, 1, 2.0))
-    full = asyncio.run(in_turn(process.url, questions, rows + queue, 3.0))
-    capacity = len([result for result in full if result["status"] == 200]) / 3.0
-    asyncio.run(at_a_rate(process.url, questions, 2 * capacity, 2.0))  # memory has grown to what load takes
+    short = max(1.0, min(10.0, seconds / 4))  # for each of the rest
+    warm = asyncio.run(in_turn(process.url, questions, rows + queue, short))
+    alone = asyncio.run(in_turn(process.url, questions, 1, short))
+    full = asyncio.run(in_turn(process.url, questions, rows + queue, short))
+    capacity = max(len([one for one in run if one["status"] == 200]) for run in (warm, full)) / short
+    asyncio.run(at_a_rate(process.url, questions, 2 * capacity, short))  # memory has grown to what load takes
     before = resident(process)
     results = asyncio.run(at_a_rate(process.url, questions, 2 * capacity, seconds))
     admitted = [result for result in results if result["status"] == 200]
@@ -208,7 +211,7 @@ def run_load(serve, questions: list[dict], seconds: float, rows: int, queue: int
         "queue": queue,
         "alone_p50": percentile([result["seconds"] for result in alone], 0.5),
         "alone_p99": percentile([result["seconds"] for result in alone], 0.99),
-        "alone_rate": len(alone) / 2.0,
+        "alone_rate": len(alone) / short,
         "full_p99": percentile([result["seconds"] for result in full], 0.99),
         "capacity": capacity,
         "asked": len(results),
@@ -232,7 +235,7 @@ def check_load(report: dict) -> None:
     print(json.dumps(report, indent=1))
     assert report["wrong"] == 0 and report["other"] == []
     assert report["refused"] > 0 and report["with_retry_after"]  # it was more than it can answer, and it said so
-    assert report["admitted_rate"] > 0.6 * report["capacity"]  # and it went on answering
+    assert report["admitted_rate"] > 0.4 * report["capacity"]  # and it went on answering
     assert report["memory_after"] < 1.1 * report["memory_before"] + 20e6
 
 

@@ -10,7 +10,7 @@ from sigma_book.gemma import GemmaConfig
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 from sigma_book.qlora import nf4_bytes
 from sigma_book.siglip import SiglipConfig
-from sigma_book.speed import inference_bill
+from sigma_book.speed import GPUS, Machine, Part, Product, gpu_machine, inference_bill, median_machine, product_rates
 
 TOWERS = {
     "plain": SiglipConfig(48, 100, 3, 4, image_size=56, patch_size=14),
@@ -115,16 +115,20 @@ def test_weights_are_those_of_the_state_dict(tower, voice, precision):
 
 @pytest.mark.parametrize("voice", VOICES)
 def test_few_bits(voice):
-    """int8: a byte a weight and four a row, for every map but that of the patches; nf4: the decoder's maps alone."""
+    """int8: a byte a weight and four a row, but for patches and projector; int4, nf4: the decoder's maps in four."""
     model = build("plain", voice)
     maps = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     whole = sum(tensor.nbytes for tensor in model.state_dict().values())
     table = model.language_model.embed_tokens.weight
+    maps = {name: module for name, module in maps.items() if not name.startswith("multi_modal_projector")}
     byte = whole - sum(4 * m.weight.numel() - m.weight.numel() - 4 * len(m.weight) for m in maps.values())
     if model.config.text.tie_word_embeddings:
         byte += table.numel() + 4 * len(table)
     assert inference_bill(model.config, 1, 30, 9, "int8").weights_held == byte
-    inside = [m.weight.numel() for name, m in maps.items() if name.startswith("language_model")]
+    decoder = [m.weight for name, m in maps.items() if name.startswith("language_model")]
+    four = byte - sum(w.numel() + 4 * len(w) - w.numel() // 2 - 4 * len(w) * (w.shape[1] // 32) for w in decoder)
+    assert inference_bill(model.config, 1, 30, 9, "int4").weights_held == four
+    inside = [weight.numel() for weight in decoder]
     four = whole - sum(4 * count - nf4_bytes(count) for count in inside)
     assert inference_bill(model.config, 1, 30, 9, "nf4").weights_held == four
     halves = inference_bill(model.config, 1, 30, 9, "nf4", exact=2)
@@ -182,3 +186,84 @@ def test_what_cannot_be_billed_is_said(changes, words):
     arguments = {"batch": 1, "prompt_length": 30, "new_tokens": 4} | changes
     with pytest.raises(ValueError, match=words):
         inference_bill(model.config, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("driver", "card"),
+    [
+        ("Tesla T4", "T4"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA A100-SXM4-40GB", "A100 40 GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100 SXM4 80 GB"),
+        ("NVIDIA A100 80GB PCIe", "A100 PCIe 80 GB"),
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA H200", "H200 SXM"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+    ],
+)
+def test_cards_by_the_name_that_the_driver_gives(driver, card):
+    found = gpu_machine(driver)
+    assert found.name == f"{card}, computed" and not found.measured
+    assert gpu_machine(card) == found
+
+
+@pytest.mark.parametrize(
+    "driver", ["NVIDIA L40", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GH200 480GB", "Voodoo 2"]
+)
+def test_unknown_cards_are_said(driver):
+    with pytest.raises(ValueError, match="no published peaks of"):
+        gpu_machine(driver)
+
+
+def test_a_card_takes_the_longer_of_arithmetic_and_memory():
+    """By hand: T4, 65e12 operations and 320e9 bytes a second."""
+    card = next(card for card in GPUS if card.name == "T4")
+    much = Part("x", (Product(1000, 1000, 1000),), weight_bytes=1000)
+    little = Part("x", (Product(1, 1000, 1000),), weight_bytes=2_000_000)
+    assert gpu_machine("T4").seconds(much) == 2e9 / card.tensor
+    assert gpu_machine("T4").seconds(little) == 2e6 / card.bandwidth
+    assert gpu_machine("T4", "float32").seconds(much) == 2e9 / card.plain
+
+
+MEASURED = Machine("m", peak=100.0, read=10.0, stream=20.0, begin=0.5, curve=0.25, score=0.125, tower_block=3.0)
+MEASURED_RATES = ((1, 8.0, 8.0), (4, 10.0, 20.0), (16, 40.0, 20.0))
+
+
+def test_a_prediction_by_hand():
+    """Every term alone, then all together, on a machine of round numbers."""
+    machine = Machine(
+        **(vars(MEASURED) | {"rates": MEASURED_RATES, "decoder_block": 7.0, "busy_block": 15.0, "measured": True})
+    )
+    assert machine.rate(4, widens=True) == 10 and machine.rate(4, widens=False) == 20
+    assert machine.rate(8, widens=True) == pytest.approx(20)  # half way on both logarithms
+    assert machine.rate(99, widens=True) == 40
+    one_row = Part("x", (Product(1, 3, 5, 2),), weight_bytes=120)
+    assert machine.seconds(one_row) == 120 / 10 + 0.5 * 10
+    rows = Part("x", (Product(4, 3, 5, 2), Product(4, 5, 3)), weight_bytes=120)
+    assert machine.seconds(rows) == pytest.approx(2 * 4 * 15 * 2 / 10 + 2 * 4 * 15 / 20)
+    looks = (Product(4, 2, 6), Product(4, 6, 2))
+    attention = Part("x", (Product(4, 3, 5),), looks, cache_bytes=30)
+    assert attention.scores == 24
+    assert machine.seconds(attention) == pytest.approx(12 + max(192 / 100, 3) + 24 * 0.125)
+    rest = Part("x", (Product(4, 3, 5),), between_bytes=40, curved=8, decoder_blocks=1)
+    assert machine.seconds(rest) == pytest.approx(12 + 40 / 20 + 8 * 0.25 + 7)
+    assert machine.overhead(Part("x", (), tower_blocks=2)) == 6
+    for megabytes, block in ((0, 7), (16, 11), (32, 15), (99, 15)):  # of weights in each of two blocks
+        assert machine.overhead(Part("x", (), weight_bytes=2 * megabytes * 2**20, decoder_blocks=2)) == 2 * block
+
+
+def test_the_median_of_looks():
+    looks = [Machine("m", peak, 1.0, 1.0, rates=((1, peak, 1.0),)) for peak in (5.0, 1.0, 2.0)]
+    assert median_machine(looks).peak == 2.0
+    assert median_machine(looks).rates == ((1, 2.0, 1.0),)
+
+
+def test_rates_are_of_the_map_that_is_given():
+    """A map that does nothing is faster than torch's, by far; rows and places are those asked for."""
+    rates = product_rates((1, 64), inner=256, outer=512)
+    idle = product_rates((1, 64), inner=256, outer=512, make_map=lambda inner, outer: lambda rows: rows)
+    assert [row[0] for row in rates] == [row[0] for row in idle] == [1, 64]
+    assert idle[1][1] > 5 * rates[1][1]

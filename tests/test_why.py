@@ -142,7 +142,7 @@ def test_sixteen_and_four_bits(make_tiny, tmp_path, pictures, options):
 
 
 def test_memory_does_not_grow_with_what_blocks_hold(pocket, pictures):
-    """Bytes that autograd keeps of one reading, weights left out: what enters the blocks, not what happens inside."""
+    """Bytes that autograd keeps of one reading, weights left out; what enters the blocks is held by the checkpoints."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in pocket.parameters()}
     answer = "a red star and a green ring"
     batch = pocket.processor.prepare([pictures[0]], ["caption en"], [answer])
@@ -163,8 +163,6 @@ def test_memory_does_not_grow_with_what_blocks_hold(pocket, pictures):
         lambda: pocket(batch.input_ids, batch.pixel_values.requires_grad_(), batch.attention_mask, batch.token_type_ids)
     )
     ours = kept_by(lambda: explain(pocket, pictures[0], "caption en", answer))
-    entering = 4 * (4 * batch.input_ids.shape[1] * pocket.config.text.hidden_size + 3 * 64 * 128)
-    assert ours < 6 * entering  # what enters each block, the two norms at the ends, and the scores of seven tokens
     assert plain > 5 * ours
 
 

@@ -5,12 +5,14 @@ the real device, and no GPU is needed. Autograd on fake `cuda` does not work in 
 """
 
 import ctypes
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sigma_book.fast import PackedLinear, prepare, static_step
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 
 BATCH, WORDS, ROOM = 2, 6, 8
@@ -127,6 +129,20 @@ def test_inference_on_fake_cuda(kind, tied, dtype, cuda_guard):
         to_fake_cuda(model, dtype)
         assert model.device.type == "cuda"
         check_inference(model, "cuda", dtype)
+
+
+@KINDS
+@DTYPES
+@pytest.mark.parametrize("static", [False, True])
+def test_a_prepared_model_on_fake_cuda(kind, tied, dtype, static, cuda_guard):
+    """Fused maps, and the step that `torch.compile` is given; off the CPU nothing is packed."""
+    model = on_meta(config(kind, tied))
+    with FakeTensorMode(), torch.no_grad():
+        ready = prepare(to_fake_cuda(model, dtype))
+        assert ready.device.type == "cuda" and not any(isinstance(m, PackedLinear) for m in ready.modules())
+        if static:
+            ready.compiled_step = partial(static_step, ready)
+        check_inference(ready, "cuda", dtype)
 
 
 def test_fake_cuda_catches_a_tensor_left_on_the_cpu(cuda_guard):

@@ -1,0 +1,584 @@
+"""Prepared models: fused and packed maps, eight and four bits, remembered pictures, a step of fixed shapes.
+
+Eight bits are held against whole numbers multiplied in int64 by torch itself, which is exact; the factors behind them
+are float32, so 1e-6 of the largest term is allowed. Answers in float32 are compared with `transformers`, token by token.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sigma_book import generate, load
+from sigma_book.cli import main
+from sigma_book.fast import (
+    GROUP,
+    FastPaliGemma,
+    Int4Linear,
+    Int8Linear,
+    PackedLinear,
+    PictureCache,
+    compile_step,
+    dense_map,
+    int8_levels,
+    map_groups,
+    prepare,
+    quantize_groups,
+    quantize_rows,
+    static_step,
+    torchao_map,
+)
+from sigma_book.lora import LoraConfig, add_lora, save_adapter
+from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
+from sigma_book.weights import load_model, save_model
+
+GEMMA_2 = {
+    "four_norms": True,
+    "query_pre_attn_scalar": 16,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "sliding_window": 5,
+    "layer_types": ("sliding_attention", "full_attention"),
+}
+KINDS = {"gemma": {}, "gemma2": GEMMA_2, "tied": {"tie_word_embeddings": True}, "odd": {"intermediate_size": 45}}
+PROMPTS = ["caption en", "", "how many red stars are there?", "detect circle ; heart", "x y", "is there a blue ring?"]
+ROWS = [*range(1, 18), 264]
+SHAPES = [(1, 1), (3, 5), (17, 33), (100, 37), (64, 256), (2048, 192)]  # out, in: whole vectors and odd remainders
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request, tmp_path_factory, make_tiny):
+    return make_tiny(tmp_path_factory.mktemp("fast") / "model", seed=1, **KINDS[request.param])
+
+
+def spread(*shape: int) -> torch.Tensor:
+    """Random numbers of very different sizes, row by row."""
+    return torch.randn(*shape) * torch.logspace(-2, 1, shape[0])[:, None]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_is_linear(shape, bias):
+    torch.manual_seed(0)
+    weight, shift = torch.randn(shape), torch.randn(shape[0]) if bias else None
+    layer = PackedLinear(weight)
+    layer.bias = shift
+    for rows in ROWS:
+        given = torch.randn(rows, shape[1])
+        torch.testing.assert_close(layer(given), F.linear(given, weight, shift), rtol=1e-5, atol=1e-5)
+    deep = torch.randn(2, 3, shape[1])
+    torch.testing.assert_close(layer(deep), F.linear(deep, weight, shift), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_weight_is_further_off_than_half_a_step(shape):
+    torch.manual_seed(0)
+    for levels in (127, 63):
+        weight = spread(*shape)
+        codes, steps = quantize_rows(weight, levels)
+        assert codes.dtype == torch.int8 and codes.abs().max() == levels
+        error = (codes.double() * steps.double()[:, None] - weight.double()).abs()
+        assert (error <= steps.double()[:, None] * (0.5 + 1e-5)).all()
+
+
+def test_a_row_of_zeros_and_one_that_is_not_finite():
+    weight = torch.randn(4, 6)
+    weight[2] = 0
+    assert (quantize_rows(weight)[0][2] == 0).all()
+    assert torch.equal(Int8Linear(*quantize_rows(weight))(torch.zeros(2, 6)), torch.zeros(2, 4))
+    for value in (float("inf"), float("nan")):
+        weight[1, 3] = value
+        for quantize in (quantize_rows, lambda wide: quantize_groups(F.pad(wide, (0, GROUP - 6)))):
+            with pytest.raises(ValueError, match="a weight is not finite"):
+                quantize(weight)
+
+
+def eight_bits_plainly(given: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Rounded inputs times codes, in whole numbers; then the steps, in float64."""
+    step = (given.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+    whole = (given / step + 128.5).floor().long().sub(128) @ codes.long().T
+    return whole.double() * step.double() * steps.double()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_eight_bits_are_whole_numbers_multiplied(shape, bias):
+    torch.manual_seed(0)
+    codes, steps = quantize_rows(spread(*shape), int8_levels())
+    shift = torch.randn(shape[0]) if bias else None
+    layer = Int8Linear(codes, steps, shift)
+    for rows in ROWS:
+        given = spread(rows, shape[1])
+        expected = eight_bits_plainly(given, codes, steps) + (0 if shift is None else shift.double())
+        torch.testing.assert_close(layer(given).double(), expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
+
+
+def test_the_worst_codes_do_not_saturate():
+    for width in (64, 2048):
+        layer = Int8Linear(torch.full((16, width), int8_levels(), dtype=torch.int8), torch.ones(16))
+        assert (layer(torch.full((3, width), 127.0)) == 127 * int8_levels() * width).all()
+        assert (layer(torch.full((3, width), -127.0)) == -127 * int8_levels() * width).all()
+
+
+def test_a_cpu_without_units_for_bytes_gets_seven_bits():
+    """oneDNN told to use AVX2 alone: pairs of products are added in 16 bits there, and 127 would overflow."""
+    code = """
+        import torch
+        from sigma_book.fast import Int8Linear, int8_levels, quantize_rows
+        torch.manual_seed(0)
+        codes, steps = quantize_rows(torch.randn(96, 200), int8_levels())
+        given = torch.full((5, 200), 127.0)  # all at the largest code
+        whole = given.long() @ codes.long().T
+        torch.testing.assert_close(Int8Linear(codes, steps)(given), whole.float() * steps, rtol=1e-6, atol=1e-6)
+        print(int8_levels())
+    """
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) in (63, 127)
+
+
+def test_a_row_in_a_batch_is_the_row_alone():
+    """To the bit: each token has a scale of its own, and sums of whole numbers have no order."""
+    torch.manual_seed(0)
+    layer = Int8Linear(*quantize_rows(torch.randn(50, 70), int8_levels()), torch.randn(50))
+    given = spread(33, 70)
+    together = layer(given)
+    for row in range(33):
+        assert torch.equal(layer(given[row : row + 1])[0], together[row])
+
+
+def test_what_eight_bits_lose():
+    torch.manual_seed(0)
+    weight, given = torch.randn(512, 2048), torch.randn(16, 2048)
+    exact = given @ weight.T
+    error = (Int8Linear(*quantize_rows(weight, int8_levels()))(given) - exact).norm() / exact.norm()
+    assert error < (0.013 if int8_levels() == 127 else 0.02)
+
+
+def test_four_bits_against_codes_spelled_out():
+    """The kernel takes bfloat16 in and gives it out: 2**-8 of the sum of magnitudes is allowed."""
+    torch.manual_seed(0)
+    for rows, columns in ((16, 32), (48, 96), (192, 512)):
+        weight = spread(rows, columns)
+        codes, steps = quantize_groups(weight)
+        step, offset = steps.float().transpose(0, 1).repeat_interleave(GROUP, 1).unbind(-1)  # (out, in)
+        spelled = (codes.float() - 8) * step + offset
+        assert ((spelled - weight).abs() <= 0.55 * step + 2**-8 * offset.abs()).all()
+        layer = Int4Linear(codes, steps)
+        for count in ROWS:
+            given = torch.randn(count, columns).bfloat16()
+            allowed = given.float().abs() @ (spelled.abs() + offset.abs()).T * 2**-8
+            assert ((layer(given).float() - given.float() @ spelled.T).abs() <= allowed).all()
+
+
+def ask_reference(folder, batch, **options) -> list[list[int]]:
+    from transformers import AutoModelForImageTextToText
+
+    reference = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "pixel_values": batch.pixel_values}
+    output = reference.generate(**given, token_type_ids=batch.token_type_ids, do_sample=False, **options)
+    return output[:, batch.input_ids.shape[1] :].tolist()
+
+
+def test_tokens_are_those_of_transformers(folder, pictures):
+    model = load(folder, device="cpu", compile=True)
+    assert type(model) is FastPaliGemma and not model.training
+    batch = model.processor.prepare(pictures, PROMPTS)
+    expected = ask_reference(folder, batch, max_new_tokens=20, eos_token_id=1)
+    answers = generate(pictures, PROMPTS, model=model, max_new_tokens=20, return_logprobs=True)
+    for answer, theirs in zip(answers, expected):
+        assert answer.tokens == theirs[: len(answer.tokens)] and (len(answer.tokens) == 20 or answer.tokens[-1] == 1)
+    alone = [generate(one, text, model=model, max_new_tokens=20) for one, text in zip(pictures, PROMPTS)]
+    assert alone == [answer.text for answer in answers] and len({tuple(answer.tokens) for answer in answers}) > 3
+
+
+def test_the_pocket_prepared_says_what_transformers_says(pictures, tokenizer_folder):
+    model = load(compile=True)
+    batch = model.processor.prepare(pictures, ["caption en"] * 6)
+    expected = ask_reference(tokenizer_folder, batch, max_new_tokens=24)
+    answers = generate(pictures, "caption en", model=model, max_new_tokens=24, return_logprobs=True)
+    for answer, theirs in zip(answers, expected):
+        assert answer.tokens == theirs[: len(answer.tokens)]
+
+
+@pytest.mark.parametrize("quantize, allowed", [(None, 1e-4), ("int8", 0.06), ("int4", 0.25)])
+def test_scores_of_all_parts(folder, quantize, allowed, pictures):
+    """Encoder, decoder with caches and head, called one by one as an engine does, with 1 to 32 rows."""
+    plain, ready = load(folder, device="cpu"), load(folder, device="cpu", quantize=quantize, compile=True)
+    for rows in (1, 2, 5, 32):
+        batch = plain.processor.prepare(
+            [pictures[row % 6] for row in range(rows)], [PROMPTS[row % 6] for row in range(rows)]
+        )
+        found = []
+        for model in (plain, ready):
+            caches = model.language_model.new_caches(rows, batch.input_ids.shape[1] + 8)
+            features = model.encode_images(batch.pixel_values)
+            scores = [model.prefill(batch.input_ids, features, batch.attention_mask, caches)]
+            mask = batch.attention_mask
+            for token in range(5, 11):
+                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+                scores.append(model.decode(torch.full((rows, 1), token), mask, caches))
+            found.append(torch.stack(scores))
+        assert (found[1] - found[0]).norm() / found[0].norm() < allowed
+
+
+def test_a_static_step_is_a_step(folder, pictures):
+    """With fixed shapes, rows padded on the left, and rings that have gone round."""
+    model = load(folder, device="cpu", compile=True)
+    plain = generate(pictures, PROMPTS, model=model, max_new_tokens=20, return_logprobs=True)
+    shapes = set()
+
+    def step(*inputs):
+        shapes.add(tuple(mask.shape for mask in inputs[3].values()))
+        return static_step(model, *inputs)
+
+    model.compiled_step = step
+    fixed = generate(pictures, PROMPTS, model=model, max_new_tokens=20, return_logprobs=True)
+    assert [answer.tokens for answer in fixed] == [answer.tokens for answer in plain] and len(shapes) == 1
+    batch = model.processor.prepare(pictures[:1], ["x"])
+    caches = model.language_model.new_caches(1, batch.input_ids.shape[1])
+    model.prefill(batch.input_ids, model.encode_images(batch.pixel_values), batch.attention_mask, caches)
+    with pytest.raises(ValueError, match="the cache has room for"):
+        model.decode(torch.tensor([[5]]), F.pad(batch.attention_mask, (0, 1), value=1), caches)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_a_step_and_when_it_pays(pictures):
+    """On this CPU, with the pocket model: what compiling takes, what a token takes, and from where on it pays."""
+    plain, compiled = load(compile=True), load(compile=True)
+    compile_step(compiled)
+    seconds = {}
+    for name, model in (("plain", plain), ("compiled", compiled)):
+        for again in range(3):
+            start = time.perf_counter()
+            said = generate(pictures[0], "caption en", model=model, return_logprobs=True)
+            seconds[name, again] = time.perf_counter() - start
+            seconds[name, "tokens"] = said.tokens
+    assert seconds["plain", "tokens"] == seconds["compiled", "tokens"]
+    count = len(seconds["plain", "tokens"])
+    compiling = seconds["compiled", 0] - seconds["compiled", 2]
+    saved = (seconds["plain", 2] - seconds["compiled", 2]) / count
+    print(
+        f"compiling {compiling:.1f} s; an answer {seconds['plain', 2]:.3f} s, compiled {seconds['compiled', 2]:.3f} s"
+    )
+    print(f"pays from {compiling / saved:.0f} tokens on" if saved > 0 else "never pays")
+    many = generate(pictures, "caption en", model=compiled)
+    assert many == generate(pictures, "caption en", model=plain)
+
+
+@pytest.mark.slow
+def test_what_is_lost_at_full_width(capsys):
+    """Two blocks of the 3B model's width with random weights, 256 rows: scores and best tokens against float32."""
+    text = {"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 2, "num_attention_heads": 8}
+    text |= {"num_key_value_heads": 1, "vocab_size": 8192}
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision |= {"patch_size": 14}
+    sizes = {"model_type": "paligemma", "text_config": text, "vision_config": vision, "image_token_index": 8191}
+    ids = torch.arange(2, 258)[None]
+    given = (ids, None, torch.ones_like(ids), torch.zeros_like(ids))
+    for quantize, most_error, least_agreement in (("int8", 0.03, 0.93), ("int4", 0.25, 0.6)):
+        torch.manual_seed(0)
+        model = PaliGemma(PaliGemmaConfig.from_dict(sizes)).requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02 if parameter.dim() == 1 else parameter[0].numel() ** -0.5)
+        with torch.no_grad():
+            exact = model(*given)
+            found = prepare(model, quantize)(*given)
+        error = ((found - exact).norm() / exact.norm()).item()
+        agreement = (found.argmax(-1) == exact.argmax(-1)).float().mean().item()
+        with capsys.disabled():
+            print(f"\n{quantize}: scores off by {error:.2%}, same best token at {agreement:.1%} of 256 places")
+        assert error < most_error and agreement > least_agreement
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_on_a_gpu(tiny_folder, pictures, quantize):
+    model = load(tiny_folder, device="cuda", dtype="bfloat16", quantize=quantize, compile=True)
+    assert model.compiled_step is not None
+    answers = generate(pictures, "caption en", model=model, max_new_tokens=16)
+    assert generate(pictures, "caption en", model=model, max_new_tokens=16) == answers
+
+
+def test_bytes_held(folder):
+    """Every weight of tower, decoder and head once, in a byte or less; the table of look-ups is a window into the file."""
+    for quantize in ("int8", "int4"):
+        model = load(folder, device="cpu", dtype="float32", quantize=quantize)
+        for name, module in model.named_modules():
+            if isinstance(module, Int8Linear):
+                assert module.packed.nbytes == module.in_width * module.out_width
+                assert module.packed.dtype == torch.int8 and module.steps.nbytes == 4 * module.out_width
+            elif isinstance(module, Int4Linear):
+                assert quantize == "int4" and name.startswith("language_model")
+                assert 2 * module.packed.nbytes == module.in_width * module.out_width
+                assert module.steps.nbytes * GROUP == 4 * module.in_width * module.out_width
+        with torch.device("meta"):
+            groups = map_groups(PaliGemma(model.config))
+        for group in groups:
+            assert isinstance(model.get_submodule(group), Int8Linear | Int4Linear)
+        four = sum(isinstance(module, Int4Linear) for module in model.modules())
+        fitting = 4 if model.config.text.intermediate_size == 45 else 6  # 48 and 45 columns divide into no groups
+        assert four == (fitting if quantize == "int4" else 0)
+
+
+PEAK = """
+    import json, sys
+    import torch
+    from sigma_book.fast import Int8Linear, Preparation, int8_levels, quantize_rows
+    from sigma_book.weights import load_model, open_tensor
+
+    torch.set_num_threads(1)
+
+    def held(key):
+        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+    Int8Linear(*quantize_rows(torch.randn(64, 64), int8_levels()))(torch.randn(1, 64))  # torch's first use is not the model's
+    start = held("VmRSS")
+    ready = Preparation("int8", lambda: open_tensor(sys.argv[1], "language_model.embed_tokens.weight"))
+    model = ready.finish(load_model(sys.argv[1], "cpu", "float32", ready))
+    rest = sum(t.nbytes for n, t in [*model.named_parameters(), *model.named_buffers()] if "embed_tokens" not in n)
+    print(json.dumps({"peak": held("VmHWM") - start, "held": held("VmRSS") - start, "counted": rest}))
+"""
+
+
+def test_peak_while_loading(tmp_path):
+    """61 million numbers, 245 MB in the file: the full model is never there."""
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    vision = dict(zip(keys, (384, 1536, 6, 6))) | {"patch_size": 14}
+    text = dict(zip((*keys, "num_key_value_heads"), (512, 3072, 8, 4, 1))) | {"vocab_size": 16_000, "head_dim": 128}
+    config = {"model_type": "paligemma", "vision_config": vision, "text_config": text, "image_token_index": 15_999}
+    torch.manual_seed(0)
+    model = PaliGemma(PaliGemmaConfig.from_dict(config))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    save_model(model, tmp_path / "model")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PEAK), str(tmp_path / "model")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    print(total, found)
+    assert found["counted"] < 1.1 * total
+    assert found["held"] < 1.15 * found["counted"] + 8e6  # of the embedding, only what was looked up
+    assert found["peak"] <= 1.3 * found["held"]
+
+
+def test_only_what_is_looked_up_is_exact(folder, pictures):
+    plain, ready = load(folder, device="cpu"), load(folder, device="cpu", quantize="int8")
+    ids = torch.arange(50)[None]
+    assert torch.equal(plain.embed(ids), ready.embed(ids))
+    sixteen = load(folder, device="cpu", dtype="bfloat16", quantize="int8")
+    assert torch.equal(sixteen.embed(ids), load(folder, device="cpu", dtype="bfloat16").embed(ids))
+
+
+def test_a_file_in_16_bits_keeps_its_table(folder, tmp_path):
+    save_model(load(folder, device="cpu"), tmp_path / "sixteen", dtype="bfloat16")
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "preprocessor_config.json"):
+        if (folder / name).exists():
+            (tmp_path / "sixteen" / name).write_bytes((folder / name).read_bytes())
+    plain = load(tmp_path / "sixteen", device="cpu", dtype="float32")
+    for quantize in (None, "int8"):
+        ready = load(tmp_path / "sixteen", device="cpu", dtype="float32", quantize=quantize, compile=True)
+        table = ready.language_model.embed_tokens
+        assert table.weight.dtype == torch.bfloat16
+        assert torch.equal(ready.embed(torch.arange(9)[None]), plain.embed(torch.arange(9)[None]))
+        assert ready.language_model.new_caches(1, 4)[0].key.dtype == torch.float32
+
+
+class Counting:
+    """An encoder that says how many pictures it was shown."""
+
+    def __init__(self):
+        self.seen = 0
+
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        self.seen += len(pixel_values)
+        return pixel_values.flatten(1)[:, None, :4].float() + 1
+
+
+def test_a_picture_is_encoded_once():
+    encoder, store = Counting(), PictureCache()
+    pictures = torch.randn(3, 3, 4, 4)
+    batch = pictures[[0, 1, 0, 2, 1]]
+    assert torch.equal(store.encode(encoder, batch), Counting()(batch)) and encoder.seen == 3
+    assert torch.equal(store.encode(encoder, batch.clone()), Counting()(batch)) and encoder.seen == 3
+    other = pictures.clone()
+    other[1, 2, 3, 3] += 1e-6  # one number of one picture
+    assert torch.equal(store.encode(encoder, other), Counting()(other)) and encoder.seen == 4
+    store.encode(encoder, pictures.bfloat16())
+    assert encoder.seen == 7
+    store.clear()
+    assert store.bytes_held == 0
+    store.encode(encoder, pictures[:1])
+    assert encoder.seen == 8
+
+
+def test_the_store_is_bounded_and_forgets_the_longest_unused():
+    encoder, store = Counting(), PictureCache(most_bytes=2 * 16)  # features of 16 bytes
+    one, two, three = torch.randn(3, 1, 3, 4, 4)
+    for shown, seen in ((one, 1), (two, 2), (one, 2), (three, 3), (one, 3), (two, 4)):
+        store.encode(encoder, shown)
+        assert encoder.seen == seen and store.bytes_held <= 32
+    assert torch.equal(PictureCache(most_bytes=0).encode(encoder, one), Counting()(one))
+
+
+def test_the_second_question_skips_the_tower(pictures):
+    model = load(compile=True)
+    calls = []
+    model.vision_tower.register_forward_hook(lambda module, given, output: calls.append(len(output)))
+    first = generate(pictures[0], "caption en", model=model)
+    again = generate(pictures[0], ["caption en", "how many circles are there?"], model=model)
+    assert calls == [1] and again[0] == first
+    generate(pictures[1], "caption en", model=model)
+    assert calls == [1, 1]
+    plain = load()
+    plain.vision_tower.register_forward_hook(lambda module, given, output: calls.append(len(output)))
+    generate(pictures[0], ["caption en"] * 2, model=plain)
+    assert calls == [1, 1, 2]  # a model that may still learn keeps nothing
+
+
+def test_what_a_prepared_model_refuses(tiny_folder, tmp_path):
+    model = load(tiny_folder, device="cpu", quantize="int8")
+    for act, kind, words in (
+        (model.train, RuntimeError, "packed for answering and cannot learn: load it without quantize and compile"),
+        (lambda: model.to("cpu"), RuntimeError, "stays where it is: load it with the device and dtype"),
+        (model.half, RuntimeError, "stays where it is"),
+        (lambda: add_lora(model, LoraConfig(rank=2)), ValueError, "matches no linear map"),
+        (lambda: save_model(model, tmp_path / "out"), ValueError, "not a plain PaliGemma"),
+        (lambda: prepare(model), ValueError, "has an adapter or quantized maps"),
+        (lambda: prepare(load(tiny_folder, quantize="nf4")), ValueError, "has an adapter or quantized maps"),
+    ):
+        with pytest.raises(kind, match=words):
+            act()
+    assert not (tmp_path / "out").exists()
+    for options, words in (
+        ({"quantize": "int3"}, "quantize is 'int3': expected 'nf4', 'int8' or 'int4', or nothing"),
+        ({"quantize": "nf4", "compile": True}, "cannot lay out maps in nf4"),
+        ({"compile": "yes"}, "compile is 'yes': expected True or False"),
+        ({"quantize": "int8", "adapter": tmp_path}, "merge it"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load(tiny_folder, device="cpu", **options)
+
+
+def test_an_adapter_is_merged_before_maps_are_packed(tiny_folder, tmp_path, pictures):
+    taught = load(tiny_folder, device="cpu")
+    add_lora(taught, LoraConfig(rank=3))
+    for name, parameter in taught.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    save_adapter(taught, tmp_path / "adapter", base=tiny_folder)
+    ready = load(tmp_path / "adapter", device="cpu", compile=True)
+    assert type(ready) is FastPaliGemma
+    said = [generate(pictures, PROMPTS, model=model, max_new_tokens=12) for model in (ready, taught.eval())]
+    assert said[0] == said[1] != generate(pictures, PROMPTS, model=load(tiny_folder), max_new_tokens=12)
+    with pytest.raises(ValueError, match="int8 rounds the base alone"):
+        load(tmp_path / "adapter", device="cpu", quantize="int8")
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_on_arrival_is_afterwards(folder, quantize, pictures):
+    """Quantizing as the tensors come from the file gives what quantizing a loaded model gives, to the bit."""
+    arrived = load(folder, device="cpu", quantize=quantize, compile=True)
+    afterwards = prepare(load_model(folder, "cpu"), quantize)
+    batch = arrived.processor.prepare(pictures, PROMPTS)
+    given = (batch.input_ids, batch.pixel_values, batch.attention_mask, torch.zeros_like(batch.input_ids))
+    with torch.no_grad():
+        assert torch.equal(arrived(*given), afterwards(*given))
+
+
+def test_a_weight_that_is_not_finite_is_named(tiny_folder):
+    model = load(tiny_folder, device="cpu")
+    with torch.no_grad():
+        model.language_model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    for quantize in ("int8", "int4"):
+        with pytest.raises(ValueError, match=r"language_model.layers.1.mlp.up_proj: a weight is not finite"):
+            prepare(load_damaged(model), quantize)
+
+
+def load_damaged(model: PaliGemma) -> PaliGemma:
+    copy = PaliGemma(model.config)
+    copy.load_state_dict(model.state_dict())
+    return copy.eval()
+
+
+def test_numbers_that_overflow_are_still_noticed():
+    layer = Int8Linear(*quantize_rows(torch.randn(8, 8), int8_levels()))
+    for value in (float("inf"), float("nan")):
+        given = torch.ones(1, 8)
+        given[0, 3] = value
+        assert not layer(given).isfinite().any()
+
+
+def test_torchao_makes_maps_for_accelerators(monkeypatch):
+    """Its eight-bit weights work on a CPU too, so they are tried here; four bits want a GPU."""
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 48, bias=False).requires_grad_(False)
+    given = torch.randn(3, 64)
+    exact = linear(given)
+    error = (torchao_map(linear, "int8")(given) - exact).norm() / exact.norm()
+    assert 0 < error < 0.02
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(RuntimeError, match="needs torchao: pip install torchao"):
+        torchao_map(torch.nn.Linear(64, 48), "int4")
+
+
+def test_without_kernels_it_still_answers(tiny_folder, monkeypatch, pictures):
+    expected = generate(pictures, PROMPTS, model=load(tiny_folder, device="cpu"), max_new_tokens=8)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert isinstance(dense_map(torch.randn(3, 4)), torch.nn.Linear)
+    model = load(tiny_folder, device="cpu", compile=True)
+    assert generate(pictures, PROMPTS, model=model, max_new_tokens=8) == expected
+    int8_levels.cache_clear()
+    with pytest.raises(RuntimeError, match="no oneDNN kernels, which int8 and int4 need"):
+        load(tiny_folder, device="cpu", quantize="int8")
+    int8_levels.cache_clear()
+
+
+def test_the_command(picture_file, capsys):
+    for options in (["--quantize", "int8"], ["--quantize", "int4"], ["--compile"]):
+        assert main(["generate", str(picture_file), "caption en", *options]) == 0
+        assert len(capsys.readouterr().out.split()) >= 3
+    assert main(["generate", str(picture_file), "caption en", "--quantize", "int3"]) == 2
+    assert "expected 'nf4', 'int8' or 'int4'" in capsys.readouterr().err
+
+
+def test_the_plain_way_loads_nothing_more():
+    code = "import sys, sigma_book.assemble; print([m for m in ('torchao', 'torch._inductor', 'openvino') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_memory_in_16_bits_at_224_pixels():
+    """By accounting: weights, caches, scores and the largest activations of the 3B model answering one picture."""
+    text = {"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18, "num_attention_heads": 8}
+    text |= {"num_key_value_heads": 1, "vocab_size": 257_216}
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+    vision |= {"patch_size": 14, "image_size": 224}
+    sizes = {"model_type": "paligemma", "text_config": text, "vision_config": vision, "image_token_index": 257_152}
+    with torch.device("meta"):
+        model = PaliGemma(PaliGemmaConfig.from_dict(sizes))
+        weights = 2 * sum(parameter.numel() for parameter in model.parameters())
+        length = 256 + 32 + 100
+        caches = model.bfloat16().language_model.new_caches(1, length)
+    held = sum(cache.key.nbytes + cache.value.nbytes for cache in caches)
+    assert weights == 2 * 2_923_466_480
+    assert held == 18 * 2 * length * 256 * 2
+    activations = (
+        2 * length * (4 * 2048 + 3 * 16_384) + 4 * 8 * length * length
+    )  # streams, GeGLU, float32 scores of heads
+    scores = 4 * 257_216 * 4  # logits in float32, and what choosing makes of them
+    assert weights + held + activations + scores <= 6.6e9
