@@ -763,6 +763,8 @@ def compare_engine(
         image = load_image(picture)
         texts, theirs = ask_engine(url, image, prompt, name=name, key=key)
         tokens = _tokens_of(model, texts)
+        if not tokens:
+            continue
         found = {mask: _apart(answer_logprobs(model, image, prompt, tokens, mask), theirs) for mask in PREFIX_MASKS}
         sure = next((i for i, text in enumerate(texts[: len(tokens)]) if len(text.encode()) == 1), 0)
         for length in (len(tokens), sure):
