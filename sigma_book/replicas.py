@@ -186,9 +186,9 @@ def serve_replicas(
 ) -> None:
     """`replicas_running` until SIGTERM or SIGINT comes; running requests are finished first."""
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     sizes = {"max_rows": max_rows, "max_length": max_length, "queue_size": queue_size}
     with replicas_running(make_model, config, shared, host=host, port=port, **sizes) as url:
+        for number in (signal.SIGTERM, signal.SIGINT):  # now, for Ray has put in its own, which abort
+            signal.signal(number, lambda *_: stop.set())
         print(f"listening on {url}, {shared.replicas} replicas", file=sys.stderr, flush=True)
         stop.wait()
