@@ -594,7 +594,7 @@ assert max(change[True]) < 1e-6
 figure, axis = plt.subplots(figsize=(6.4, 2.4))
 for causal, colour, name in ((False, PICTURE, "both ways, as PaliGemma reads"), (True, GREY, "causal")):
     axis.plot(range(1, len(change[causal]) + 1), change[causal], color=colour, marker="o", ms=4)
-    axis.annotate(name, (2, change[causal][1]), xytext=(4, 7), textcoords="offset points", color=colour)
+    axis.annotate(name, (3, change[causal][2]), xytext=(-8, 9), textcoords="offset points", color=colour, ha="right")
 axis.set(xlabel="block", ylabel="change of picture keys", xticks=range(1, len(change[False]) + 1))
 axis.set_ylim(bottom=-0.005)
 save(figure, "21b_prefix")
