@@ -1166,7 +1166,8 @@ print(f"a block of {bytes_per_block / 4e6:.1f} million weights takes as long to 
 
 # %% [markdown]
 # *Figure: time of a step over the weights it reads, both on logarithmic axes. On the left the predicted line and the
-# measured points lie flat on the dashed line of empty blocks; on the right they leave it and rise with the weights.*
+# measured points lie near the dashed line of empty blocks; on the right they leave it and rise with the weights. The
+# dashed line rises a little too, where the weights push Python's own data out of the cache.*
 #
 # The line is where reading a block takes as long as running an empty one. Below it better arithmetic changes nothing,
 # and what helps is fewer operations: fused ones, or a compiler. A block of the 3B model has about 110 million weights,
