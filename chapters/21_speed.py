@@ -904,7 +904,7 @@ assert machine.rates[0][1] < machine.peak  # one row never reaches the peak
 # %% [markdown]
 # ## Predict, then look
 #
-# A model of 30 million numbers, random ones: speed does not depend on what they are. We predict each half, then time
+# A model of 36 million numbers, random ones: speed does not depend on what they are. We predict each half, then time
 # it. `sigma-book bench --bill` does the same for whole models in processes of their own.
 
 # %%
@@ -912,6 +912,7 @@ small = PaliGemmaConfig(
     SiglipConfig(384, 1536, 6, 6, image_size=224, patch_size=14), GemmaConfig(512, 2048, 6, 4, 1, 128, 4096), 4000
 )
 model = PaliGemma(small).eval()
+assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == 36
 
 
 def read_and_step(model: PaliGemma, batch: int = 1, words: int = 8, tokens: int = 4) -> tuple[float, float, float]:
@@ -1165,7 +1166,8 @@ print(f"a block of {bytes_per_block / 4e6:.1f} million weights takes as long to 
 
 # %% [markdown]
 # *Figure: time of a step over the weights it reads, both on logarithmic axes. On the left the predicted line and the
-# measured points lie flat on the dashed line of empty blocks; on the right they leave it and rise with the weights.*
+# measured points lie near the dashed line of empty blocks; on the right they leave it and rise with the weights. The
+# dashed line rises a little too, where the weights push Python's own data out of the cache.*
 #
 # The line is where reading a block takes as long as running an empty one. Below it better arithmetic changes nothing,
 # and what helps is fewer operations: fused ones, or a compiler. A block of the 3B model has about 110 million weights,

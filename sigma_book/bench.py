@@ -393,7 +393,7 @@ def growth(size: str, *, most_seconds: float = 60.0) -> dict:
         raise ValueError(f"most_seconds is {most_seconds}: expected a number above 0")
     config, work = size_config(size), Work(str(POCKET))
     with Child("machine", work) as child:
-        machine = _limits(work, [child.turn(number) for number in range(3)])
+        machine = _limits(work, [child.turn(number) for number in range(2)])
     config = replace(config, text=replace(config.text, max_position_embeddings=2**16))  # random numbers, no context
     found: dict = {"machine": machine_facts(), "size": size, "pixels": [], "pictures": [], "tokens": []}
 

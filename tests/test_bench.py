@@ -139,6 +139,7 @@ def test_a_disk_that_is_full_is_said(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_growth_of_the_pocket(tmp_path):
     """Points that would take long are predicted only; predictions grow with every axis."""
     found = growth("pocket", most_seconds=0.05)
