@@ -302,8 +302,12 @@ def join_ranks(device: str | torch.device = "auto") -> Ranks:
         torch.cuda.set_device(device)
     hour = timedelta(hours=1)  # the longest that one may wait for another, as for rank 0 while it writes a model
     one = device if device.type == "cuda" else None
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=hour, device_id=one)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    store, rank, size = next(dist.rendezvous("env://", timeout=hour))
+    # torchrun keeps its store over restarts, and with it the addresses of processes that are gone
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=hour, device_id=one, store=store, rank=rank, world_size=size)
+    return Ranks(rank, size, device)
 
 
 @contextmanager
