@@ -341,7 +341,7 @@ optimizer = adamw_by_part(model, config)
 seen = {}
 for name in ("vision_tower.encoder.layers.0.mlp.fc1", "language_model.layers.1.mlp.down_proj"):
     module = model.get_submodule(name)
-    module.register_forward_hook(lambda module, given, result, name=name: seen.setdefault(name, (module.weight.dtype, result.dtype)))
+    module.register_forward_hook(lambda module, given, result, name=name: seen.update({name: (module.weight.dtype, result.dtype)}))
 ids = torch.full((2, 9), model.config.image_token_id)
 ids[:, 4:] = torch.arange(5) + 10 * ranks.rank
 ones = torch.ones_like(ids)
