@@ -31,6 +31,7 @@ from sigma_book.weights import load_model, read_config
 PARTS = ["vision", "projector", "prefill", "head", "step", "step head", "first token", "next token"]
 
 
+@pytest.mark.slow
 def test_beside_transformers(tmp_path, capsys):
     """The pocket model, end to end, with bill, JSON and picture."""
     table, picture = tmp_path / "found.json", tmp_path / "found.png"

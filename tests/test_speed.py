@@ -261,6 +261,7 @@ def test_the_median_of_looks():
     assert median_machine(looks).rates == ((1, 2.0, 1.0),)
 
 
+@pytest.mark.slow
 def test_rates_are_of_the_map_that_is_given():
     """A map that does nothing is faster than torch's, by far; rows and places are those asked for."""
     rates = product_rates((1, 64), inner=256, outer=512)
