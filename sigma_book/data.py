@@ -304,7 +304,7 @@ class _Window:
         while True:
             try:
                 value, end = self._decode(self.text, self.at)
-                if end < len(self.text) or self._ended:
+                if len(self.text) - end > 2 or self._ended:  # two letters may be a number's: the "e-" of 1e-3
                     self._taken, self.at = self.at, end
                     return value
             except (ValueError, RecursionError) as error:

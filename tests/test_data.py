@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import example as case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -401,6 +402,9 @@ ENTRIES = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
+@case({}, {"": 1.0}, None, True, 28)  # the first look ends behind "1.", those below behind "1e" and "1e-"
+@case({}, {"": 1e-9}, None, True, 28)
+@case({}, {"": 1e-9}, None, True, 32)
 @given(
     arrays=st.dictionaries(st.sampled_from(["images", "annotations", "questions", "other"]), ENTRIES, max_size=4),
     plain=st.dictionaries(st.text(max_size=4), JSON_VALUES, max_size=3),
