@@ -28,7 +28,7 @@ from sigma_book.processor import Batch, Processor, Tokenizer, load_image
 from sigma_book.qlora import nf4_on_arrival, quantize_nf4
 from sigma_book.weights import find_folder, load_model, open_tensor, pick_device, read_config
 
-__all__ = ["generate", "load", "read_settings"]
+__all__ = ["POCKET", "base_folder", "generate", "load", "read_settings"]
 
 POCKET = Path(__file__).parent / "pocket_model"
 ROWS_AT_ONCE = 32  # longer lists are answered in several batches; a beam counts as a row
@@ -99,7 +99,7 @@ def load(
     if (folder / CONFIG_FILE).is_file() and not any(folder.glob("model*.safetensors")):
         if adapter is not None:
             raise ValueError(f"{folder} is an adapter itself: give its base as the model, and one adapter")
-        folder, adapter = _base_folder(folder), folder
+        folder, adapter = base_folder(folder), folder
     in_few_bits = quantize in ("int8", "int4")
     if in_few_bits and adapter is not None:
         raise ValueError(
@@ -142,7 +142,7 @@ def load(
     return model
 
 
-def _base_folder(adapter: Path) -> Path:
+def base_folder(adapter: Path) -> Path:
     """The folder of the model that an adapter was made for."""
     name = adapter_base(adapter)
     if name is None:

@@ -34,6 +34,7 @@ from sigma_book.processor import file_beside, load_image
 __all__ = [
     "ANSWER_FORMS",
     "PREFIX_MASKS",
+    "QUIET_RAY",
     "AnswerParts",
     "BulkActor",
     "BulkConfig",
@@ -46,10 +47,13 @@ __all__ = [
     "answer_with_ray",
     "answers_or_reasons",
     "ask_engine",
+    "claims",
     "compare_engine",
     "engine_model",
     "open_rows",
     "prefix_types",
+    "processors",
+    "ray_running",
 ]
 
 _ROW_KEYS = ("prompt", "prefix")
@@ -499,7 +503,8 @@ def answer_with_ray(
         If Ray is not installed, the model cannot be loaded, an actor fails in a way that no row explains, or no answer comes
         for half an hour: a row may end the process of its actor each time that it is asked.
     """
-    with _ray_running(config) as ray:
+    with ray_running() as ray:
+        _check_room(ray, config)
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False  # ours counts rows, not blocks
@@ -525,36 +530,65 @@ def answer_with_ray(
             ) from error
 
 
-_QUIET_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_DATA_LOG_LEVEL": "CRITICAL"}
+QUIET_RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_DATA_LOG_LEVEL": "CRITICAL",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+}
 
 
 @contextmanager
-def _ray_running(config: BulkConfig):
-    """The package, with Ray running; it ends with the block if it was started here."""
-    for name, value in _QUIET_RAY.items():
+def ray_running():
+    """The package, with Ray running: part of a cluster already, or of the one that `RAY_ADDRESS` names, or started here.
+
+    What was started here, without dashboard and statistics, ends with the block.
+
+    Raises
+    ------
+    RuntimeError
+        If Ray is not installed.
+    """
+    for name, value in QUIET_RAY.items():
         os.environ.setdefault(name, value)
     try:
         import ray
         import ray.data.exceptions
     except ImportError as error:
-        raise RuntimeError(f"answering with actors needs Ray: {_EXTRA}") from error
+        raise RuntimeError(f"many actors and replicas need Ray: {_EXTRA}") from error
     ours, quiet = not ray.is_initialized(), {"log_to_driver": False, "logging_level": "ERROR"}
     if ours and "RAY_ADDRESS" in os.environ:
         ray.init(**quiet)
     elif ours:
         ray.init("local", include_dashboard=False, object_store_memory=100 * 2**20, **quiet)
     try:
-        have = ray.cluster_resources()
-        for name, each in (("CPU", config.cpus), ("GPU", config.gpus)):
-            if config.actors * each > have.get(name, 0):
-                raise ValueError(
-                    f"{config.actors} actors with {each:g} {name} each do not fit: there are {have.get(name, 0):g} {name}, "
-                    "so ask for fewer actors"
-                )
         yield ray
     finally:
         if ours:
             ray.shutdown()
+
+
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def claims(parts: int, device: str) -> tuple[float, float]:
+    """CPUs and GPUs that one process claims of Ray: of this machine one in so many parts, on a cluster a whole one."""
+    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    cpus = 1.0 if "RAY_ADDRESS" in os.environ else min(1.0, round(processors() / parts, 3))
+    return cpus, 1.0 if cuda else 0.0
+
+
+def _check_room(ray, config: BulkConfig) -> None:
+    """Say at once what Ray would wait for without end."""
+    have = ray.cluster_resources()
+    for name, each in (("CPU", config.cpus), ("GPU", config.gpus)):
+        if config.actors * each > have.get(name, 0):
+            raise ValueError(
+                f"{config.actors} actors with {each:g} {name} each do not fit: there are {have.get(name, 0):g} {name}, "
+                "so ask for fewer actors"
+            )
 
 
 def _last_cause(error: BaseException) -> str:

@@ -10,21 +10,23 @@ from pathlib import Path
 
 import torch
 
-from sigma_book.assemble import POCKET, _base_folder, load
+from sigma_book.assemble import POCKET, base_folder, load
 from sigma_book.bulk import (
     AnswerParts,
     BulkConfig,
     EngineReport,
     answer_with_ray,
+    claims,
     compare_engine,
     open_rows,
+    processors,
 )
 from sigma_book.data import Example
 from sigma_book.generation import whole_number
 from sigma_book.lora import CONFIG_FILE, LoraLinear, merge_lora
 from sigma_book.paligemma import PaliGemma
 from sigma_book.processor import folder_beside
-from sigma_book.runs import _alone, _asker, _file_mark, _full, _model_mark
+from sigma_book.runs import asker, file_mark, full_path, held_alone, model_mark
 from sigma_book.training import claim_folder, remark
 from sigma_book.weights import DTYPES, find_folder, pick_device, read_json, save_model, write_json
 from sigma_book.world import TASKS, ask, draw_scene, make_scene
@@ -90,31 +92,27 @@ def answer_file(
     whole_number("max_new_tokens", max_new_tokens, least=1)
     rows = open_rows(data, root)
     config = _shared(actors, batch_size, device)
-    run = {"data": _file_mark(data), "root": _full(root), "model": _model_mark(model), "dtype": str(dtype)}
-    run |= {"quantize": quantize, "adapter": None if adapter is None else _model_mark(adapter)}
+    run = {"data": file_mark(data), "root": full_path(root), "model": model_mark(model), "dtype": str(dtype)}
+    run |= {"quantize": quantize, "adapter": None if adapter is None else model_mark(adapter)}
     run |= {"max_new_tokens": max_new_tokens, "form": form, "rows_per_part": rows_per_part}
     parts = AnswerParts(Path(out), len(rows), rows_per_part, form)
     claim_folder(parts.folder, run, saved=("part-*",))
-    with _alone(parts.folder):
+    with held_alone(parts.folder):
         if (start := parts.next_index()) < len(rows):
             if start:
                 remark(f"going on behind row {start:,} of {len(rows):,}")
             make_model = partial(
                 load,
-                _full(model),
+                full_path(model),
                 device="cuda" if config.gpus else device,
                 dtype=dtype,
                 quantize=quantize,
-                adapter=_full(adapter),
+                adapter=full_path(adapter),
             )
-            make_answer = partial(_load_asker, max(1, _processors() // actors), max_new_tokens, make_model)
+            make_answer = partial(_load_asker, max(1, processors() // actors), max_new_tokens, make_model)
             with closing(answer_with_ray(rows, start, make_answer, config)) as records:
                 parts.write(records)
         return Counter("answered" if record["error"] is None else "error" for record in parts)
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _shared(actors: int, batch_size: int, device: str) -> BulkConfig:
@@ -122,9 +120,7 @@ def _shared(actors: int, batch_size: int, device: str) -> BulkConfig:
     whole_number("actors", actors, least=1)
     if "RAY_ADDRESS" not in os.environ:  # on a cluster, other machines have the devices
         pick_device(device)
-    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    cpus = 1.0 if "RAY_ADDRESS" in os.environ else min(1.0, round(_processors() / (2 * actors), 3))
-    return BulkConfig(actors, batch_size, cpus, 1.0 if cuda else 0.0)
+    return BulkConfig(actors, batch_size, *claims(2 * actors, device))
 
 
 def _load_asker(
@@ -132,7 +128,7 @@ def _load_asker(
 ) -> Callable[[list[Example]], list[str]]:
     """In an actor: load the model, and give the function that asks it."""
     torch.set_num_threads(threads)
-    return _asker(make_model(), max_new_tokens, 1)
+    return asker(make_model(), max_new_tokens, 1)
 
 
 def export_model(
@@ -177,7 +173,7 @@ def _stored_dtype(model: str | Path | None) -> str:
     """The dtype that the configuration of a model names; of an adapter, that of its base."""
     folder = POCKET if model is None else find_folder(model)
     if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
-        folder = _base_folder(folder)
+        folder = base_folder(folder)
     if folder.is_file():
         return "float32"
     values = read_json(folder / "config.json")

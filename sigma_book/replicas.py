@@ -1,7 +1,6 @@
 """More than one machine: replicas of the service of chapter 23 behind one port, by Ray Serve."""
 
 import logging
-import os
 import signal
 import sys
 import threading
@@ -14,12 +13,12 @@ import torch
 from fastapi import FastAPI
 
 from sigma_book.batching import Engine
+from sigma_book.bulk import claims, processors, ray_running
 from sigma_book.generation import whole_number
 from sigma_book.paligemma import PaliGemma
 from sigma_book.server import ServerConfig, create_app
 from sigma_book.serving import STATIC, explainer
 
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_SERVE_LOG_TO_STDERR": "0"}
 NAME = "sigma-book"
 
 __all__ = ["ReplicaConfig", "replicas_running", "serve_replicas", "share"]
@@ -124,34 +123,26 @@ def replicas_running(
     RuntimeError
         If Ray is not installed, or the replicas do not start.
     """
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    try:
-        import ray
-        from ray import serve
-    except ImportError as error:
-        raise RuntimeError("replicas need Ray: pip install 'sigma-book[scale]'") from error
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(**quiet)
-    else:
-        ray.init("local", include_dashboard=False, object_store_memory=100 * 2**20, **quiet)
-    try:
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        engine = {"max_rows": max_rows, "max_length": max_length, "queue_size": queue_size}
-        make_app = partial(_make_app, max(1, processors() // shared.replicas), make_model, config, engine)
-        serve.start(http_options={"host": host, "port": port})
-        deployment = serve.deployment(serve.ingress()(Replica)).options(
-            name=NAME, **shared.options(max_rows + queue_size)
-        )
+    engine = {"max_rows": max_rows, "max_length": max_length, "queue_size": queue_size}
+    make_app = partial(_make_app, max(1, processors() // shared.replicas), make_model, config, engine)
+    with ray_running():
         try:
-            serve.run(deployment.bind(make_app), name=NAME, route_prefix="/")
-        except RuntimeError as error:
-            raise RuntimeError(f"the replicas do not start: {_why(serve.status())}") from error
-        yield f"http://{host}:{port}"
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+            from ray import serve
+        except ImportError as error:
+            raise RuntimeError("replicas need Ray Serve: pip install 'sigma-book[scale]'") from error
+        try:
+            logging.getLogger("ray.serve").setLevel(logging.ERROR)
+            serve.start(http_options={"host": host, "port": port})
+            deployment = serve.deployment(serve.ingress()(Replica)).options(
+                name=NAME, **shared.options(max_rows + queue_size)
+            )
+            try:
+                serve.run(deployment.bind(make_app), name=NAME, route_prefix="/")
+            except RuntimeError as error:
+                raise RuntimeError(f"the replicas do not start: {_why(serve.status())}") from error
+            yield f"http://{host}:{port}"
+        finally:
+            serve.shutdown()
 
 
 def _why(status) -> str:
@@ -161,16 +152,9 @@ def _why(status) -> str:
     return lines[-1] if lines else "see the logs of Ray Serve"
 
 
-def processors() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def share(replicas: int, most: int | None, busy: float, device: str) -> ReplicaConfig:
     """Claims with which so many replicas fit on this machine; on a cluster, a processor or a GPU for each."""
-    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    cpus = 1.0 if "RAY_ADDRESS" in os.environ else min(1.0, round(processors() / max(1, most or replicas), 3))
-    return ReplicaConfig(replicas, most, busy, cpus, 1.0 if cuda else 0.0)
+    return ReplicaConfig(replicas, most, busy, *claims(max(1, most or replicas), device))
 
 
 def serve_replicas(

@@ -75,7 +75,7 @@ from sigma_book.training import (
 )
 from sigma_book.weights import find_folder, pick_device, read_config, read_json, save_model
 
-__all__ = ["estimate", "evaluate", "finetune"]
+__all__ = ["asker", "estimate", "evaluate", "file_mark", "finetune", "full_path", "held_alone", "model_mark"]
 
 
 def finetune(
@@ -170,13 +170,13 @@ def finetune(
         say(f"{ranks.size} ranks, {parallel}: {batch_size} of the {config.batch_size} examples of a batch for each")
     files = {"data": data, "annotations": annotations, "evaluate": evaluate}
     files |= {"evaluate_annotations": evaluate_annotations}
-    identity = {"model": _model_mark(model)} | {name: _file_mark(path) for name, path in files.items() if path}
+    identity = {"model": model_mark(model)} | {name: file_mark(path) for name, path in files.items() if path}
     identity |= asdict(config) | ({} if parallel is None else {"processes": "many"})
     if ranks.rank == 0:
-        with _alone(out) if (out / "run.json").exists() else nullcontext():  # it may be another's, who is at work
+        with held_alone(out) if (out / "run.json").exists() else nullcontext():  # it may be another's, who is at work
             _same_kind(out, parallel)
             claim_folder(out, identity)
-    with others_there(str(out)), _alone(out) if ranks.rank == 0 else nullcontext():
+    with others_there(str(out)), held_alone(out) if ranks.rank == 0 else nullcontext():
         final, steps = out / "final", _steps(config, len(examples))
         if ranks.first(ranks.rank == 0 and final.is_dir()):
             say(f"{out} is finished: the model of its last step stands in {final}; give another folder for a new run")
@@ -290,8 +290,8 @@ def _ready(
 ) -> tuple[PaliGemma, Callable[[Path], None], Callable[[Batch], torch.Tensor]]:
     """A model that is ready to learn, what writes it into a new folder (all ranks call it), and its loss."""
     if parallel == "fsdp":
-        learner = load_sharded(_model_source(model), config, ranks)
         folder = _model_source(model)
+        learner = load_sharded(folder, config, ranks)
         learner.processor = Processor.from_folder(folder)
         learner.stop_ids = read_stop_ids(folder, learner.config.eos_token_id)
         if config.recompute:
@@ -343,7 +343,7 @@ def _adapter_base(model: str | Path | None) -> str | Path | None:
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
+def held_alone(out: Path) -> Iterator[None]:
     """Keep a second process out of the folder of a run, as long as this one lives; a kill ends it too."""
     try:
         import fcntl
@@ -408,7 +408,7 @@ def _steps(config: TrainingConfig, examples: int) -> int:
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
-def _file_mark(path: str | Path) -> str:
+def file_mark(path: str | Path) -> str:
     """What tells a file from another: its name, its size and its checksum."""
     path = Path(path)
     return f"{path.name}, {path.stat().st_size:,} bytes, CRC-32 {file_checksum(path):08x}"
@@ -419,7 +419,7 @@ def _model_source(model: str | Path | None) -> Path:
     return POCKET if model is None else find_folder(model)
 
 
-def _model_mark(model: str | Path | None) -> str:
+def model_mark(model: str | Path | None) -> str:
     source = _model_source(model)
     names = (source / "config.json", source / CONFIG_FILE, *sorted(source.glob("*.safetensors")))
     files = [source] if source.is_file() else [path for path in names if path.is_file()]
@@ -658,20 +658,20 @@ def evaluate(
         whole_number("num_examples", num_examples, least=1)
     examples = read_examples(data, form=form, root=root, annotations=annotations, per_image=task == "caption")
     _fits_task(task, examples.form, data, annotations)
-    run = {"task": task, "data": _file_mark(data), "form": examples.form, "root": _full(root)}
-    run |= {"annotations": None if annotations is None else _file_mark(annotations)}
+    run = {"task": task, "data": file_mark(data), "form": examples.form, "root": full_path(root)}
+    run |= {"annotations": None if annotations is None else file_mark(annotations)}
     if answers is None:
-        run |= {"model": _model_mark(model), "dtype": str(dtype)}
+        run |= {"model": model_mark(model), "dtype": str(dtype)}
         run |= {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
     else:
         answer = answer_from(task, read_official(task, answers, examples, num_examples))
-        run |= {"answers": _file_mark(answers)}
+        run |= {"answers": file_mark(answers)}
     out = Path(out)
     claim_folder(out, run, saved=("answers.jsonl",), alone=False)
     path = out / "answers.jsonl"
     if answers is None:
         waiting = AnswerFile(path).next_index() < min(len(examples), num_examples or len(examples))
-        answer = _asker(load(model, device=device, dtype=dtype) if waiting else None, max_new_tokens, num_beams)
+        answer = asker(load(model, device=device, dtype=dtype) if waiting else None, max_new_tokens, num_beams)
     records = answer_examples(task, examples, answer, path, batch_size=batch_size, most=num_examples)
     if official:
         write_official(task, records, out / "results.json")
@@ -689,12 +689,12 @@ def _fits_task(task: str, form: str, data: str | Path, annotations: str | Path |
         raise ValueError(f"{data} is of the form {form}, which the task {task} cannot use")
 
 
-def _full(path: str | Path | None) -> str | None:
+def full_path(path: str | Path | None) -> str | None:
     """A path that means the same from any folder; the id of a model on the hub stays as it is."""
     return None if path is None else str(Path(path).resolve()) if Path(path).exists() else str(path)
 
 
-def _asker(model: PaliGemma | None, max_new_tokens: int, num_beams: int) -> Callable[[list[Example]], list[str]]:
+def asker(model: PaliGemma | None, max_new_tokens: int, num_beams: int) -> Callable[[list[Example]], list[str]]:
     """A function from examples to answers."""
 
     def ask(examples: list[Example]) -> list[str]:
