@@ -391,10 +391,7 @@ class RankCheckpoints(Checkpoints):
                 problem = error
         if not self._all_well(problem):
             what = " ".join(str(problem or "another rank could not write its part").split())
-            raise RuntimeError(
-                f"the checkpoint of step {progress.step} cannot be written ({what}); those before it stand: "
-                "make room, then give the same command again"
-            ) from problem
+            raise self._unwritten(progress, what) from problem
         if self.ranks.rank == 0:
             shutil.rmtree(wanted, ignore_errors=True)
             os.replace(fresh, wanted)
@@ -429,13 +426,9 @@ class RankCheckpoints(Checkpoints):
             if self._all_well(problem):
                 return self._load_parts(path)
             if self.ranks.rank == 0:
-                aside = path.with_name(f"damaged-{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                os.replace(path, aside)
+                aside = self._set_aside(path)
                 remark(f"{path} is set aside as {aside.name}, the one before it is used")
-        if found or any(self.folder.glob("damaged-*")):
-            raise ValueError(f"no checkpoint in {self.folder} is whole: remove the folder to begin anew")
-        return Progress()
+        return self._nothing_whole(found)
 
     def _all_well(self, problem: object) -> bool:
         return self.ranks.sum(problem is not None) == (0.0,)
@@ -492,13 +485,7 @@ class RankCheckpoints(Checkpoints):
 
     def _load_parts(self, path: Path) -> Progress:
         state = json.loads((path / "state.json").read_text())
-        here, there = self._shapes(), state["shapes"]
-        if here != there:
-            name = min(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-            raise ValueError(
-                f"{path} is of another configuration: {name} is {there.get(name, 'absent')} there and "
-                f"{here.get(name, 'not trained')} here"
-            )
+        self._expect_same(path, self._shapes(), state["shapes"])
         for optimizer in self.optimizers:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 means = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}

@@ -679,10 +679,7 @@ class Checkpoints:
                 manifest = {path.name: [path.stat().st_size, file_checksum(path)] for path in sorted(fresh.iterdir())}
                 (fresh / "manifest.json").write_text(json.dumps(manifest))
         except (RuntimeError, SafetensorError, OSError) as error:
-            raise RuntimeError(
-                f"the checkpoint of step {progress.step} cannot be written ({error}); those before it stand: "
-                "make room, then give the same command again"
-            ) from error
+            raise self._unwritten(progress, error) from error
         for old in self._found()[self.keep :]:
             shutil.rmtree(old)
 
@@ -706,28 +703,44 @@ class Checkpoints:
             try:
                 state, weights, tensors = _read_checkpoint(path)
             except ValueError as error:
-                aside = path.with_name(f"damaged-{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                os.replace(path, aside)
+                aside = self._set_aside(path)
                 remark(f"{path} is damaged ({error}): set aside as {aside.name}, the one before it is used")
                 continue
             self._load(path, weights, tensors, state)
             return Progress(tensors["rows"].tolist(), state["data"], state["notes"], state["scale"])
-        if found or any(self.folder.glob("damaged-*")):
-            raise ValueError(f"no checkpoint in {self.folder} is whole: remove the folder to begin anew")
-        return Progress()
+        return self._nothing_whole(found)
 
     def _found(self) -> list[Path]:
         """Newest first."""
         return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name[5:]), reverse=True)
 
-    def _load(self, path: Path, weights: dict, tensors: dict, state: dict) -> None:
-        shapes = {name: tuple(p.shape) for name, p in self.learning.items()}
-        stored = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    def _unwritten(self, progress: Progress, what: object) -> RuntimeError:
+        return RuntimeError(
+            f"the checkpoint of step {progress.step} cannot be written ({what}); those before it stand: "
+            "make room, then give the same command again"
+        )
+
+    def _set_aside(self, path: Path) -> Path:
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+        return aside
+
+    def _nothing_whole(self, found: list[Path]) -> Progress:
+        """A run that begins; but not where there were checkpoints, and all are damaged."""
+        if found or any(self.folder.glob("damaged-*")):
+            raise ValueError(f"no checkpoint in {self.folder} is whole: remove the folder to begin anew")
+        return Progress()
+
+    def _expect_same(self, path: Path, shapes: dict[str, Sequence[int]], stored: dict[str, Sequence[int]]) -> None:
         if shapes != stored:
-            name = sorted(shapes.items() ^ stored.items())[0][0]
+            name = min(name for name in shapes.keys() | stored.keys() if shapes.get(name) != stored.get(name))
             there, here = stored.get(name, "absent"), shapes.get(name, "not trained")
             raise ValueError(f"{path} is of another configuration: {name} is {there} there and {here} here")
+
+    def _load(self, path: Path, weights: dict, tensors: dict, state: dict) -> None:
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.learning.items()}
+        self._expect_same(path, shapes, {name: tuple(tensor.shape) for name, tensor in weights.items()})
         with torch.no_grad():
             for name, parameter in self.learning.items():
                 parameter.copy_(weights[name])
