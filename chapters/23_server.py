@@ -801,11 +801,10 @@ class Service:
         """Ask about a picture, as a form: `curl -F file=@cat.png -F prompt="caption en"`."""
         sampling = read_sampling(temperature, top_p, top_k, repetition_penalty, seed)
         ask = Ask(prompt, max_tokens, sampling, read_stops(tuple(stop or ())))
-        answer, finish, reply = await self._answer(request, file, ask)
+        answer, finish, reply = await self._answer(request, await file.read(), ask)
         return PlainJson({"prompt": prompt, "answer": answer, "finish_reason": finish, "usage": reply.usage})
 
-    async def _answer(self, request: Request, file: UploadFile, ask: Ask) -> tuple[str, str, Reply]:
-        content = await file.read()
+    async def _answer(self, request: Request, content: bytes, ask: Ask) -> tuple[str, str, Reply]:
         reply = await self.begin(request, lambda: content, ask)
         async with cancelled_when_gone(request, reply):
             events = await reply.rest()
@@ -822,11 +821,10 @@ class Service:
         """Find things: boxes in pixels, or with `drawn` (or `Accept: image/png`) a PNG with the boxes on it."""
         if not prompt.startswith(("detect ", "segment ")):
             prompt = f"detect {prompt}"
-        answer, finish, reply = await self._answer(request, file, Ask(prompt, max_tokens, Sampling()))
+        content = await file.read()
+        answer, finish, reply = await self._answer(request, content, Ask(prompt, max_tokens, Sampling()))
         found = await anyio.to_thread.run_sync(describe, answer, *reply.size)
         if drawn or request.headers.get("accept", "").startswith("image/png"):
-            await file.seek(0)
-            content = await file.read()
             picture = partial(_drawn, content, answer, self.config.max_pixels)
             return Response(await anyio.to_thread.run_sync(picture, limiter=self._readers), media_type="image/png")
         spoken = {"prompt": prompt, "answer": answer, "finish_reason": finish, "usage": reply.usage}

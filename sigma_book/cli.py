@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("image", metavar="IMAGE", help="path of a picture")
     command.add_argument("prompt", metavar="PROMPT", help='such as "caption en"')
-    command.add_argument("--model", metavar="DIR", help="folder or hub id of a PaliGemma (default: the pocket model)")
+    _model_arguments(command)
     command.add_argument("--max-new-tokens", metavar="N", type=int, default=100, help="longest answer (default: 100)")
     command.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 is greedy (default: 0)")
     command.add_argument("--top-p", metavar="P", type=float, default=1.0, help="in (0, 1] (default: 1)")
@@ -74,15 +74,10 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--masks", metavar="FILE", type=Path, help="big_vision's vae-oid.npz (default: what SIGMA_BOOK_MASKS names)"
     )
-    command.add_argument("--device", metavar="D", default="auto", help="auto, cuda, cuda:0, mps or cpu (default: auto)")
-    command.add_argument(
-        "--dtype", metavar="T", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
-    )
     command.add_argument(
         "--quantize", metavar="Q", help="int8, int4 or nf4: weights in 8 or 4 bits (default: as stored)"
     )
     command.add_argument("--compile", action="store_true", help="lay the weights out for speed first")
-    command.add_argument("--adapter", metavar="DIR", help="folder or hub id of a LoRA adapter for the model")
 
 
 def _generate(options: argparse.Namespace) -> None:
