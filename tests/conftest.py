@@ -1,5 +1,7 @@
 """What the tests share: a small folder in the Hugging Face layout, with random weights and the pocket's tokenizer."""
 
+import json
+import random
 import shutil
 import threading
 import time
@@ -14,7 +16,7 @@ from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 from sigma_book.processor import Processor, Tokenizer
 from sigma_book.siglip import SiglipConfig
 from sigma_book.weights import save_model
-from sigma_book.world import draw_scene, make_scene
+from sigma_book.world import TASKS, ask, draw_scene, make_scene
 
 CONTEXT = 96  # tokens that the tiny model reads: pictures, prompt and answer
 
@@ -40,9 +42,9 @@ def make_tiny_folder(folder: Path, seed: int = 0, **text_options) -> Path:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            random = torch.randn(parameter.shape, generator=generator)
+            drawn = torch.randn(parameter.shape, generator=generator)
             gain = 3.0 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-            parameter.copy_(0.2 * random if parameter.dim() == 1 else gain * random / parameter[0].numel() ** 0.5)
+            parameter.copy_(0.2 * drawn if parameter.dim() == 1 else gain * drawn / parameter[0].numel() ** 0.5)
     save_model(model, folder)
     Processor(tokenizer, vision.image_size, vision.num_patches).save(folder)
     return folder
@@ -80,6 +82,25 @@ def picture_file(tmp_path_factory, pictures) -> Path:
     path = tmp_path_factory.mktemp("pictures") / "scene.png"
     pictures[0].save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def write_questions():
+    """Questions about ten drawn scenes as files: `train.jsonl` with so many of them, and the next in `test.jsonl`."""
+
+    def write(folder: Path, train: int, test: int) -> Path:
+        rows = []
+        for seed in range(10):
+            draw_scene(make_scene(seed)).save(folder / f"{seed}.png")
+            for task in TASKS[:5]:
+                question = ask(make_scene(seed), task, random.Random(seed))
+                if question is not None:
+                    rows.append({"image": f"{seed}.png", "prefix": question.prompt, "suffix": question.answer})
+        for name, part in (("train", rows[:train]), ("test", rows[train : train + test])):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        return folder
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -43,26 +43,16 @@ from sigma_book.scale import (
 )
 from sigma_book.training import ALONE, Progress, TrainingConfig, adamw_by_part, answer_loss, answer_tokens
 from sigma_book.weights import read_config
-from sigma_book.world import TASKS, ask, draw_scene, make_scene
+from sigma_book.world import draw_scene, make_scene
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 LIMIT = 100  # seconds for one job
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
+def data(tmp_path_factory, write_questions) -> Path:
     """A folder with `train.jsonl`, 30 questions about drawn scenes, and `test.jsonl`, 5 of them."""
-    folder = tmp_path_factory.mktemp("data")
-    rows = []
-    for seed in range(10):
-        draw_scene(make_scene(seed)).save(folder / f"{seed}.png")
-        for task in TASKS[:5]:
-            question = ask(make_scene(seed), task, random.Random(seed))
-            if question is not None:
-                rows.append({"image": f"{seed}.png", "prefix": question.prompt, "suffix": question.answer})
-    for name, part in (("train", rows[:30]), ("test", rows[30:35])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    return folder
+    return write_questions(tmp_path_factory.mktemp("data"), train=30, test=5)
 
 
 @pytest.fixture(scope="module")

@@ -18,25 +18,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sigma_book import load
 from sigma_book.cli import main
-from sigma_book.world import TASKS, ask, draw_scene, make_scene
+from sigma_book.world import draw_scene, make_scene
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
+def data(tmp_path_factory, write_questions) -> Path:
     """A folder with `train.jsonl`, 31 questions about drawn scenes, and `test.jsonl`, 9 of them."""
-    folder = tmp_path_factory.mktemp("data")
-    rows = []
-    for seed in range(10):
-        draw_scene(make_scene(seed)).save(folder / f"{seed}.png")
-        for task in TASKS[:5]:
-            question = ask(make_scene(seed), task, random.Random(seed))
-            if question is not None:
-                rows.append({"image": f"{seed}.png", "prefix": question.prompt, "suffix": question.answer})
-    for name, part in (("train", rows[:31]), ("test", rows[31:40])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    return folder
+    return write_questions(tmp_path_factory.mktemp("data"), train=31, test=9)
 
 
 @pytest.fixture
