@@ -1,6 +1,10 @@
 """`pytest --nbmake` runs the chapters: each becomes a notebook in a temporary folder, and nbmake's own item runs it."""
 
+import os
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is there: two workers with all threads each stand in their own way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jupytext
 import pytest

@@ -1,6 +1,6 @@
 """The full 3B size, random weights in float32: it loads and answers within 1.15 times its weights of memory.
 
-    pytest -m slow tests/test_full_size.py -s
+    pytest -n 0 -m slow tests/test_full_size.py -s
 
 needs 12 GB of disk and 14 GB of memory, and prints what it measured.
 """
