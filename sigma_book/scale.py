@@ -11,6 +11,8 @@ import os
 import random
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -166,22 +168,45 @@ def join_ranks(device: str | torch.device = "auto") -> Ranks:
 
 @contextmanager
 def others_there(what: str) -> Iterator[None]:
-    """Turn what the network says of a rank that died into a sentence.
+    """Have it said in a sentence that another rank is gone: the network tells so, or torchrun, which then ends all ranks.
 
     Raises
     ------
     RuntimeError
         In place of the network's own.
     """
+    sentence = (
+        f"another rank is gone, so no step can be finished: torchrun --max-restarts goes on from the last checkpoint "
+        f"in {what}, and so does the same command given again"
+    )
+    with _last_words(sentence):
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
+                raise
+            raise RuntimeError(sentence) from error
+
+
+@contextmanager
+def _last_words(sentence: str) -> Iterator[None]:
+    """Under torchrun, say this when SIGTERM comes, then end as usual: whether network or torchrun is first is chance."""
+    if not under_torchrun() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    usual, here = signal.getsignal(signal.SIGTERM), os.getpid()
+
+    def end(number, frame) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.getpid() == here:  # processes that read ahead hear it too
+            os.write(2, f"\n{sentence}\n".encode())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
-            raise
-        raise RuntimeError(
-            f"another rank is gone, so no step can be finished: torchrun --max-restarts goes on from the last checkpoint "
-            f"in {what}, and so does the same command given again"
-        ) from error
+    finally:
+        signal.signal(signal.SIGTERM, usual)
 
 
 _LOST = re.compile(r"gloo/transport|NCCL|[Cc]onnection (closed|reset|refused)")
