@@ -309,7 +309,13 @@ def join_ranks(device: str | torch.device = "auto") -> Ranks:
     store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=hour, device_id=one, store=store, rank=rank, world_size=size)
+    _GROUPS.append(dist.group.WORLD)
     return Ranks(rank, size, device)
+
+
+# A group ends with its last owner. Were that DDP, it would wait for the group's thread while it holds Python's lock, for
+# which that thread may be waiting.
+_GROUPS: list[dist.ProcessGroup] = []
 
 
 @contextmanager
