@@ -258,6 +258,8 @@ def _speed(rows: list[list[float]]) -> str:
 
 
 def _tokens_read(batch) -> int:
+    if not getattr(batch, "where", True):
+        return 0  # it only keeps a rank without rows in step with the others
     ordinary = getattr(batch, "batch", batch)
     return int(ordinary.attention_mask.sum()) if isinstance(ordinary, Batch) else 0
 
