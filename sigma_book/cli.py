@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -446,7 +447,8 @@ def _answer(options: argparse.Namespace) -> None:
     from sigma_book.fleet import answer_file
 
     settings = {name: value for name, value in vars(options).items() if name not in ("run", "data", "out")}
-    counts = answer_file(options.data, options.out, **settings)
+    with redirect_stdout(sys.stderr):  # Ray prints what its daemons have to tell
+        counts = answer_file(options.data, options.out, **settings)
     print(f"{counts.total():,} rows: {counts['answered']:,} answered, {counts['error']:,} with an error")
 
 

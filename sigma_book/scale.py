@@ -5,6 +5,7 @@ How do many graphics cards teach one model together, and what does each of them 
 Tangled from chapters/22_scale.py: edit there, then run python -m sigma_book.tangle.
 """
 
+import gc
 import json
 import math
 import os
@@ -127,6 +128,10 @@ class Ranks(Alone):
 
     def leave(self) -> None:
         """Say goodbye, when all is done."""
+        # A group ends with its last owner. DDP would wait for the group's thread while it holds Python's lock, for which
+        # that thread may be waiting: so DDP goes first.
+        self.copy = None
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -163,13 +168,7 @@ def join_ranks(device: str | torch.device = "auto") -> Ranks:
     store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=hour, device_id=one, store=store, rank=rank, world_size=size)
-    _GROUPS.append(dist.group.WORLD)
     return Ranks(rank, size, device)
-
-
-# A group ends with its last owner. Were that DDP, it would wait for the group's thread while it holds Python's lock, for
-# which that thread may be waiting.
-_GROUPS: list[dist.ProcessGroup] = []
 
 
 @contextmanager
@@ -261,7 +260,7 @@ def copy_loss(model: PaliGemma, ranks: Ranks) -> Callable[[Batch], torch.Tensor]
     Weights are those of rank 0 afterwards. Frozen weights are neither sent back nor forth.
     """
     ranks.copy = DistributedDataParallel(CopyLoss(model), forward_sync_buffers=False, gradient_as_bucket_view=True)
-    return ranks.copy
+    return lambda batch: ranks.copy(batch)  # `Ranks.leave` lets go of it
 
 
 def never_empty(batch: Batch) -> Batch:
@@ -597,19 +596,19 @@ def _cut_numel(parameter: torch.Tensor, ranks: int) -> int:
 def _groups(model: PaliGemma) -> list[tuple[list[nn.Parameter], int]]:
     """What FSDP gathers together, and how often in a step: all that is in no block, once; then each block.
 
-    A block is gathered once on the way forth, and once more if a gradient comes back to it.
+    A block is gathered once on the way forth, and once more if a gradient comes back to it, or to the block behind it:
+    FSDP fetches ahead, without asking whether that is needed.
     """
     blocks, tower = blocks_of(model), len(model.vision_tower.encoder.layers)
     inside = {parameter for block in blocks for parameter in block.parameters()}
     rest = [parameter for parameter in model.parameters() if parameter not in inside]
-    groups = [(rest, 1)]
-    comes_back = any(parameter.requires_grad for parameter in model.vision_tower.embeddings.parameters())
+    comes_back = [any(parameter.requires_grad for parameter in model.vision_tower.embeddings.parameters())]
     for place, block in enumerate(blocks):
-        if place == tower:  # between the two: projector and embedding
-            comes_back = comes_back or any(parameter.requires_grad for parameter in rest)
-        comes_back = comes_back or any(parameter.requires_grad for parameter in block.parameters())
-        groups.append((list(block.parameters()), 1 + comes_back))
-    return groups
+        learns = any(parameter.requires_grad for parameter in block.parameters())
+        between = place == tower and any(parameter.requires_grad for parameter in rest)  # projector and embedding
+        comes_back.append(comes_back[-1] or between or learns)
+    behind = [*comes_back[2:], comes_back[-1]]
+    return [(rest, 1), *((list(block.parameters()), 1 + back) for block, back in zip(blocks, behind, strict=True))]
 
 
 def check_parallel(parallel: str, config: TrainingConfig) -> None:

@@ -208,8 +208,8 @@ from sigma_book.scale import join_ranks
 def meet(time):
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(time)  # a place of its own in torchrun's store
     ranks = join_ranks("cpu")
-    copy = DistributedDataParallel(torch.nn.Linear(4, 4))
-    copy(torch.ones(2, 4)).sum().backward()
+    ranks.copy = DistributedDataParallel(torch.nn.Linear(4, 4))
+    ranks.copy(torch.ones(2, 4)).sum().backward()
     ranks.sum(1)
     ranks.leave()
 
@@ -384,7 +384,8 @@ blocks = len(model.vision_tower.encoder.layers) + len(model.language_model.layer
 gathers = sum(count for call, count in calls.get_comm_counts().items() if "all_gather" in str(call) or "allgather" in str(call))
 scatters = sum(count for call, count in calls.get_comm_counts().items() if "reduce_scatter" in str(call))
 backs = blocks if method == "full" else len(model.language_model.layers)
-assert gathers == 1 + blocks + backs and scatters == (1 if method == "full" else 0) + backs, calls.get_comm_counts()
+vain = method != "full"  # FSDP fetches ahead: the frozen block before the first that a gradient comes back to
+assert gathers == 1 + blocks + backs + vain and scatters == (1 if method == "full" else 0) + backs, calls.get_comm_counts()
 assert torch.isfinite(loss)
 print("well", flush=True)
 ranks.leave()
@@ -434,7 +435,9 @@ def test_what_crosses_the_wire(make_tiny, tmp_path, data, parallel, room):
         sent.append(int(done.stdout.split("lo:")[1].split()[0]))
     step = (sent[1] - sent[0]) / 10 / 2  # each rank
     config = TrainingConfig(dtype="float32")
-    billed = rank_bill(shape_model(read_config(folder), config), config, parallel, 2).sent
+    bill = rank_bill(shape_model(read_config(folder), config), config, parallel, 2)
+    # gloo has no reduce-scatter of its own: torch sends an all-reduce, which is twice as much, and keeps a part of it
+    billed = bill.sent + (bill.gradients if parallel == "fsdp" else 0)
     assert 1 <= step / billed < room, f"{step:,.0f} bytes a step and rank, {billed:,.0f} on the bill"
 
 
