@@ -276,18 +276,18 @@ FINISHES = ("stop", "length", "cancelled", "deadline", "error")
 
 
 class QueueFull(RuntimeError):
-    """Too many requests wait already.
+    """As many requests as there is room for have come already.
 
     Parameters
     ----------
-    waiting : int
-        How many.
+    requests : int
+        How many are answered or wait for it.
     retry_after : float
-        Seconds after which these are likely to be under way.
+        Seconds after which one is likely to be over.
     """
 
-    def __init__(self, waiting: int, retry_after: float):
-        super().__init__(f"{waiting} requests wait already: try again in {retry_after:.1f} seconds")
+    def __init__(self, requests: int, retry_after: float):
+        super().__init__(f"{requests} requests are under way: try again in {retry_after:.1f} seconds")
         self.retry_after = retry_after
 
 
@@ -446,7 +446,7 @@ class Engine:
     max_length : int, optional
         Tokens that a row has room for, pictures, prompt and answer together; the model's context by default.
     queue_size : int
-        Most requests that wait for a row.
+        Most requests that wait for a row; with 0 whoever finds no row free is sent away.
     prefill_tokens : int
         Prompts that wait are read together while they have no more tokens than this, padding included; one is read in any
         case. There is a step between two reads, so this bounds how long running rows wait for a token.
@@ -480,7 +480,7 @@ class Engine:
         self.context = model.config.text.max_position_embeddings
         length = self.context if max_length is None else max_length
         self.max_length = whole_number("max_length", length, least=1, most=self.context)
-        self.queue_size = whole_number("queue_size", queue_size, least=1)
+        self.queue_size = whole_number("queue_size", queue_size, least=0)
         self.prefill_tokens = whole_number("prefill_tokens", prefill_tokens, least=1)
         self._vocab_size = model.config.text.vocab_size
         self._stop_ids = set(getattr(model, "stop_ids", None) or [model.config.eos_token_id])
@@ -578,8 +578,9 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise RuntimeError("the engine is closed and takes no more requests")
-            if (waiting := len(self._waiting)) >= self.queue_size:
-                raise QueueFull(waiting, max(0.1, self._held * waiting / self.max_rows))
+            requests = len(self._waiting) + len(self._reading) + len(self._running)
+            if requests >= self.max_rows + self.queue_size:
+                raise QueueFull(requests, max(0.1, self._held * max(1, self.queue_size) / self.max_rows))
 
     def close(self, finish: bool = True, timeout: float | None = None) -> None:
         """Take no more requests, and wait until the engine's thread has ended. Called from a listener, it does not wait.
@@ -668,9 +669,7 @@ class Engine:
                     break
                 self._reading.append(self._waiting.popleft())
         if self._reading:
-            self._read(self._reading)
-            with self._changed:
-                self._reading = []
+            self._read(list(self._reading))
 
     def _read(self, requests: list[_Request]) -> None:
         """Read prompts together; whoever is not over with the first token gets a row."""
@@ -691,11 +690,14 @@ class Engine:
             self._prompt_tokens += sum(request.ticket.prompt_tokens for request in requests)
         for row, request in enumerate(requests):
             request.began = start
-            if (over := self._take(request, picked[row])) is not None:
+            over = self._take(request, picked[row])
+            if over is not None:
                 self._end(request, *over)
                 continue
             self._batch.join(filled, row, request.ticket.prompt_tokens)
-            self._running.append(request)
+            with self._changed:
+                self._reading.remove(request)
+                self._running.append(request)
 
     def _step(self) -> None:
         """One token for each running row."""
@@ -750,6 +752,8 @@ class Engine:
         request.over = True
         request.text.finish()
         with self._changed:
+            if request in self._reading:
+                self._reading.remove(request)
             self._finished[finish] += 1
             if request.began is not None:
                 self._held += 0.1 * (time.perf_counter() - request.began - self._held)

@@ -355,7 +355,9 @@ def _serve_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--max-length", metavar="N", type=int, help="tokens of picture, prompt and answer (default: the model's)"
     )
-    command.add_argument("--queue", metavar="N", type=int, default=64, help="that wait; more get a 429 (default: 64)")
+    command.add_argument(
+        "--queue", metavar="N", type=int, default=64, help="that wait, or 0; more get a 429 (default: 64)"
+    )
     command.add_argument("--max-tokens", metavar="N", type=int, help="longest answer (default: the model's context)")
     command.add_argument("--max-body", metavar="BYTES", type=int, default=20_000_000, help="(default: 20000000)")
     command.add_argument("--max-pixels", metavar="N", type=int, default=50_000_000, help="(default: 50000000)")

@@ -448,18 +448,40 @@ def held(tiny_model, pictures):
 
 def test_a_full_queue(held, pictures, tiny_model):
     engine, gate = held
-    heard = [Heard() for _ in range(3)]
+    heard = [Heard() for _ in range(4)]  # one for the free row, three that wait
     for one in heard:
         engine.submit(pictures[1], "caption en", one, max_new_tokens=4)
-    with pytest.raises(QueueFull, match="3 requests wait already") as full:
+    with pytest.raises(QueueFull, match="5 requests are under way") as full:
         engine.submit(pictures[1], "caption en", Heard(), max_new_tokens=4)
     assert 0 < full.value.retry_after < 100
-    assert engine.stats().queued == 3
+    assert engine.stats().queued == 4  # held, it has not looked
     with pytest.raises(ValueError, match="max_new_tokens"):  # what is wrong stays wrong: no use to come again
         engine.submit(pictures[1], "caption en", Heard(), max_new_tokens=0)
     gate.open.set()
     for one in heard:
         same(one.wait(), alone(tiny_model, pictures[1], "caption en", max_new_tokens=4))
+
+
+def test_without_a_queue_a_free_row_is_enough(tiny_model, pictures):
+    """Whoever hears that an answer is over may ask again at once: the row is free by then."""
+    with closing(Engine(tiny_model, max_rows=2, queue_size=0)) as engine:
+        problems = []
+
+        def client() -> None:
+            for length in (1, 3, 1, 2) * 10:
+                heard = Heard()
+                try:
+                    engine.submit(pictures[0], "x", heard, max_new_tokens=length)
+                    heard.wait()
+                except Exception as error:
+                    problems.append(error)
+
+        clients = [threading.Thread(target=client) for _ in range(2)]
+        for one in clients:
+            one.start()
+        for one in clients:
+            one.join()
+        assert not problems
 
 
 def test_first_come_first_served(tiny_model, pictures):
@@ -757,7 +779,7 @@ def test_a_picture_that_is_not_there(tiny_model, tmp_path):
         {"max_rows": 1.5},
         {"max_length": 0},
         {"max_length": 97},
-        {"queue_size": 0},
+        {"queue_size": -1},
         {"prefill_tokens": 0},
     ],
 )

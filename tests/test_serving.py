@@ -17,9 +17,9 @@ from sigma_book import generate
 from sigma_book.cli import main
 from sigma_book.serving import read_api_keys
 
-LOAD_SECONDS = float(os.environ.get("SIGMA_BOOK_LOAD_SECONDS", 4))  # 60 is what an operator would want
 # A request waits and is answered for (rows + queue) / capacity seconds under load: few of both keep that short.
-ROWS, QUEUE = (int(number) for number in os.environ.get("SIGMA_BOOK_LOAD_ROWS", "4,2").split(","))
+ROWS, QUEUE = (int(number) for number in os.environ.get("SIGMA_BOOK_LOAD_ROWS", "2,0").split(","))
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # the clients of a load test want a core of two
 
 
 @pytest.fixture
@@ -196,8 +196,8 @@ def resident(process: subprocess.Popen) -> float:
 
 def run_load(serve, questions: list[dict], seconds: float, rows: int, queue: int) -> dict:
     """What a server does alone, with full rows, and with twice the requests that it can answer."""
-    process = serve("--max-rows", rows, "--queue", queue)
-    short = max(1.0, min(10.0, seconds / 4))  # for each of the rest
+    process = serve("--max-rows", rows, "--queue", queue, environment=ONE_THREAD)
+    short = min(6.0, seconds / 4)  # for each of the rest
     warm = asyncio.run(in_turn(process.url, questions, rows + queue, short))
     alone = asyncio.run(in_turn(process.url, questions, 1, short))
     full = asyncio.run(in_turn(process.url, questions, rows + queue, short))
@@ -237,6 +237,8 @@ def check_load(report: dict) -> None:
     assert report["refused"] > 0 and report["with_retry_after"]  # it was more than it can answer, and it said so
     assert report["admitted_rate"] > 0.4 * report["capacity"]  # and it went on answering
     assert report["memory_after"] < 1.1 * report["memory_before"] + 20e6
+    # 1.4 to 2 on an idle machine; a neighbour that comes between the two measurements may double it
+    assert report["admitted_p99"] < 4 * report["alone_p99"]
 
 
 @pytest.fixture
@@ -251,9 +253,8 @@ def questions(pictures, pocket, tmp_path):
     return asked
 
 
-def test_twice_the_load(serve, questions):
-    """A short run; SIGMA_BOOK_LOAD_SECONDS=60 makes it a minute, and the one below is ten."""
-    check_load(run_load(serve, questions, LOAD_SECONDS, rows=ROWS, queue=QUEUE))
+def test_twice_the_load_for_a_minute(serve, questions):
+    check_load(run_load(serve, questions, 60.0, rows=ROWS, queue=QUEUE))
 
 
 @pytest.mark.slow
