@@ -205,6 +205,10 @@ listener.close()
 #
 # seconds for a row, and of $\lambda$ requests a second the share $1 - C/\lambda$ is told at once to come back later: status
 # 429, with the seconds to wait in `Retry-After`. A short no is kinder than a long maybe.
+#
+# Rows are a choice of the same kind. More of them answer more requests a second, and each request lasts longer, since it
+# shares every step with the others and waits while a newcomer's prompt is read. An operator who promises that nobody waits
+# twice as long as alone takes two rows and no queue at all: `--max-rows 2 --queue 0`.
 
 
 # %%

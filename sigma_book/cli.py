@@ -411,7 +411,7 @@ def _serve(options: argparse.Namespace) -> None:
         compile=options.compile,
     )
     if options.replicas == 1 and options.max_replicas is None:
-        serve(make_model(), config, grace=options.grace, **address, **sizes)
+        serve(make_model, config, grace=options.grace, **address, **sizes)
         return
     from sigma_book.replicas import serve_replicas, share
 

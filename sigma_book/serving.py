@@ -138,7 +138,7 @@ class GracefulServer(uvicorn.Server):
 
 
 def serve(
-    model: PaliGemma,
+    make_model: Callable[[], PaliGemma],
     config: ServerConfig,
     *,
     host: str = "127.0.0.1",
@@ -153,8 +153,8 @@ def serve(
 
     Parameters
     ----------
-    model : PaliGemma
-        As `load` gives it.
+    make_model : callable
+        Called once the port is taken, such as `partial(load, folder)`; connections wait until it is done.
     config : ServerConfig
     host, port
         0.0.0.0 lets other machines in. Port 0 is any free one; the line `listening` in the log says which.
@@ -170,16 +170,16 @@ def serve(
     RuntimeError
         If the port is taken.
     """
-    listener = _listen(host, port)
-    engine = Engine(model, max_rows=max_rows, max_length=max_length, queue_size=queue_size)
-    try:
-        _log_to_stderr()
-        _allow_many_connections()
-        app = create_app(engine, config, explain=explainer(model) if explaining else None, static=STATIC)
-        GracefulServer(app, host, port, grace).run(sockets=[listener])
-    finally:
-        engine.close(finish=False)
-        listener.close()
+    with _listen(host, port) as listener:
+        model = make_model()
+        engine = Engine(model, max_rows=max_rows, max_length=max_length, queue_size=queue_size)
+        try:
+            _log_to_stderr()
+            _allow_many_connections()
+            app = create_app(engine, config, explain=explainer(model) if explaining else None, static=STATIC)
+            GracefulServer(app, host, port, grace).run(sockets=[listener])
+        finally:
+            engine.close(finish=False)
     logger.info("stopped")
 
 
@@ -189,7 +189,7 @@ def explainer(model: PaliGemma) -> Callable:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """The port, taken before a model is put to work: if it is not to be had, that is said at once."""
+    """The port, taken before a model is read: if it is not to be had, that is said at once."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)
