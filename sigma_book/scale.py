@@ -6,6 +6,7 @@ Tangled from chapters/22_scale.py: edit there, then run python -m sigma_book.tan
 """
 
 import gc
+import ipaddress
 import json
 import math
 import os
@@ -13,7 +14,9 @@ import random
 import re
 import shutil
 import signal
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -163,12 +166,45 @@ def join_ranks(device: str | torch.device = "auto") -> Ranks:
         torch.cuda.set_device(device)
     hour = timedelta(hours=1)  # the longest that one may wait for another, as for rank 0 while it writes a model
     one = device if device.type == "cuda" else None
-    store, rank, size = next(dist.rendezvous("env://", timeout=hour))
-    # torchrun keeps its store over restarts, and with it the addresses of processes that are gone
-    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    board, rank, size = next(dist.rendezvous("env://", timeout=hour))
+    store = _fresh_store(board, rank, hour)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=hour, device_id=one, store=store, rank=rank, world_size=size)
     return Ranks(rank, size, device)
+
+
+def _fresh_store(board: dist.Store, rank: int, timeout: timedelta) -> dist.Store:
+    """A store that rank 0 holds and that ends with it; `board` tells the others where it is.
+
+    torchrun keeps its own store over restarts, and with it the addresses of processes that are gone. Nor does it number
+    the starts alike on all machines.
+    """
+    if rank == 0:
+        store = dist.TCPStore(_own_address(), 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        board.set("rank 0", json.dumps([store.host, store.port]))
+        return store
+    end = time.monotonic() + timeout.total_seconds()
+    while True:
+        host, port = json.loads(board.get("rank 0"))
+        try:
+            with socket.create_connection((host, port), timeout=10):
+                pass  # only to see that somebody is there: TCPStore would complain aloud
+            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
+        except (OSError, dist.DistError) as error:  # it is that of a rank 0 that is gone
+            if time.monotonic() > end:
+                raise RuntimeError(f"rank 0 cannot be reached at {host}, port {port}: {error}") from error
+            time.sleep(0.1)
+        else:
+            store.set_timeout(timeout)
+            return store
+
+
+def _own_address() -> str:
+    """The address at which others reach this machine: that with which it reaches the one they all know."""
+    known = os.environ["MASTER_ADDR"]
+    with socket.create_connection((known, int(os.environ["MASTER_PORT"]))) as line:
+        own = line.getsockname()[0]
+    return known if ipaddress.ip_address(own).is_loopback else own
 
 
 @contextmanager

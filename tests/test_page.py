@@ -35,7 +35,8 @@ torch.set_num_threads(1)
 model = load(device="cpu")
 if "endless" in sys.argv:
     model.stop_ids = [model.config.text.vocab_size - 1]  # a token that is never said
-serve(lambda: model, ServerConfig("pocket", api_keys=("open-sesame",) if "locked" in sys.argv else ()), port=0, explaining="mute" not in sys.argv)
+config = ServerConfig("pocket", api_keys=("open-sesame",) if "locked" in sys.argv else ())
+serve(lambda: model, config, port=0, explaining="mute" not in sys.argv)
 """
 
 

@@ -8,9 +8,11 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,8 +86,8 @@ def alone(arguments, tmp_path_factory):
 class Job:
     """`torchrun`, its processes, and what they say; all of them are ended at the end, whatever happens."""
 
-    def __init__(self, ranks: int, command: list[str], restarts: int = 0):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    def __init__(self, ranks: int, command: list[str], restarts: int = 0, meet: Sequence[str] = ("--standalone",)):
+        launcher = [sys.executable, "-m", "torch.distributed.run", *meet, "--nproc-per-node", str(ranks)]
         launcher += ["--max-restarts", str(restarts)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.process = subprocess.Popen([*launcher, *command], text=True, env=ONE_THREAD, **pipes)
@@ -146,15 +148,16 @@ def assert_same_weights(ours: dict, theirs: dict, most: float = 6e-5) -> None:
             )
 
 
-def kill_a_rank(job: Job, out: Path, after: int, rank: int = 1) -> None:
-    """kill -9 once so many steps are logged, a moment into the next."""
+def kill_a_rank(job: Job, out: Path, after: int, rank: int | None = 1) -> None:
+    """kill -9 once so many steps are logged, a moment into the next; without a rank, whichever the job has."""
     limit = time.monotonic() + LIMIT
     log = out / "log.csv"
     while not log.exists() or log.read_bytes().count(b"\n") <= after:
         assert time.monotonic() < limit and job.process.poll() is None, "the run makes no progress"
         time.sleep(0.005)
     time.sleep(random.uniform(0, 0.03))
-    os.kill(job.workers()[rank], signal.SIGKILL)
+    workers = job.workers()
+    os.kill(max(workers.values()) if rank is None else workers[rank], signal.SIGKILL)
 
 
 def test_fsdp_on_two_ranks_is_the_run_of_one(arguments, alone, tmp_path):
@@ -200,14 +203,39 @@ def test_a_rank_killed_in_a_step_is_no_loss(arguments, alone, tmp_path):
     assert not list((out / "checkpoints").glob(".*"))
 
 
+@pytest.mark.slow
+def test_two_machines_meet_again(arguments, alone, tmp_path):
+    """Two torchruns, as on two machines. They number their starts differently: one restarts since its rank was killed,
+    which counts, the other because the first did, which as a rule does not."""
+    out = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meet = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "x"]
+        meet += ["--rdzv-endpoint", f"localhost:{free.getsockname()[1]}"]
+    given = ["-m", "sigma_book.cli", *arguments(out, "--parallel", "ddp", steps=14)]
+    jobs = [Job(1, given, restarts=1, meet=meet) for _ in range(2)]
+    try:
+        kill_a_rank(jobs[1], out, after=5, rank=None)
+        ends = [job.finish() for job in jobs]
+    finally:
+        for job in jobs:
+            job.end()
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert sorted(printed for _, printed, _ in ends) == ["", f"{out / 'final'}\n"]
+    assert re.search(r"going on after step (4|6|8|10|12) of 14", "".join(err for _, _, err in ends))
+    assert_same_run(out, alone(steps=14))
+
+
 LEAVE = """
-import os, torch
+import os, sys, torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from sigma_book.scale import join_ranks
+from sigma_book.scale import Ranks
 
 def meet(time):
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(time)  # a place of its own in torchrun's store
-    ranks = join_ranks("cpu")
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", store=dist.FileStore(f"{sys.argv[1]}-{time}", 2), rank=rank, world_size=2)
+    ranks = Ranks(rank, 2, torch.device("cpu"))
     ranks.copy = DistributedDataParallel(torch.nn.Linear(4, 4))
     ranks.copy(torch.ones(2, 4)).sum().backward()
     ranks.sum(1)
@@ -223,7 +251,7 @@ def test_ranks_leave_without_waiting_for_themselves(tmp_path):
     """DDP, the last owner of a group, would end it while it holds the lock that the group's thread waits for: in torch
     2.13 that took less than a hundred meetings, three times of three."""
     (tmp_path / "leave.py").write_text(LEAVE)
-    code, _, err = Job(2, [str(tmp_path / "leave.py")]).finish()
+    code, _, err = Job(2, [str(tmp_path / "leave.py"), str(tmp_path / "store")]).finish()
     assert code == 0, err
 
 
