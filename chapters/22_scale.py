@@ -278,8 +278,12 @@ shares = [sum(losses) / len(losses) * (len(losses) / total) * 2 for losses in (s
 assert sum(shares) / 2 == sum(short + long) / total == 1.8 != (5.0 + 1.0) / 2
 
 # %% [markdown]
-# How do the processes meet, and what if one dies? The network then says things like "connection closed by peer", in
-# all the others. We put a sentence in its place.
+# How do the processes meet? `torchrun` keeps a board that all can read, and does not wipe it when it starts them anew. So
+# rank 0 opens a store of its own and writes its address on the board. Where nobody answers, the address is that of a rank
+# that is gone, and one looks again.
+#
+# And if one dies? The network says things like "connection closed by peer", in all the others. We put a sentence in its
+# place.
 
 
 # %%
