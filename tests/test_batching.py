@@ -1020,6 +1020,7 @@ def test_sixteen_clients_of_300_million(pictures):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(tiny_folder, pictures):
     model = load(tiny_folder, device="cuda", dtype="float32")
     chance = random.Random(0)
