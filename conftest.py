@@ -3,9 +3,8 @@
 import os
 from pathlib import Path
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # before torch is there: two workers with all threads each stand in their own way
+# before torch is there: two workers with all threads each stand in their own way
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jupytext

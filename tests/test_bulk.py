@@ -495,10 +495,8 @@ def test_the_driver_is_killed_twice_and_no_row_is_lost_or_there_twice(form, shel
         assert written < 600
         ours = [number for number, name in below.items() if "BulkActor" in name]
         assert len(ours) == 2
-        for these, seconds in (
-            (ours, 20),
-            (below, 150),
-        ):  # two agents of Ray's take a minute to see that they are alone
+        # two agents of Ray's take a minute to see that they are alone
+        for these, seconds in ((ours, 20), (below, 150)):
             end = time.monotonic() + seconds
             while (left := {below[number] for number in these if lives(number)}) and time.monotonic() < end:
                 time.sleep(0.2)

@@ -197,7 +197,7 @@ def resident(process: subprocess.Popen) -> float:
 def run_load(serve, questions: list[dict], seconds: float, rows: int, queue: int) -> dict:
     """What a server does alone, with full rows, and with twice the requests that it can answer."""
     process = serve("--max-rows", rows, "--queue", queue, environment=ONE_THREAD)
-    short = min(6.0, seconds / 4)  # for each of the rest
+    short = 6.0  # seconds for each of the rest
     warm = asyncio.run(in_turn(process.url, questions, rows + queue, short))
     alone = asyncio.run(in_turn(process.url, questions, 1, short))
     full = asyncio.run(in_turn(process.url, questions, rows + queue, short))
