@@ -5,8 +5,11 @@ How does one model answer faster, and how little of its precision does that cost
 Tangled from chapters/21b_fast.py: edit there, then run python -m sigma_book.tangle.
 """
 
+import ctypes
 import hashlib
+import sys
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
@@ -25,12 +28,12 @@ from sigma_book.rope import rotate
 __all__ = [
     "GROUP",
     "PART_ROWS",
+    "PIECE_ROWS",
     "SMALLEST",
     "ExactEmbedding",
     "FastPaliGemma",
     "FixedSlots",
     "FusedAttention",
-    "FusedGeGLU",
     "FusedNorm",
     "FusedVisionAttention",
     "Int4Linear",
@@ -41,7 +44,9 @@ __all__ = [
     "compile_step",
     "dense_map",
     "int8_levels",
+    "int8_libraries",
     "map_groups",
+    "pack_for_fbgemm",
     "prepare",
     "quantize_groups",
     "quantize_rows",
@@ -106,18 +111,6 @@ class FusedAttention(nn.Module):
         return self.o_proj(merge_heads(output))  # (B, T, D)
 
 
-class FusedGeGLU(nn.Module):
-    """GeGLU with one map for gate and up."""
-
-    def __init__(self, gate_up_proj: nn.Module, down_proj: nn.Module):
-        super().__init__()
-        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-        return self.down_proj(F.gelu(gate, approximate="tanh").mul_(up))
-
-
 class FusedVisionAttention(nn.Module):
     """The tower's attention with one map for queries, keys and values."""
 
@@ -169,6 +162,44 @@ def quantize_rows(weight: torch.Tensor, levels: int = 127) -> tuple[torch.Tensor
     return codes, steps
 
 
+PIECE_ROWS = 16_384  # packed at once: FBGEMM packs column by column, and taller ones outgrow a cache
+
+
+def int8_libraries() -> list[str]:
+    """The libraries of this torch that multiply bytes, the one that reads faster first: "fbgemm", "onednn".
+
+    Raises
+    ------
+    RuntimeError
+        If there is none.
+    """
+    # torch calls the tensors that FBGEMM packs deprecated: a later one may come without them
+    fbgemm = "fbgemm" in torch.backends.quantized.supported_engines and hasattr(torch, "qint8")
+    found = ["fbgemm"] * fbgemm + ["onednn"] * torch.backends.mkldnn.is_available()
+    if not found:
+        raise RuntimeError("this torch has no kernels for bytes, which int8 and int4 need: load without quantize")
+    return found
+
+
+def pack_for_fbgemm(codes: torch.Tensor, steps: torch.Tensor) -> list[torch.ScriptObject]:
+    """Codes and steps, as `quantize_rows` gives them, in FBGEMM's own layout: a byte a weight, at most 16,384 rows each."""
+    before, pieces = torch.backends.quantized.engine, []
+    torch.backends.quantized.engine = "fbgemm"  # whose layout `linear_prepack` makes
+    try:
+        for some, step in zip(codes.split(PIECE_ROWS), steps.double().split(PIECE_ROWS), strict=True):
+            zeros = torch.zeros(len(some), dtype=torch.int64)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*deprecated.*")
+                weight = torch._empty_per_channel_affine_quantized(
+                    some.shape, scales=step, zero_points=zeros, axis=0, dtype=torch.qint8
+                )
+            weight.set_(some.untyped_storage(), some.storage_offset(), some.shape, some.stride())  # no copy
+            pieces.append(torch.ops.quantized.linear_prepack(weight, None))
+    finally:
+        torch.backends.quantized.engine = before
+    return pieces
+
+
 class Int8Linear(nn.Module):
     """A frozen linear map of eight bits a weight, which also rounds what goes in to eight bits, token by token.
 
@@ -178,32 +209,51 @@ class Int8Linear(nn.Module):
         As `quantize_rows` gives them, with `int8_levels()`.
     bias : torch.Tensor, optional
         (out_features,), float32; added unrounded.
+    library : str, optional
+        One of `int8_libraries()`, the first unless you say. Their results are equal to the bit.
+
+    Raises
+    ------
+    RuntimeError
+        If this build of torch has no kernel for bytes.
 
     Notes
     -----
     Products and sums of the codes are whole numbers and exact; only the two roundings lose something.
     """
 
-    def __init__(self, codes: torch.Tensor, steps: torch.Tensor, bias: torch.Tensor | None = None):
+    def __init__(
+        self, codes: torch.Tensor, steps: torch.Tensor, bias: torch.Tensor | None = None, library: str | None = None
+    ):
         super().__init__()
         self.out_width, self.in_width = codes.shape
-        self.register_buffer("packed", torch.ops.onednn.qlinear_prepack(codes, None), persistent=False)
-        self.register_buffer("steps", steps, persistent=False)
-        self.register_buffer("zeros", torch.zeros(len(codes), dtype=torch.int64), persistent=False)
-        self.register_buffer("middle", torch.tensor(128.5), persistent=False)
+        self.library = library or int8_libraries()[0]
+        if self.library == "fbgemm":
+            self.packed = pack_for_fbgemm(codes, steps)
+        else:
+            self.register_buffer("packed", torch.ops.onednn.qlinear_prepack(codes, None), persistent=False)
+            self.register_buffer("steps", steps, persistent=False)
+            self.register_buffer("zeros", torch.zeros(len(codes), dtype=torch.int64), persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         rows = hidden_states.reshape(-1, self.in_width).float()  # (N, in)
         step = rows.abs().amax(1, keepdim=True).div_(127).clamp_(min=SMALLEST)  # (N, 1)
-        codes = torch.addcdiv(self.middle, rows, step).to(torch.uint8)  # rounded, 1 to 255: the kernel wants no sign
-        output = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, 128, self.packed, self.steps, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )  # (N, out)
-        output.mul_(step)
+        scaled = rows / step  # from -127 to 127; the kernels round it
+        output = self._multiply(scaled).mul_(step)  # (N, out)
         if self.bias is not None:
             output.add_(self.bias)
         return output.view(*hidden_states.shape[:-1], self.out_width).to(hidden_states.dtype)
+
+    def _multiply(self, scaled: torch.Tensor) -> torch.Tensor:
+        if self.library == "fbgemm":
+            multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+            pieces = [multiply(scaled, 1.0, 128, packed) for packed in self.packed]
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        codes = scaled.add_(128).round_().to(torch.uint8)
+        return torch.ops.onednn.qlinear_pointwise(
+            codes, 1.0, 128, self.packed, self.steps, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
 
 
 @cache
@@ -213,10 +263,8 @@ def int8_levels() -> int:
     Raises
     ------
     RuntimeError
-        If this build of torch has no oneDNN.
+        If this build of torch has no kernel for bytes.
     """
-    if not torch.backends.mkldnn.is_available():
-        raise RuntimeError("this torch has no oneDNN kernels, which int8 and int4 need: load without quantize")
     largest = Int8Linear(torch.full((16, 64), 127, dtype=torch.int8), torch.ones(16))
     # 255 is the largest code of an input; two products of it and 127 are more than 16 bits hold
     exact = largest(torch.full((1, 64), 127.0))
@@ -413,8 +461,7 @@ def map_groups(model: PaliGemma) -> dict[str, list[str]]:
         block = f"language_model.layers.{index}"
         groups[f"{block}.self_attn.qkv_proj"] = [f"{block}.self_attn.{part}_proj" for part in "qkv"]
         groups[f"{block}.self_attn.o_proj"] = [f"{block}.self_attn.o_proj"]
-        groups[f"{block}.mlp.gate_up_proj"] = [f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj"]
-        groups[f"{block}.mlp.down_proj"] = [f"{block}.mlp.down_proj"]
+        groups |= {f"{block}.mlp.{part}_proj": [f"{block}.mlp.{part}_proj"] for part in ("gate", "up", "down")}
     for index in range(len(model.vision_tower.encoder.layers)):
         block = f"vision_tower.encoder.layers.{index}"
         groups[f"{block}.self_attn.qkv_proj"] = [f"{block}.self_attn.{part}_proj" for part in "qkv"]
@@ -497,7 +544,8 @@ class Preparation:
         for index, block in enumerate(model.language_model.layers):
             maps = self._of(f"language_model.layers.{index}")
             block.self_attn = FusedAttention(block.self_attn, maps["qkv_proj"], maps["o_proj"])
-            block.mlp = FusedGeGLU(maps["gate_up_proj"], maps["down_proj"])
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                setattr(block.mlp, part, maps[part])
         for index, block in enumerate(model.vision_tower.encoder.layers):
             maps = self._of(f"vision_tower.encoder.layers.{index}")
             block.self_attn = FusedVisionAttention(block.self_attn, maps["qkv_proj"], maps["out_proj"])
@@ -505,11 +553,19 @@ class Preparation:
         for name, module in list(model.language_model.named_modules()):
             if isinstance(module, RMSNorm):
                 model.language_model.set_submodule(name, FusedNorm(module))
+        _give_back_freed_memory()
         return FastPaliGemma(model, self.maps.pop("head"))
 
     def _of(self, block: str) -> dict[str, nn.Module]:
         names = [name for name in self.maps if name.startswith(f"{block}.")]
         return {name.rpartition(".")[2]: self.maps.pop(name) for name in names}
+
+
+def _give_back_freed_memory() -> None:
+    """The C library keeps freed blocks for later, and after so many short-lived copies that is a tenth of the model."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc has it
+    if trim is not None:
+        trim(0)
 
 
 def _set_bias(linear: nn.Module, bias: torch.Tensor) -> None:
