@@ -12,7 +12,7 @@
 # %% [markdown]
 # # What to learn from: data
 #
-# *How does a stranger's file become examples to learn from, without being read whole?*
+# *How does a stranger's file become examples to learn from, without ever being held in memory whole?*
 #
 # **You build** examples, and a reader for the files that people have. **You need** chapter 14 (boxes).
 # **Exports** the module `sigma_book.data`.
@@ -36,6 +36,7 @@ from sigma_book.locate import Box, encode_box
 
 # %%
 import importlib.util
+import io
 import random
 import tempfile
 import tracemalloc
@@ -72,7 +73,8 @@ start, places = 0, []
 for number, line in enumerate(shown):
     width = len(line) + 1
     axis.add_patch(Rectangle((start, 0), width, 1, facecolor=[PICTURE, PROMPT, ANSWER][number], lw=0, alpha=0.85))
-    axis.text(start + width / 2, 0.5, f"line {number + 1}", ha="center", va="center", color="white")
+    ink = "black" if number == 1 else "white"  # white is hard to read on orange
+    axis.text(start + width / 2, 0.5, f"line {number + 1}", ha="center", va="center", color=ink)
     axis.annotate(
         f"byte {start}", (start, 0), xytext=(start, -0.75), ha="center", fontsize=9, arrowprops={"arrowstyle": "-"}
     )
@@ -86,8 +88,8 @@ plt.show()
 places
 
 # %% [markdown]
-# *Figure: the first three lines of the file as bars, as long as their bytes. A line below marks where each begins:
-# these numbers are all that is kept.*
+# *Figure: the first three lines of the file as bars, as long as their bytes. A mark below shows where each begins.
+# The index keeps such places in memory; the lines stay on the disk.*
 #
 # ## An example
 #
@@ -108,7 +110,7 @@ class Example:
     prefix : str
         What is asked.
     suffix : str
-        What to answer; empty where the file has only a question, which no batch for learning takes.
+        What to answer. Empty where the file has only a question; a batch for learning refuses that.
     where : str
         Where it stands, such as `train.jsonl, line 17`: for messages, and no two alike in a file.
     answers : tuple of str
@@ -128,8 +130,8 @@ class Example:
 # %% [markdown]
 # ## First by hand
 #
-# The naive way to read such a file is one line of Python: a list of all rows. Here is what that costs for 50,000 lines, and it
-# grows with each line.
+# The naive way to read such a file is one line of Python: a list of all rows. `tracemalloc` counts the bytes that Python holds:
+# here is what the list costs for 50,000 lines, and it grows with each line.
 
 # %%
 large = folder / "large.jsonl"
@@ -143,15 +145,16 @@ def bytes_kept(read) -> int:
     kept = read()  # held while we look
     size = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    return size + 0 * len(kept)
+    del kept
+    return size
 
 
 naive_bytes = bytes_kept(lambda: [json.loads(line) for line in large.open()])
 f"{naive_bytes / 1e6:.1f} MB for a file of {large.stat().st_size / 1e6:.1f} MB"
 
 # %% [markdown]
-# But nobody learns from all rows at once. So we go through the file once, look only for line ends, and keep the places: one
-# number for each line. The rows stay on the disk until they are asked for.
+# But nobody learns from all rows at once. So we go through the file once, look only for line ends, and keep three numbers for
+# each line: where it begins, where it ends, and which line it is. The rows stay on the disk until they are asked for.
 
 
 # %%
@@ -214,10 +217,10 @@ def _read_object(raw: bytes) -> dict:
     return value
 
 
-_BYTES_AT_ONCE = 1 << 24
+_BYTES_AT_ONCE = 1 << 24  # 16 MiB: as much of a file is read in one go
 
 
-_LONGEST_ENTRY = 1 << 26
+_LONGEST_ENTRY = 1 << 26  # 64 MiB: an entry of a JSON array that has no end by then is taken for broken
 
 
 _MARK = b"\xef\xbb\xbf"  # some editors begin a UTF-8 file with it
@@ -281,8 +284,12 @@ f"{index_bytes / 1e6:.1f} MB in place of {naive_bytes / 1e6:.1f} MB: {index_byte
 # PaliGemma was trained on: `caption en` asks for a caption, `answer en` goes before a question.
 #
 # Strangers' files hold surprises, and each gets a rule. An answer may be a number: it becomes text. It may be a list,
-# as ten people answered: the most common is learned, all are kept. A path may have been written on Windows: its `\`
-# are read as `/` if that helps. A URL is refused in a sentence, since nothing here downloads behind your back.
+# as ten people answered: the most common is learned, all are kept. A path may have been written on Windows:
+# where no picture is found under it, its `\` are read as `/`. A URL is refused, and the error says why: nothing here downloads
+# behind your back.
+#
+# A *source* makes the examples of one kind of file. It knows how many there are, where each stands in the file, and how to
+# make it. There will be four. The first reads rows that say everything themselves.
 
 
 # %%
@@ -390,16 +397,18 @@ def find_picture(name: object, folders: Sequence[Path]) -> Path:
 # %% [markdown]
 # ## One JSON for everything
 #
-# Two public sets are used everywhere. COCO has photographs with five captions each, and outlines of the things on
+# Two public sets are used everywhere. COCO has photographs with five captions each, and outlines of the things in
 # them. VQAv2 has questions about the same photographs, each answered by ten people. Neither comes as JSON lines: COCO
 # is one JSON object of hundreds of megabytes, with an array `images` and an array `annotations`, and each annotation
 # names its picture by an id. Read whole, it becomes a tree of millions of Python objects.
 #
 # The same idea helps: note where the entries of the arrays begin and end, and keep the ids as columns of numbers, so
-# that one can look up. To find where an entry ends, one has to understand it, so each is read once, by Python's own
-# fast reader, and thrown away. A trick keeps the places right: we let one byte be one letter (the encoding Latin-1),
-# whatever the text says. JSON's own signs are plain ASCII, so its structure is not disturbed. Only a part of the file
-# is in memory, a window that moves on.
+# that the picture of an annotation can be found. To know where an entry ends, one has to understand it, so each is read
+# once, by Python's own fast reader, and thrown away. Only a part of the file is in memory, a window that moves on.
+#
+# A trick keeps the places right. In UTF-8 a letter may take several bytes, so the tenth letter of a text need not be the
+# tenth byte of the file. We read each byte as one letter (the encoding Latin-1), and then the two agree. JSON's own signs
+# are plain ASCII, so its structure is not disturbed. Where the true text is needed, `exact` decodes it.
 
 
 # %%
@@ -459,8 +468,16 @@ class _Window:
 
 
 # %% [markdown]
-# What is kept of each entry: two places, and the ids that we may have to look for. They are packed into arrays as the
-# window moves on.
+# A window on twelve bytes: take the bracket, then a value, as its bytes and as its text.
+
+# %%
+window = _Window(io.BytesIO('["käse", 1]'.encode()))
+window.take("["), window.value(), window.exact(), window.take(","), window.value(), window.next()
+
+
+# %% [markdown]
+# Of each entry we keep two places, and the ids that we may have to look for. They are packed into arrays as the window
+# moves on.
 
 
 # %%
@@ -576,7 +593,7 @@ def _read_array(window: _Window, rows: _Rows) -> None:
 
 
 # %% [markdown]
-# To look an id up, we sort a copy of the column once, and then halve and halve again.
+# To find the rows with an id, we sort a copy of the column once. In a sorted column each look halves the rows that are left.
 
 
 # %%
@@ -611,6 +628,13 @@ class _Find:
 
 
 # %% [markdown]
+# In a column of four, the id 7 stands twice and 4 is missing.
+
+# %%
+find = _Find(np.array([7, 3, 7, 5]))
+assert find.all(7).tolist() == [0, 2] and find.all(4).tolist() == [] and find.repeated() == 7
+
+# %% [markdown]
 # We write the drawn world in COCO's layout: captions, and *instances*, which are things with a category and a box.
 # COCO's box is x, y, width, height.
 
@@ -640,7 +664,7 @@ assert {name: table.rows(range(len(table))) for name, table in tables.items()} =
 # %% [markdown]
 # That was a proof as well: read back through the places, the arrays are what was written.
 #
-# What does it save? A file as COCO's, with 20,000 entries, read whole and read as an index.
+# What does it save? We write a file like COCO's, with 20,000 entries, and read it whole and as an index.
 
 # %%
 like_coco = folder / "like_coco.json"
@@ -703,8 +727,8 @@ class _QuestionSource:
 
 
 # %% [markdown]
-# Of COCO's captions each is an example to learn. All that belong to one picture are its *reference answers*: what
-# people said, to compare a model's answer with.
+# Each of COCO's captions is one example. All captions of the same picture are its *reference answers*: what people wrote,
+# to compare a model's answer with.
 
 
 # %%
@@ -750,16 +774,19 @@ def _image_row(images: Table, find: _Find, image_id) -> dict:
 
 
 # %% [markdown]
-# Instances become questions of where. One example asks for one category on one picture: `detect star`. The answer
+# Instances become questions of where. One example asks for one category in one picture: `detect star`. The answer
 # names all stars from left to right, as the drawn world does, for a model learns an order more easily than none. A
 # *crowd* is an entry that covers many things at once; it has no single box, so it is left aside, and counted.
+#
+# The stars of one picture may lie anywhere in the file. So we sort the numbers of all entries by picture and category
+# (`order`), and note where in that order each group begins (`begins`): a group is an example.
 
 
 # %%
 # | export
 @dataclass(frozen=True)
 class _InstanceSource:
-    """COCO instances: an example for each picture and each category on it."""
+    """COCO instances: an example for each picture and each category in it."""
 
     images: Table
     annotations: Table
@@ -843,7 +870,7 @@ runs
 
 # %% [markdown]
 # *Figure: a mask of 6 x 8 pixels, dark inside. The numbers count pixels in COCO's order, down each column. The first
-# run lies outside and is 13 pixels long, the next four lie inside.*
+# run, 13 pixels, lies outside; the second, 4 pixels, inside.*
 
 
 # %%
@@ -898,8 +925,8 @@ def read_mask(segmentation: object, height: int, width: int) -> np.ndarray:
 
 
 def _runs_of_text(text: str) -> list[int]:
-    """Runs from COCO's text: six bits in a letter, five of them a number's; from the fourth run on, the difference to the
-    run two before."""
+    """Runs from COCO's text. A letter holds five bits of a number, the lowest first, and one that says whether more follow.
+    From the fourth run on, the number is the difference to the run two before."""
     runs, place = [], 0
     while place < len(text):
         value, shift, more = 0, 0, True
@@ -917,6 +944,9 @@ def _runs_of_text(text: str) -> list[int]:
     return runs
 
 
+# %% [markdown]
+# From runs, and from the text that the official code makes of the same mask, comes the mask.
+
 # %%
 assert runs[:2] == [13, 4]
 assert np.array_equal(read_mask({"size": [6, 8], "counts": runs}, 6, 8), mask)
@@ -928,13 +958,14 @@ if importlib.util.find_spec("pycocotools"):  # the official code packs the same 
     print(packed)
 
 # %% [markdown]
-# To become `<seg>` tokens a mask must go through an encoder (chapter 14), whose weights are published with PaliGemma.
-# The reader takes it as a function; without it, a file can still be read as `detect`.
+# To become `<seg>` tokens a mask must go through an encoder, whose weights big_vision publishes in a file of their own
+# (chapter 14). The reader takes the encoder as a function; without it, a file can still be read as `detect`.
 #
 # ## Any of these files
 #
-# The last step is to look into a file and tell which it is. The first sign of the file tells an array from an object;
-# the keys tell the rest. What was found is said, and can be overruled with `form`.
+# The last step is to look into a file and tell which form it has. The first sign of the file tells an array from an object;
+# the keys tell the rest. The attribute `form` says what was found; the argument `form` overrules it. First comes the whole:
+# the sequence of examples, and the function that opens a file. Its parts follow.
 
 
 # %%
@@ -996,7 +1027,7 @@ def read_examples(
     encode_mask: Callable[[torch.Tensor, Box], Sequence[int]] | None = None,
     per_image: bool = False,
 ) -> Examples:
-    """Open a file of examples; nothing but places in the file is held in memory.
+    """Open a file of examples; only ids and places in the file are held in memory, no rows.
 
     | form | file | prefix | suffix |
     |---|---|---|---|
@@ -1265,6 +1296,9 @@ def _open_instances(path, tables, folders, form, encode_mask) -> Examples:
     return Examples(source, form, remarks)
 
 
+# %% [markdown]
+# The drawn world from its three files. Nobody says which form they have.
+
 # %%
 for name in ("train.jsonl", "captions.json", "instances.json"):
     found = read_examples(folder / name)
@@ -1292,6 +1326,7 @@ if importlib.util.find_spec("easy_vqa"):
 
     questions, answers, numbers = easy_vqa.get_train_questions()
     paths = easy_vqa.get_train_image_paths()
+    assert (len(paths), len(questions)) == (4_000, 38_575)
     rows = [
         {"image": paths[number], "question": question, "answer": answer}
         for question, answer, number in zip(questions, answers, numbers)
@@ -1310,13 +1345,14 @@ found[0].prefix, found[0].suffix
 # %% [markdown]
 # ## The bill
 #
-# In memory stands the index, three numbers of 8 bytes for a line. It grows with the file, but slowly; what is read from it
-# does not stay.
+# What stays in memory is the index, three numbers of 8 bytes for each line. It grows with the file, but slowly. A row that
+# was read does not stay.
 
 # %%
-lines = 500_000
-assert lines * 3 * 8 == 12_000_000
-f"{lines * 3 * 8 / 1e6:.0f} MB for {lines:,} lines"
+table = index_lines(large)
+per_line = sum(column.nbytes for column in (table.starts, table.ends, *table.columns.values())) / len(table)
+assert per_line == 3 * 8
+f"{per_line * 500_000 / 1e6:.0f} MB for 500,000 lines"
 
 # %% [markdown]
 # ## Your turn

@@ -84,7 +84,8 @@ plt.show()
 
 # %% [markdown]
 # *Figure: a row of tokens, four of the picture, five of the prompt, two of the answer; below each, what that place is
-# asked for. Only the newline (asked for "red") and "red" (asked for the end) have something to learn.*
+# asked for, and a dash where nothing is asked. Only the newline (asked for "red") and "red" (asked for the end) have
+# something to learn.*
 #
 # A few questions about the drawn world, to try things on:
 
@@ -106,8 +107,9 @@ examples = examples_from(range(40))
 # %% [markdown]
 # ## First by hand
 #
-# One row. The labels are -100 wherever there is nothing to learn: that number is a custom, and the loss of chapter 10
-# skips it.
+# One row. A label stands at its token's own place; the loss of chapter 10 moves it one to the left, so that each place is
+# asked for the label of the next. Where there is nothing to learn the label is -100: that number is a convention, and the
+# loss skips it.
 
 # %%
 processor = load().processor
@@ -140,10 +142,10 @@ def collate(
     examples : sequence of Example
         At least one.
     max_length : int, optional
-        Most tokens in a row: picture, prompt and answer together.
+        The most tokens in a row: picture, prompt and answer together.
     truncate : bool
         Cut what is longer, in place of refusing it. Prompt and answer may each have half of the room for text, and what
-        the other leaves. Both lose their ends; a cut answer is not followed by the end token.
+        the other leaves. What is cut loses its end; a cut answer is not followed by the end token.
 
     Raises
     ------
@@ -238,6 +240,9 @@ def _lay_out(processor: Processor, rows: Sequence[_Ready], max_length: int | Non
     return replace(batch, **{name: getattr(batch, name)[:, :max_length] for name in wide})
 
 
+# %% [markdown]
+# Three examples in one batch. The first row is the one that we wrote by hand.
+
 # %%
 batch = collate(processor, examples[:3])
 assert batch.input_ids[0, : len(ids_by_hand)].tolist() == ids_by_hand
@@ -247,7 +252,7 @@ assert batch.labels[0, : len(labels_by_hand)].tolist() == labels_by_hand
 # %% [markdown]
 # ## Proof
 #
-# The processor of `transformers` makes the same of the same three examples.
+# The processor of `transformers` gives the same three examples the same ids, masks and labels.
 
 # %%
 from transformers import AutoProcessor
@@ -272,8 +277,8 @@ assert torch.equal(batch.attention_mask, expected["attention_mask"])
 # ## What an open mask does wrong
 #
 # If every token could see every other, the answer would stand there to be copied. The loss would fall beautifully,
-# and the model would learn nothing. One can see the leak with an untrained eye: change the last answer token and
-# watch the scores before it.
+# and the model would learn nothing. To see the leak, change the last answer token and watch the scores before it. A token
+# type of 0 declares a token to be prefix, and in the prefix every token sees every other: a row of zeros is an open mask.
 
 # %%
 model = load()
@@ -292,7 +297,8 @@ assert moved["prefix mask"] < 1e-4 < moved["open mask"]
 moved
 
 # %% [markdown]
-# With the right mask the scores do not move. With everything declared prefix they do: the future leaks.
+# With the right mask the scores move by no more than rounding. With everything declared prefix they move far more:
+# the future leaks.
 #
 # ## What does not fit
 #
@@ -319,8 +325,9 @@ tokenizer.decode(cut.labels[0][cut.labels[0] != -100])
 # %% [markdown]
 # ## In a new order each time
 #
-# One pass over all examples is an *epoch*. The order is shuffled, or the model would learn the order; and the shuffle
-# comes from a seed, so that a run can be repeated. We draw a random number for each example, and sort by it.
+# One pass over all examples is an *epoch*. Its order is shuffled: neighbours in a file are often alike, and a batch of
+# near-copies teaches little. The shuffle comes from a seed, so that a run can be repeated. We draw a random number for each
+# example, and sort by it.
 
 
 # %%
@@ -331,7 +338,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     Parameters
     ----------
     count : int
-        Of examples.
+        How many examples there are.
     seed, epoch : int
         0 or more.
 
@@ -359,9 +366,10 @@ assert sorted(epoch_order(1000, 0, 0)) == list(range(1000))
 # first of the order, the fourth, the seventh; rank 1 the second, the fifth, the eighth. No example goes to two, none
 # to nobody.
 #
-# Eleven examples on three ranks, in batches of two, do not come out even. All ranks must take the same number of
-# steps, or one would wait for ever. So the last batch of an epoch may be short. If nothing at all is left for a rank,
-# it gets a batch without labels, which teaches nothing and keeps it in step.
+# Eleven examples on three ranks, in batches of two, do not come out even. In each step the ranks add up their gradients,
+# and each waits for all the others (chapter 22). If one took fewer steps, the rest would wait for ever. So the last
+# batch of an epoch may be short. If nothing at all is left for a rank, it gets a batch without labels, which teaches
+# nothing and keeps it in step.
 
 # %%
 figure, axes = plt.subplots(2, 1, figsize=(7, 2.7))
@@ -380,12 +388,12 @@ save(figure, "15b_ranks")
 plt.show()
 
 # %% [markdown]
-# *Figure: two epochs of eleven examples, each in its own order. Below each example stands the rank that takes it: 0,
-# 1, 2, 0, 1, 2. A gap parts the two steps of an epoch; in the second, rank 2 has one example where the others have
-# two.*
+# *Figure: two epochs of eleven examples, each in its own order. The colour of an example, and the words below it, say
+# which rank takes it: 0, 1, 2, 0, 1, 2. A gap parts the two steps of an epoch; in the second, rank 2 has one example
+# where the others have two.*
 #
-# The place in all this is one number: how many steps are done. The batch of step *s* depends on the seed and on *s*
-# alone, on nothing that happened before. So any process can make any batch. *Workers*, processes that prepare batches
+# The place in all this is one number: how many steps are done. The batch of step *s* depends on the settings, the seed
+# and *s*, and on nothing that happened before. So any process can make any batch. *Workers*, processes that prepare batches
 # while the model learns, may be as many as one likes, and a run that was stopped goes on exactly where it was.
 
 
@@ -443,7 +451,7 @@ class Batches:
     skipped : path, optional
         A JSONL file, {"where", "reason"} in each line. It is added to, and what stands there from before is counted.
     max_length : int, optional
-        Most tokens in a row: the model's context.
+        The most tokens in a row: the model's context.
     truncate : bool
         Cut rows that are longer, and count them; see `collate`.
     start : dict, optional
@@ -565,13 +573,14 @@ class Batches:
 
 
 # %% [markdown]
-# Who makes the batches: one object that can be sent to workers. What goes wrong in a worker comes back as a value, so
-# that its sentence arrives here as it was.
+# One object makes the batches, and it can be sent to workers. An error in a worker comes back as a value, so that its
+# sentence arrives unchanged.
 
 
 # %%
 # | export
 def _as_it_is(made: "_Made") -> "_Made":
+    """What the loader does to a batch: nothing, it is one already."""
     return made
 
 
@@ -660,16 +669,22 @@ for seed in range(40):
 (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 categories = [{"id": number, "name": name} for number, name in enumerate(names)]
 whole = {"images": images, "annotations": instances, "categories": categories}
-(folder / "instances.json").write_text(json.dumps(whole))
+_ = (folder / "instances.json").write_text(json.dumps(whole))
+
+# %% [markdown]
+# Two epochs in batches of sixteen. Then two workers go on behind the second batch, and make the same ones.
 
 # %%
 found = read_examples(folder / "train.jsonl")
-whole = list(Batches(found, processor, 16, seed=0, epochs=2))
-assert [len(made.where) for made in whole] == [16, 16, 8] * 2
-ahead = list(Batches(found, processor, 16, seed=0, epochs=2, workers=2, start=whole[1].state))
-assert [made.where for made in ahead] == [made.where for made in whole[2:]]
-assert all(torch.equal(a.batch.input_ids, b.batch.input_ids) for a, b in zip(ahead, whole[2:]))
-whole[1].state
+batches = list(Batches(found, processor, 16, seed=0, epochs=2))
+assert [len(made.where) for made in batches] == [16, 16, 8] * 2
+ahead = list(Batches(found, processor, 16, seed=0, epochs=2, workers=2, start=batches[1].state))
+assert [made.where for made in ahead] == [made.where for made in batches[2:]]
+assert all(torch.equal(a.batch.input_ids, b.batch.input_ids) for a, b in zip(ahead, batches[2:]))
+batches[1].state
+
+# %% [markdown]
+# And three ranks share an epoch.
 
 # %%
 shares = [list(Batches(found, processor, 2, seed=0, epochs=1, rank=rank, world_size=3)) for rank in range(3)]
@@ -729,6 +744,9 @@ class _SkippedRows:
         self._catch_up()
 
 
+# %% [markdown]
+# Four rows: one is cut off, one names a picture that is not there.
+
 # %%
 rows = [{"image": f"{seed}.png", "text": "a scene"} for seed in (0, 1, 99, 2)]
 lines = [json.dumps(row) for row in rows]
@@ -768,7 +786,7 @@ class Survey:
     picture_tokens : int
         Tokens of a row before the prompt.
     prompt_tokens, answer_tokens : numpy.ndarray
-        Of the rows that can be read.
+        Lengths of the rows that can be read.
     max_length : int or None
         The context that rows must fit into.
     too_long : tuple
@@ -819,6 +837,11 @@ class Survey:
         common = ", ".join(f"{_short_text(answer, 30)} ({number:,})" for answer, number in self.answers)
         said.append(f"different answers: {self.num_answers:,}; the most common: {common or 'none'}")
         return said
+
+
+# %% [markdown]
+# Here too the rows are not kept. The survey remembers two lengths of each row and two *fingerprints*, short hashes of the row
+# and of its answer. Equal texts have equal fingerprints, so repeated rows are found without keeping the texts.
 
 
 # %%
@@ -923,12 +946,15 @@ def _short_text(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
+# %% [markdown]
+# Four hundred questions of the drawn world, for a model whose context has 90 tokens.
+
 # %%
 sample = examples_from(range(400), "count")
 print("\n".join(survey(sample, processor, max_length=90).lines()))
 
 # %% [markdown]
-# Numbers do not show that all boxes stand upside down. A few pictures with their answers do.
+# The lengths become two histograms. Pillow draws them, so that the command line does not need matplotlib.
 
 
 # %%
@@ -972,7 +998,8 @@ def _draw_bars(canvas: ImageDraw.ImageDraw, top: int, title: str, tokens: np.nda
 
 
 # %% [markdown]
-# The sheet writes prompt and answer under each picture. If the answer holds boxes, they are drawn.
+# Numbers do not show that all boxes stand upside down. A few pictures with their answers do. The sheet writes prompt and
+# answer under each picture. If the answer holds boxes, they are drawn.
 
 
 # %%
@@ -1025,6 +1052,10 @@ def _write(canvas, place, text: str, colour: str, font, width: int, most: int) -
     return 19 * len(lines)
 
 
+# %% [markdown]
+# Pictures to look at, numbers and lists for other programs: all go into one folder.
+
+
 # %%
 # | export
 def write_survey(found: Survey, examples: Sequence[Example], folder: str | Path) -> list[Path]:
@@ -1074,6 +1105,9 @@ def write_survey(found: Survey, examples: Sequence[Example], folder: str | Path)
     return [folder / name for name in contents]
 
 
+# %% [markdown]
+# We survey the file of instances. Nothing in it is broken or repeated.
+
 # %%
 found = read_examples(folder / "instances.json")
 looked = survey(found, processor)
@@ -1092,6 +1126,9 @@ plt.show()
 one, two = np.unique(looked.answer_tokens)[:2]
 assert set(looked.prompt_tokens.tolist()) == {3} and (one, two - one) == (6, 8)
 
+# %% [markdown]
+# And the sheet, with eight of its examples.
+
 # %%
 sheet = contact_sheet([found[int(index)] for index in epoch_order(len(found), 0, 0)[:8]])
 figure, axis = plt.subplots(figsize=(8.2, 6))
@@ -1102,7 +1139,7 @@ plt.show()
 
 # %% [markdown]
 # *Figure: eight pictures of drawn shapes in a grid. Under each stand the prompt, such as "detect heart", and the answer
-# with its loc tokens; on each picture the boxes of that answer are drawn, and they fit.*
+# with its loc tokens, cut after three lines; on each picture the boxes of that answer are drawn, and they fit.*
 #
 # The command `sigma-book data FILE` does all this, with twelve pictures, and writes the pictures and lists into a
 # folder.
@@ -1123,16 +1160,18 @@ for task in ("colour", "caption"):
     kinds["prompt"] = ~(kinds["picture"] | kinds["answer"] | kinds["padding"])
     shares[task] = {name: where.float().mean().item() for name, where in kinds.items()}
 
-figure, axis = plt.subplots(figsize=(6.4, 1.7))
+figure, axis = plt.subplots(figsize=(6.4, 2.1))
 colours = {"picture": PICTURE, "prompt": PROMPT, "answer": ANSWER, "padding": "#d9d9d9"}
 for place, parts in enumerate(shares.values()):
     left = 0.0
     for name in colours:
-        axis.barh(place, parts[name], left=left, color=colours[name])
-        if parts[name] > 0.04:
+        axis.barh(place, parts[name], left=left, height=0.6, color=colours[name])
+        middle, label = left + parts[name] / 2, f"{name}\n{parts[name]:.0%}"
+        if parts[name] > 0.08:
             ink = "black" if name in ("prompt", "padding") else "white"
-            label = f"{name}\n{parts[name]:.0%}"
-            axis.text(left + parts[name] / 2, place, label, ha="center", va="center", fontsize=7, color=ink)
+            axis.text(middle, place, label, ha="center", va="center", fontsize=7, color=ink)
+        elif parts[name] > 0:  # too narrow for words: they stand above
+            axis.text(middle, place + 0.32, label, ha="center", va="bottom", fontsize=7)
         left += parts[name]
 axis.set_yticks(range(2), list(shares))
 axis.xaxis.set_visible(False)
@@ -1142,8 +1181,8 @@ plt.show()
 assert shares["colour"]["answer"] < 0.05 < shares["caption"]["answer"]
 
 # %% [markdown]
-# *Figure: two bars, cut by kind of token. Most of a row is picture; the answer is a small part, and smallest for
-# colours.*
+# *Figure: two bars, cut by kind of token: picture, prompt, answer, padding. Most of a row is picture; the answer is a small
+# part, and smallest for colours.*
 #
 # This is why chapter 17 lays many questions behind one picture.
 #
@@ -1152,17 +1191,24 @@ assert shares["colour"]["answer"] < 0.05 < shares["caption"]["answer"]
 # Beside the index of chapter 15, memory holds the order of an epoch: one number of 8 bytes for each example.
 
 # %%
-lines = 500_000
-assert lines * 8 == 4_000_000
-f"{lines * 8 / 1e6:.0f} MB for {lines:,} examples"
+order = epoch_order(500_000, 0, 0)
+assert order.nbytes == 8 * len(order)
+f"{order.nbytes / 1e6:.0f} MB for {len(order):,} examples"
+
 
 # %% [markdown]
-# And a batch of the large model: 256 picture tokens and three 224 x 224 planes for each row.
+# And a batch. The sum is checked on a batch of the pocket model, then made for the large one: 256 picture tokens and 30 of
+# text in each row.
+
 
 # %%
-rows, pixels, tokens = 8, 3 * 224 * 224 * 4, (256 + 30) * 4 * 8
-assert rows * pixels == 4_816_896
-f"{rows * (pixels + tokens) / 1e6:.1f} MB for 8 rows: next to nothing beside the weights"
+def bytes_of_batch(rows: int, side: int, tokens: int) -> int:
+    return rows * (3 * side**2 * 4 + 4 * tokens * 8)  # three planes in 32 bits; ids, types, mask and labels in 64
+
+
+rows, tokens = batch.input_ids.shape
+assert bytes_of_batch(rows, processor.image_size, tokens) == sum(part.nbytes for part in vars(batch).values())
+f"{bytes_of_batch(8, 224, 256 + 30) / 1e6:.1f} MB for 8 rows: next to nothing beside the weights"
 
 # %% [markdown]
 # ## Your turn
@@ -1187,15 +1233,22 @@ def steps_of(n: int, size: int, ranks: int) -> int: ...
 check(steps_of, ((40, 16, 1), 3), ((32, 16, 1), 2), ((11, 2, 3), 2), ((1, 16, 4), 1))
 
 # %% [markdown]
-# **3.** ★★★ Put the lengths of rows into batches of `size` so that as few padding tokens as possible are needed;
-# return how many. Sorting is half of the answer: what is lost by it?
+# **3.** ★★★ Put the lengths of rows into batches of `size`, of which at most one may be shorter, so that as few padding tokens
+# as possible are needed; return how many. Sorting is half of the answer: what is lost by it?
 
 
 # %%
 def least_padding(lengths: list, size: int) -> int: ...
 
 
-check(least_padding, (([3, 9, 3, 9], 2), 0), (([1, 2, 3], 2), 1), (([5, 1, 4, 2], 4), 8))
+check(
+    least_padding,
+    (([3, 9, 3, 9], 2), 0),
+    (([5, 1, 4, 2], 4), 8),
+    (([1, 5, 5], 2), 0),
+    (([5, 1, 1], 2), 0),
+    (([9, 1, 4, 9, 1], 2), 0),
+)
 
 # %% [markdown]
 # Next: the loop that learns from such batches.

@@ -14,8 +14,8 @@
 #
 # *How does a model change, step by step, until its answers are right, and what if the power fails on the way?*
 #
-# **You build** the training loop, and a run that can be killed at any moment and loses nothing. **You need** chapters
-# 10 (the loss), 12 (files) and 15 (data).
+# **You build** the training loop, and a run that can be killed at any moment and loses no more than the steps since its last
+# checkpoint. **You need** chapters 10 (the loss), 11 (folders that appear whole), 12 (files) and 15b (batches).
 # **Exports** the module `sigma_book.training`.
 
 # %%
@@ -57,10 +57,9 @@ from sigma_book.processor import Batch, Processor, file_beside, folder_beside, l
 
 # %%
 import copy
-from dataclasses import replace
-import csv
 import subprocess
 import tempfile
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 
@@ -97,6 +96,7 @@ axis.plot(path, [hill(x) for x in path], color=PICTURE, marker="o", ms=5, lw=1)
 axis.annotate("start", (path[0], hill(path[0])), xytext=(8, 0), textcoords="offset points")
 axis.set(xlabel="one number of the model", ylabel="loss")
 save(figure, "16_hill")
+plt.show()
 
 # %% [markdown]
 # *Figure: a curve like a valley, and seven dots that walk down its left side. The steps between them shorten as the
@@ -104,12 +104,13 @@ save(figure, "16_hill")
 #
 # ## First by hand
 #
-# One number, one gradient, ten steps.
+# One number, ten steps. At $x$ this curve has the slope $(x - 3) / 2$. A step is the slope times a number that we choose, the
+# *learning rate*; here it is 0.6, as in the figure.
 
 # %%
 x = 0.0
 for _ in range(10):
-    gradient = (x - 3) / 2
+    gradient = (x - 3) / 2  # the slope of `hill`
     x = x - 0.6 * gradient
 assert abs(x - 3) < 0.1
 x
@@ -140,17 +141,19 @@ for g in gradients:
 assert abs(adamw_naive(1.0, gradients) - number.item()) < 1e-12
 
 # %% [markdown]
-# The two agree to the last digit, so we use PyTorch's. It also has a *fused* form, which updates all numbers in one
-# go over the memory.
+# The two agree to 1e-12, so we use PyTorch's. It also has a *fused* form, which updates all numbers in one go over the
+# memory.
 #
 # ## The formula
 #
 # $$ m \leftarrow \beta_1 m + (1 - \beta_1) g, \qquad v \leftarrow \beta_2 v + (1 - \beta_2) g^2 $$
 #
-# $$ w \leftarrow w - \eta \left( \frac{\hat m}{\sqrt{\hat v} + \epsilon} + \lambda w \right) $$
+# $$ w \leftarrow w - \eta \left( \frac{\hat m}{\sqrt{\hat v} + \epsilon} + \lambda w \right), \qquad
+# \hat m = \frac{m}{1 - \beta_1^t}, \qquad \hat v = \frac{v}{1 - \beta_2^t} $$
 #
-# $w$ is a weight, $g$ its gradient, $\eta$ the learning rate, $\lambda$ the decay. $\hat m$ and $\hat v$ are corrected
-# for having started at zero. PaliGemma was taught with $\beta_2 = 0.999$, and so do we.
+# $w$ is a weight, $g$ its gradient, $\eta$ the learning rate, $\lambda$ the decay, $t$ the number of the step. The means begin
+# at zero and are too small at first; $\hat m$ and $\hat v$ make up for it. PaliGemma was taught with $\beta_2 = 0.999$; we
+# use the same.
 #
 # ## Warm up, come down
 #
@@ -194,6 +197,7 @@ for (name, way), colour, at in zip(ways.items(), (PICTURE, ANSWER, PROMPT), (300
     assert factors[99] == 1.0 and factors[1000] == 0.0
 axis.set(xlabel="step", ylabel="share of the peak rate")
 save(figure, "16_rate")
+plt.show()
 
 # %% [markdown]
 # *Figure: three schedules of a thousand steps. All rise in a line for a hundred steps. One then falls in a line, one along
@@ -213,8 +217,8 @@ torch.testing.assert_close(torch.cat([p.grad for p in arrow]), torch.tensor([0.6
 # %% [markdown]
 # ## A large batch in small pieces
 #
-# A step over many examples is a better step. But many examples at once do not fit into memory. So we take them in small
-# batches, add up the gradients, and step once. That is called *accumulation*.
+# A gradient over many examples is less noisy than one over few. But many examples at once do not fit into memory. So we take
+# them in small batches, add up the gradients, and step once. That is called *accumulation*.
 #
 # Here is the trap. Our loss is a mean over answer *tokens*. Say one small batch has 2 tokens, the other 8. These are the
 # losses of the tokens:
@@ -247,14 +251,14 @@ def answer_loss(model: PaliGemma, batch: Batch) -> torch.Tensor:
 
 def answer_tokens(batch: Batch) -> int:
     """How many tokens the mean of `answer_loss` is taken over."""
-    return int((batch.labels[:, 1:] != -100).sum())
+    return int((batch.labels[:, 1:] != -100).sum())  # no place stands before the first, to be asked for it
 
 
 # %% [markdown]
-# The large batch may also be cut over several processes, on several graphics cards: chapter 22. There four things need a
-# word with the others: how many tokens there are together, when gradients are added up, how long the whole gradient is, and
-# who writes. They stand in one small object, so that the loop is the same here and there. This is the one for a process
-# that is alone: there is nobody to talk to.
+# The large batch may also be cut over several processes, on several graphics cards: chapter 22. Then the loop has to ask the
+# others: how many tokens are there together, when are gradients added up, how long is the whole gradient, who writes? One
+# small object answers, so that the loop is the same here and there. This is the object of a process that is alone: the sum
+# over all processes is its own number, the whole gradient is its own, and it is the one that writes.
 
 
 # %%
@@ -291,6 +295,10 @@ class Alone:
 
 
 ALONE = Alone()
+
+
+# %% [markdown]
+# Now the group itself. Each small batch adds its gradients to those before it, weighed by its share of the tokens.
 
 
 # %%
@@ -347,8 +355,8 @@ def add_gradients(
 
 # %%
 tiny = PaliGemmaConfig(
-    SiglipConfig(32, 64, 2, 2, image_size=28, patch_size=14),
-    GemmaConfig(32, 64, 2, 2, 1, 16, 1856),
+    SiglipConfig(32, 64, 2, 2, image_size=28, patch_size=14),  # width, MLP, blocks, heads
+    GemmaConfig(32, 64, 2, 2, 1, 16, 1856),  # width, MLP, blocks, heads, key/value heads, head width, vocabulary
     image_token_id=1850,
 )
 pocket = load(device="cpu", dtype="float32")
@@ -403,8 +411,19 @@ print(f"{tokens} tokens; by tokens {apart(right):.1e} away from the whole, the m
 #
 # ## The loop
 #
-# It is a straight line: rate, batches, loss, gradients, clip, step, log. The loss is a function that one hands in, so the
-# same loop teaches eyes and speech in chapter 17.
+# One step, written out:
+
+# %%
+batch = collate(processor, examples)
+written = tiny_model()
+optimizer = torch.optim.AdamW(written.parameters(), lr=1e-2)
+answer_loss(written, batch).backward()
+nn.utils.clip_grad_norm_(written.parameters(), 1.0)
+optimizer.step()
+
+# %% [markdown]
+# The loop is a straight line of such steps: rate, batches, loss, gradients, clip, step, log. The loss is a function that one
+# hands in, so the same loop teaches eyes and speech in chapter 17.
 #
 # First, what a run must remember beside its weights.
 
@@ -424,7 +443,7 @@ class Progress:
     notes : list of dict
         What was found at intervals.
     scale : dict, optional
-        Of the loss, in float16.
+        The state of the scaler, in float16.
     """
 
     rows: list[list[float]] = field(default_factory=list)
@@ -680,19 +699,13 @@ def train(
 # %% [markdown]
 # ## Proof
 #
-# One step of the loop equals one step written out, bit by bit. The tests go on from there: ten steps of the pocket model in
+# One step of the loop equals the one written out, bit by bit. The tests go on from there: ten steps of the pocket model in
 # 64 bits, against AdamW over the loss of `transformers`, end with the same weights to 1e-8. (1e-10 is reached.)
 
 # %%
-batch = collate(processor, examples)
-looped, written = tiny_model(), tiny_model()
+looped = tiny_model()
 optimizers = [torch.optim.AdamW(looped.parameters(), lr=1e-2)]
 train(looped, partial(answer_loss, looped), [batch], optimizers, steps=1, warmup=1, label="one step")
-
-optimizer = torch.optim.AdamW(written.parameters(), lr=1e-2)
-answer_loss(written, batch).backward()
-nn.utils.clip_grad_norm_(written.parameters(), 1.0)
-optimizer.step()
 assert all(torch.equal(a, b) for a, b in zip(looped.parameters(), written.parameters()))
 
 # %% [markdown]
@@ -709,7 +722,7 @@ PARTS = {  # how the names of their parameters begin
     "projector": ("multi_modal_projector.",),
     "decoder": ("language_model.", "lm_head."),
 }
-METHODS = ("full", "lora", "qlora")
+METHODS = ("full", "lora", "qlora")  # the last two are built in chapters 18 and 19
 
 
 @dataclass(frozen=True)
@@ -725,7 +738,7 @@ class TrainingConfig:
     batch_size, accumulate : int
         Examples in a batch, and batches in a step.
     learning_rate : float, optional
-        The peak, for all parts that have none of their own. By default 1e-5, the paper's for transfers at 224 pixels;
+        The peak, for all parts that have none of their own. By default 1e-5, PaliGemma's for VQAv2 at 224 pixels;
         with lora and qlora 2e-4 (Dettmers et al. 2023, "QLoRA", appendix B).
     vision_rate, projector_rate, decoder_rate : float, optional
         The peak for one part.
@@ -798,7 +811,7 @@ class TrainingConfig:
             "clip",
         ):
             value = getattr(self, name)
-            least = 0 if name in ("warmup", "weight_decay") else math.ulp(0)
+            least = 0 if name in ("warmup", "weight_decay") else math.ulp(0)  # the smallest number above 0
             if value is not None and not (math.isfinite(value) and value >= least):
                 raise ValueError(
                     f"{name} is {value!r}: expected a number {'of 0 or more' if least == 0 else 'above 0'}"
@@ -943,7 +956,7 @@ for name, found in (("before", before), ("after", after)):
 assert after["exact"] > 0.8 > 0.3 > before["exact"]
 
 # %% [markdown]
-# Before, it says what it sees. After, it counts.
+# Before, it says what it sees. After, it says the number that belongs to the shape: it has learned a table, not to count.
 
 # %%
 with log.open() as file:
@@ -956,14 +969,15 @@ save(figure, "16_run")
 lines[0]
 
 # %% [markdown]
-# *Figure: the loss of the run over forty steps, read back from its log. It falls fast at first, when the model learns that the
-# answers are numbers, then slowly, while it learns which.*
+# *Figure: the loss of the run over forty steps, read back from its log. In the first five steps, while the rate still rises,
+# it jumps up and down; then it falls fast, and then slowly.*
 #
 # ## Stopped, and gone on
 #
 # A run of days will be stopped: the power fails, the time is up, someone kills it. What must be kept so that it goes on as
-# if nothing had happened? The weights, surely. But is that all? Here is a small model with *dropout*, which sets random
-# numbers to zero while learning. We stop it after 20 of 40 steps, and go on with more and more of what it knew.
+# if nothing had happened? Here is a small model with *dropout*, which sets random numbers to zero while learning. We stop it
+# after 20 of 40 steps, and go on three times: from its weights, from weights and AdamW's means, and from both and the state
+# of the random numbers.
 
 
 # %%
@@ -1026,6 +1040,7 @@ for axis, (name, losses), colour in zip(axes, ways.items(), (PROMPT, PICTURE, AN
     axis.set(title=name, xlabel="step")
 axes[0].set_ylabel("loss")
 save(figure, "16_resume")
+plt.show()
 
 # %% [markdown]
 # *Figure: three times the same loss in grey, stopped at step 20 (dotted), and gone on in colour. From weights alone it leaves
@@ -1220,7 +1235,7 @@ def file_checksum(path: Path, most: int | None = None) -> int:
 
 # %% [markdown]
 # The proof: a run of twelve steps; the same run, whose process "dies" after step 7 (its batches end there, and everything in
-# memory is thrown away); and then a disk that loses the second half of the newest file.
+# memory is thrown away); and then a disk that loses half of a file of the newest checkpoint.
 
 
 # %%
@@ -1230,6 +1245,7 @@ def saved_run(folder: Path, until: int) -> tuple[nn.Module, Progress]:
     progress = checkpoints.restore()
     given = numbers[progress.step : until]
     try:
+        # the model stands twice: what `Dropped` gives is its loss
         train(model, model, given, [optimizer], steps=12, warmup=3, progress=progress, checkpoints=checkpoints)
     except ValueError as error:
         print(error)
@@ -1250,24 +1266,24 @@ sorted(path.name for path in (here / "cut").iterdir())
 # The damaged one was set aside, the one of step 6 was used, and the end is the same to the last bit. The tests do it with
 # real kills of the real command, at random moments and in the middle of saves.
 #
-# ## Half the digits
+# ## Half the bits
 #
 # A number in 32 bits has 24 binary digits. In 16 bits there are two ways to save: *bfloat16* keeps the range and drops digits
 # (8 are left), *float16* keeps 11 digits and drops range. Products of matrices, where the time goes, are faster in 16
 # bits on most hardware, and their activations take half the memory.
 #
-# The weights must stay in 32 bits. A step changes a weight by a small part of it, and in 16 bits such a change is rounded away:
+# The weights must stay in 32 bits. A step changes a weight by a small part of it, and in 16 bits a small change is rounded
+# away, in bfloat16 even a larger one:
 
 # %%
-weight, change = 1.0, 1e-3
-as_bfloat16 = torch.tensor(weight, dtype=torch.bfloat16) - torch.tensor(change, dtype=torch.bfloat16)
-assert as_bfloat16 == 1.0  # nothing happened
+for dtype, change in ((torch.bfloat16, 1e-3), (torch.float16, 1e-4)):
+    assert torch.tensor(1.0, dtype=dtype) - change == 1.0  # nothing happened
 
 # %% [markdown]
 # So weights are kept in 32 bits, and copies in 16 bits are multiplied. PyTorch calls that `autocast`.
 #
-# With float16 the range is a second trap: what is smaller than $2^{-25}$ is rounded to zero, and many gradients are. Here are those of
-# the pocket model for four captions.
+# With float16 the range is a second trap: what is smaller than $2^{-25}$ is rounded to zero, and many gradients are. Here are
+# those of the pocket model for four captions.
 
 # %%
 batch = collate(pocket.processor, captions(range(4)))
@@ -1287,7 +1303,7 @@ axis.stairs(heights.tolist(), list(range(-45, 6)), fill=True, color=PICTURE)
 for edge, name in ((-25, "float16"), (-41, "float16, loss times 65,536")):
     axis.axvline(edge, color=PROMPT)
     axis.annotate(name, (edge, axis.get_ylim()[1] * 0.9), xytext=(3, 0), textcoords="offset points", fontsize=8)
-axis.set(xlabel="size of a gradient, power of two", yticks=[])
+axis.set(xlabel="size of a gradient, power of two", ylabel="how many", yticks=[])
 save(figure, "16_small")
 print(f"lost in float16: {lost:.1%}; with the loss times 65,536: {lost_when_scaled:.2%}")
 print(f"{share_of_words:.0%} of the lost ones belong to rows of the embedding")
@@ -1296,8 +1312,9 @@ print(f"{share_of_words:.0%} of the lost ones belong to rows of the embedding")
 # *Figure: gradients by size, in two hills. A line at $2^{-25}$, where float16 rounds to zero, has the whole smaller hill on its
 # left. A second line, sixteen powers further left, has next to nothing.*
 #
-# The smaller hill is nearly all embedding: rows of words that nobody would expect in these answers. In another model, or late in
-# a run, the large hill moves left too.
+# The smaller hill is nearly all embedding. It is the output layer too, and there the gradient of a word's row goes with the
+# probability that the model gave the word: next to nothing for words that nobody would expect in these answers. In another
+# model, or late in a run, the large hill moves left too.
 #
 # The cure is a multiplication. Multiply the loss by 65,536, and all gradients are multiplied by it; divide them, in 32
 # bits, before the step. If one overflows, the step is left out and the factor halved; after 2,000 good steps it is doubled.
@@ -1307,6 +1324,11 @@ print(f"{share_of_words:.0%} of the lost ones belong to rows of the embedding")
 small = torch.tensor(2e-8)
 assert small.half() == 0.0
 assert abs((small * 65536).half().float() / 65536 / small - 1) < 1e-3
+
+
+# %% [markdown]
+# Now the loop with each of the three. A *hook* is a function that PyTorch calls after a module has run; this one notes in
+# which numbers the products came out.
 
 
 # %%
@@ -1539,6 +1561,8 @@ bills = {
 }
 assert abs(bills["all kept"].activations / kept["all kept"] - 1) < 0.02
 more = bills["recomputed"].operations / bills["all kept"].operations
+assert bills["all kept"].activations > bills["all kept"].bytes / 2
+assert bills["recomputed"].activations < bills["all kept"].activations / 3
 assert 1.2 < more < 1.34  # a backward pass is two forward passes: at most a third more
 print(f"operations: {more:.2f} times as many")
 {name: f"{size / 1e6:.1f} MB" for name, size in kept.items()}
@@ -1560,10 +1584,11 @@ axis.invert_yaxis()
 axis.xaxis.set_visible(False)
 axis.spines[["bottom", "left"]].set_visible(False)
 save(figure, "16_memory")
+plt.show()
 
 # %% [markdown]
 # *Figure: two bars of memory for the pocket model and eight captions. Weights, gradients and AdamW's two means are the same in
-# both; the activations, more than half of the upper bar, shrink to less than a third of it in the lower one.*
+# both. Activations are more than half of the upper bar; in the lower one they have less than a third of that length.*
 #
 # With recomputing, the bill counts what goes into the blocks, and one block whole.
 #
@@ -1580,7 +1605,8 @@ from pathlib import Path
 from sigma_book import load
 from sigma_book.batches import collate
 from sigma_book.data import Example
-from sigma_book.training import TrainingConfig, adamw_by_part, answer_loss, answer_tokens, blocks_of, recompute_activations, train
+from sigma_book.training import TrainingConfig, adamw_by_part, answer_loss, answer_tokens, blocks_of
+from sigma_book.training import recompute_activations, train
 from sigma_book.world import caption, draw_scene, make_scene
 
 torch.set_num_threads(1)
@@ -1616,14 +1642,14 @@ if sys.platform == "linux":
         assert abs(size / bill.bytes - 1) < 0.15
 
 # %% [markdown]
-# And the time? Only a step can tell: a dry run takes three steps in memory, times the last two, and throws them away.
-# Had we done so before the corners, we would have been told this, and needed that. (It depends on what else the machine has to
-# do, so there is no assertion here; a slow test holds the two together, in seconds of the processor instead of the clock.)
+# And the time? Only a step can tell: a dry run takes three steps in memory, times the last two, and throws them away. The run
+# of the corners has such steps in its log. Do they foretell the mean of all? (It depends on what else the machine has to do,
+# so there is no assertion here; a slow test holds the two together, in seconds of the processor instead of the clock.)
 
 # %%
 seconds = [float(line["seconds"]) for line in lines]
 told, needed = (seconds[2] - seconds[0]) / 2, (seconds[-1] - seconds[0]) / (len(seconds) - 1)
-print(f"a step: {told:.2f} s by the dry run, {needed:.2f} s in the run")
+print(f"a step: {told:.2f} s by the first three, {needed:.2f} s in the whole run")
 
 # %% [markdown]
 # ## The bill of the large one
@@ -1641,7 +1667,6 @@ ids[:, 256:] = 5
 labels = torch.where(torch.arange(286) >= 276, ids, -100)
 one = Batch(ids, torch.ones_like(ids), torch.zeros_like(ids), torch.zeros(1, 3, 224, 224), labels)
 
-
 table = {
     "in 32 bits": training_bill(large, TrainingConfig(dtype="float32"), one, lambda model: None),
     "in 16 bits": training_bill(large, TrainingConfig(dtype="bfloat16"), one, lambda model: None),
@@ -1654,19 +1679,17 @@ for name, bill in table.items():
     row = (bill.weights, bill.gradients, bill.optimizer, bill.activations, bill.bytes)
     print(f"{name:28}" + "".join(f"{size / 1e9:>{width}.1f}" for size, width in zip(row, (9, 11, 11, 13, 10))))
 whole = table["in 16 bits"]
-assert whole.weights + whole.gradients + whole.optimizer == 16 * 2_923_466_480
+copies = 2 * 2_923_466_480  # bytes of all weights in 16 bits
+assert whole.weights + whole.gradients + whole.optimizer == 8 * copies
+assert whole.activations - copies < table["in 32 bits"].activations < whole.activations
 assert table["in 16 bits, recomputed"].activations < 0.5 * whole.activations
 
 # %% [markdown]
 # 47 GB before a single activation: too much for most graphics cards. Chapters 18 and 19 do with far less.
 #
-# In the second line the activations are more than in the first, though half of their numbers are half as long: the
-# 16-bit copies of all weights, 5.8 GB, are kept for the backward pass too. With recomputing, one block's copies at a time
-# are enough. With larger batches, the activations themselves are most of it, and 16 bits halve them.
-#
-# ## A run from a file
-#
-# What is left is to tie it all to a file of examples and a folder.
+# In the second line the activations are more than in the first, though many of them are half as long: the copies of the weights
+# in 16 bits, 5.8 GB, are kept for the backward pass too, and counted here. With recomputing, one block's copies at a time are
+# enough. With larger batches the copies stay the same and the activations grow, and 16 bits save memory.
 #
 # `adamw8bit` keeps the two means in 8 bits: two bytes and a little for each number in place of eight.
 
@@ -1676,6 +1699,10 @@ print(f"AdamW's means: {bills['all kept'].optimizer / 1e6:.1f} MB, in 8 bits {ch
 assert cheap.optimizer < 0.3 * bills["all kept"].optimizer
 
 # %% [markdown]
+# ## A run from a file
+#
+# What is left is to tie it all to a file of examples and a folder.
+#
 # A folder belongs to one run. If its settings differ from those asked for, someone has mistyped, and going on would mix two
 # runs into one.
 
@@ -1778,8 +1805,8 @@ def draw_losses(progress: Progress, path: Path) -> None:
 #     sigma-book train --data train.jsonl --evaluate test.jsonl --out runs/first
 #
 # The first prints the bill and the seconds of a step, and writes nothing. The second trains; the same command on the same
-# folder goes on where it stopped. The finished model stands in `runs/first/final`, the best one so far in
-# `runs/first/best`.
+# folder goes on where it stopped. The finished model stands in `runs/first/final`; with
+# `--evaluate`, the best one so far stands in `runs/first/best`.
 #
 # ## A world that is not ours
 #
@@ -1839,8 +1866,8 @@ assert len(pocket.processor.tokenizer.encode("circle")) == 1 < len(pocket.proces
 # *Figure: four kinds of question, a grey dot for before and a green one for after. Colours rise from nothing to 95 %,
 # questions with "not" from 13 % to 88 %, "is there" from 49 % to 82 %, shapes from nothing to 39 %.*
 #
-# Before, it took "is there not a red shape?" for "is there a red shape?", and answered the reverse. Shapes are the slowest:
-# "rectangle" is a word that its tokenizer has to spell, and a thing that its eyes were never shown.
+# Shapes are the slowest. One reason may be "rectangle": a word that its tokenizer has to spell, and a thing that its eyes were
+# never shown.
 #
 # ## Your turn
 #

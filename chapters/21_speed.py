@@ -63,7 +63,7 @@ _ = torch.set_grad_enabled(False)
 # additions, and bytes fetched from memory.
 
 # %%
-tower, blocks, head = 0.41e9, 1.98e9, 0.53e9  # numbers that the model has learned, nearly
+tower, blocks, head = 0.41e9, 1.98e9, 0.53e9  # weights, rounded; the bill below counts them
 halves = {"read the question": 2 * (256 * tower + 264 * blocks + head), "write a token": 2 * (blocks + head)}
 fetched = [4 * (tower + blocks + head), 4 * (blocks + head)]
 figure, axes = plt.subplots(1, 2, figsize=(7.6, 1.9), sharey=True)
@@ -77,8 +77,9 @@ axes[0].set_yticks([1, 0], list(halves))
 save(figure, "21_halves")
 
 # %% [markdown]
-# *Figure: two pairs of bars. Reading the question takes hundreds of times more operations than writing a token.
-# The bytes fetched are nearly the same, 12 and 10 billion in float32: every weight once, the tower in reading only.*
+# *Figure: two pairs of bars. Reading the question takes hundreds of times more operations than writing a token, whose
+# bar is too short to be seen. The bytes fetched are nearly the same, 12 and 10 billion in float32: every weight once, the
+# tower in reading only.*
 #
 # Reading is work for the arithmetic units. Writing is a delivery service: every weight is carried from memory to the
 # processor, used for one multiplication and one addition, and dropped. So the two halves are slow for different
@@ -102,8 +103,8 @@ def count_naive(rows: int, inner: int, outer: int) -> int:
 count_naive(rows=4, inner=3, outer=2)
 
 # %% [markdown]
-# The weights are 3 x 2 numbers, whatever the number of rows. With one row each weight is used once; with four rows,
-# four times. That ratio is all that matters below.
+# The weights are 3 x 2 numbers, whatever the number of rows. With one row each weight is used once, with four rows four
+# times. How often a weight is used each time it is fetched: that is what matters below.
 #
 # $$ F = 2\,R\,I\,O \qquad M = w\,I\,O + a\,R\,(I + O) $$
 #
@@ -115,7 +116,8 @@ count_naive(rows=4, inner=3, outer=2)
 #
 # $$ t \;\ge\; \max\left(\frac{F}{\pi},\; \frac{M}{\beta}\right) $$
 #
-# This is called the **roofline**. The quotient $F/M$ says on which side a product is; we draw it further down.
+# This is called the **roofline**. Compare $F/M$, the operations for each byte, with $\pi/\beta$: below it memory decides,
+# above it arithmetic. We draw it further down.
 #
 # ## A product
 
@@ -150,11 +152,11 @@ assert Product(4, 3, 2).flops == count_naive(4, 3, 2) == 48
 #
 # In float32 a weight has four bytes, in bfloat16 and float16 two. In **int8** it has one, and each row of the matrix
 # has a scale of four bytes that turns whole numbers back into real ones. In **int4** it has half a byte, and each 32
-# weights share four bytes, for a step and an offset. NF4 is chapter 19's: half a byte, and a little for scales.
+# weights share four bytes, for a scale and an offset. NF4 is chapter 19's: half a byte, and a little for scales.
 #
-# Not everything is stored in few bits. In NF4 it is the linear maps of the decoder. In int8 it is those of the tower
-# and the head as well; int4 keeps these two in int8. Norms, biases, positions, projector and the rows that are looked
-# up for input tokens stay exact; the head in int8 is therefore a second copy of the embedding.
+# Not everything is stored in few bits. With NF4 only the linear maps of the decoder are. With int8 the maps of the tower
+# and the head are too, and with int4 these two have eight bits. Norms, biases, positions, projector and the table of
+# embeddings stay exact. So a head in eight bits is a second copy of that table.
 
 
 # %%
@@ -201,8 +203,8 @@ square
 #
 # An answer has five parts: tower, projector, the blocks that read the prompt, the blocks that take a step, and the
 # head. Each part has products with stored matrices, products of attention (where both sides are activations), and
-# steps in between: norms, GELU, rotations, sums. Those do few operations but read and write every number again and
-# again. We count the bytes they pass.
+# *work in between*: norms, GELU, rotations, sums. It takes few operations but reads and writes every number again and
+# again. We count the bytes that pass.
 
 
 # %%
@@ -223,7 +225,7 @@ class Part:
     cache_bytes : int
         Keys and values that are written or read.
     between_bytes : int
-        What the steps between products read and write.
+        What the work between products reads and writes.
     product_bytes : int
         What goes into the products and comes out, the stored matrices apart.
     curved : int
@@ -293,13 +295,15 @@ def vision_bill(config: PaliGemmaConfig, pictures: int, precision: str, exact: i
     maps += matrix_bytes(inner, width, few, exact) + matrix_bytes(width, inner, few, exact)
     vectors = layers * (4 * width + inner + width + 4 * width)  # biases, and two norms with two vectors each
     vectors += pixels * width + width + patches * width + 2 * width  # patch map, positions, last norm
-    passes = layers * (2 * 2 + 2 * 3 + 2) * width + 2 * layers * inner + 5 * width + 2 * pixels
+    passes = layers * (2 * 2 + 2 * 3 + 2) * width + 2 * layers * inner  # norms, sums, heads; GELU
+    passes += 5 * width + 2 * pixels  # positions added (3) and the last norm (2); pixels laid out as patches
     return Part(
         name="vision",
         products=products,
         attention=attention,
         weight_bytes=layers * maps + exact * vectors,
         between_bytes=exact * rows * passes,
+        # of attention: queries, keys and values go in, one result comes out
         product_bytes=exact * (sum(product.numbers for product in products) + layers * rows * 4 * width),
         curved=rows * inner * layers,
         tower_blocks=layers,
@@ -309,13 +313,13 @@ def vision_bill(config: PaliGemmaConfig, pictures: int, precision: str, exact: i
 # %% [markdown]
 # ## The decoder
 #
-# One function for both halves: `rows` tokens of each prompt look at `seen` columns. In prefill both are the length of
-# the prompt; in a step `rows` is 1 and `seen` is what the cache holds, at most the window where a layer slides.
-# (In prefill a sliding layer of ours computes all scores and masks them, so they are on the bill.)
+# One function for both halves: `length` new tokens of each row look at `seen[l]` columns in layer l. In prefill both are
+# the length of the prompt. In a step `length` is 1, and `seen` is what the cache holds, at most the window where a layer
+# slides. (In prefill a sliding layer of ours computes all scores and masks them, so they are on the bill.)
 #
-# Gemma's RMSNorm is written out in plain steps, which pass seven numbers for each number of a token: read it to square
-# it, write the square, read that for the mean, and so on. Rotation passes nine. Gemma 2's softcap keeps attention out
-# of the fused kernel, so every score is passed fourteen times.
+# Gemma's RMSNorm is written out in plain operations, which pass seven numbers for each number of a token: read it to
+# square it, write the square, read that for the mean, and so on. Rotation passes nine. Gemma 2's softcap keeps attention
+# out of the fused kernel, so every score is passed fourteen times.
 
 
 # %%
@@ -336,10 +340,14 @@ def _decoder_bill(
         attention += [Product(length, head_dim, columns, heads), Product(length, columns, head_dim, heads)]
     maps = sum(count * matrix_bytes(o, i, precision, exact) for i, o, count in shapes)
     norms = (4 if text.four_norms else 2) * layers + 1
-    passes = 7 * norms * width + layers * (6 * width + 9 * (asking + answering) + 2 * asking + 5 * inner)
+    passes = 7 * norms * width + 6 * width  # and at the entrance: looked up, scaled, pictures put in, 2 each
+    # in a block: two sums of 3, rotation of queries and keys, heads laid out anew, GELU (2) and gate times up (3)
+    passes += layers * (6 * width + 9 * (asking + answering) + 2 * asking + 5 * inner)
     scores = batch * text.num_attention_heads * length * sum(seen)
     capped = text.attn_logit_softcapping is not None
-    a_score = 14 * exact + 3 if capped else 6 + exact  # the mask is laid out for each group, made numbers, and read
+    # bytes: with a cap the scores themselves, and 3 of the mask; else the mask alone, laid out for each group, made
+    # numbers, and read
+    a_score = 14 * exact + 3 if capped else 6 + exact
     per_token = 2 * text.num_key_value_heads * head_dim * exact
     return Part(
         name=name,
@@ -347,7 +355,8 @@ def _decoder_bill(
         attention=tuple(attention),
         weight_bytes=layers * maps + exact * norms * width,
         cache_bytes=batch * per_token * (length * layers + sum(seen)),  # written once, read once
-        between_bytes=exact * rows * (passes + 6 * width) + a_score * scores,
+        between_bytes=exact * rows * passes + a_score * scores,
+        # of attention: queries go in, results come out; keys and values are on the cache's line
         product_bytes=exact * (sum(product.numbers for product in products) + 2 * layers * rows * asking),
         curved=rows * inner * layers,
         decoder_blocks=layers,
@@ -359,9 +368,9 @@ def _decoder_bill(
 #
 # Two parts are one product each: the projector, and the head, which is asked for one place in each row.
 #
-# What must be *held* at once is another question than what is moved: all weights, the cache at its full length, and
-# the largest moment of the activations. In reading that is inside a GeGLU, where the stream, its normalized copy, gate,
-# curved gate, up and their product are alive together.
+# How much must be *held* at once is a different question from how much is moved. Held are all weights, the cache at its
+# full length, and the activations at their largest moment. In the decoder that moment is inside a GeGLU: the stream, its
+# normalized copy, gate, GELU of the gate, up, and the product of the last two are in memory together.
 
 
 # %%
@@ -534,23 +543,28 @@ def inference_bill(
 # %% [markdown]
 # ## Proof
 #
-# Torch can count operations itself, while shapes run through the model and numbers do not. Its count and ours are the
-# same integers, for the pocket model and for every odd shape that `tests/test_speed.py` tries: Gemma 2, groups, several
-# pictures, batches. The bytes of the weights are those of the state dict.
+# Torch can count operations itself while a model runs. Its count and ours are the same integers: here for the pocket
+# model, and in `tests/test_speed.py` for every odd shape, with Gemma 2, groups, several pictures, batches. Torch's counter
+# does not know the CPU's fused kernel of attention, so `MATH` sends attention through plain products, which it knows. The
+# bytes of the weights are those of the state dict.
 
 # %%
 pocket = load()
 sizes = pocket.config
 bill = inference_bill(sizes, batch=1, prompt_length=72, new_tokens=16)
-with torch.device("meta"):
-    shapes = PaliGemma(sizes).eval()
-with FlopCounterMode(display=False) as counter:
-    shapes.vision_tower(torch.empty(1, 3, 112, 112, device="meta"))
-assert counter.get_total_flops() == bill.vision.flops
 assert bill.weights_held == sum(tensor.nbytes for tensor in pocket.state_dict().values())
-with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-    pocket.encode_images(torch.zeros(1, 3, 112, 112))
-assert counter.get_total_flops() == bill.vision.flops + bill.projector.flops
+ids = torch.tensor([[sizes.image_token_id] * 64 + [2] * 8])
+mask, caches = torch.ones(1, 73, dtype=torch.long), pocket.language_model.new_caches(1, 73)
+with sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False) as counter:
+        features = pocket.encode_images(torch.zeros(1, 3, 112, 112))
+    assert counter.get_total_flops() == bill.vision.flops + bill.projector.flops
+    with FlopCounterMode(display=False) as counter:
+        pocket.prefill(ids, features, mask[:, :72], caches)
+    assert counter.get_total_flops() == bill.prefill.flops + bill.head.flops
+    with FlopCounterMode(display=False) as counter:
+        pocket.decode(ids[:, -1:], mask, caches)
+    assert counter.get_total_flops() == sum(part.flops for part in bill.step(73))
 
 # %% [markdown]
 # And the bill of the real one:
@@ -580,6 +594,7 @@ PALIGEMMA_3B = PaliGemmaConfig.from_dict(
 )
 whole = inference_bill(PALIGEMMA_3B, batch=1, prompt_length=264, new_tokens=20)
 assert whole.weights_held == 4 * 2_923_466_480
+assert [round(part.weight_bytes / 4, -7) for part in (whole.vision, whole.prefill, whole.head)] == [tower, blocks, head]
 print(f"{'part':10} {'GFLOP':>9} {'MB moved':>9} {'FLOP a byte':>12}")
 for part in (*whole.first, *whole.step()):
     print(f"{part.name:10} {part.flops / 1e9:9.1f} {part.bytes / 1e6:9.1f} {part.flops / part.bytes:12.1f}")
@@ -588,7 +603,9 @@ for precision in EXACT_BYTES:
     print(f"{precision:9} weights {held.weights_held / 1e9:5.2f} GB, cache {held.cache_held / 1e6:4.1f} MB")
 
 # %% [markdown]
-# Read the last column. Tower and prefill do about a hundred operations for each byte, a step does half of one.
+# Read the last column. Tower and prefill do some eighty operations for each byte, a step does half of one. And read the
+# weights of int8: they are more than a quarter of float32's, since the exact table of embeddings is held beside a head of
+# eight bits. (Chapter 21b leaves that table in the file.)
 #
 # ## What this machine can do
 #
@@ -596,17 +613,19 @@ for precision in EXACT_BYTES:
 #
 # - *Products.* A map of 67 MB, too large to stay in the processor's own memory (its cache), times some rows of
 #   activations. Two such maps take turns.
-# - *Steps between.* A product of two tensors, number by number.
+# - *Work in between.* A product of two tensors, number by number.
 # - *GELU and softmax.* They bend every number through a tanh or an exponential, which costs arithmetic, not only bytes.
 #
-# `load` leaves float32 weights in the file, as a window (chapter 12), and reading through a window is about a tenth
-# slower than reading memory of one's own. So the maps that we time are windows too. And with one row, two maps of the
-# same size differ: each number that comes out is a sum of its own, begun and ended, so 8192 short sums take longer than
-# 2048 long ones. Two shapes give two equations, for the bandwidth and for what a sum takes besides.
+# `load` leaves float32 weights in the file, as a window (chapter 12), and reading through a window can be slower than
+# reading memory of one's own. So the maps that we time are windows too. And with one row, two maps of the same size
+# differ: each number that comes out is a sum of its own, begun and ended, so 8192 short sums take longer than 2048 long
+# ones. Two shapes of $M$ bytes give two equations, for the bandwidth $\beta$ and for what a sum takes besides, $b$:
 #
-# And a last one: a block of tiny matrices takes time too, in which nothing is computed to speak of. That is Python, and
-# torch's own book-keeping for each operation. It takes longer in bad company: in a large model the weights that rush by
-# push Python's own data out of the cache, again and again. So we time it twice, the second time while weights rush by.
+# $$ t_{\text{wide}} = \frac{M}{\beta} + 8192\,b \qquad\qquad t_{\text{narrow}} = \frac{M}{\beta} + 2048\,b $$
+#
+# And a last measurement: a block of tiny matrices computes next to nothing and still takes time, Python's and torch's own
+# for each operation. It takes longer in a large model: the weights that rush by push Python's own data out of the cache,
+# again and again. So we time it twice, the second time while weights rush by.
 
 
 # %%
@@ -679,13 +698,14 @@ def _plain_map(inner: int, outer: int) -> Callable[[torch.Tensor], torch.Tensor]
 
 
 # %%
-few = product_rates((1, 2, 4, 8, 16, 32, 64), inner=1024, outer=4096)
+few = product_rates((1, 2, 4, 8, 16, 32, 64))
+size = 2048 * 8192
 figure, axis = plt.subplots(figsize=(6.4, 2.8))
 for place, (label, colour) in enumerate((("widening", PICTURE), ("narrowing", ANSWER)), start=1):
-    times = [2 * row[0] * 1024 * 4096 / row[place] * 1e3 for row in few]
+    times = [2 * row[0] * size / row[place] * 1e3 for row in few]
     axis.plot([row[0] for row in few], times, marker="o", ms=3, color=colour)
     axis.annotate(label, (few[-1][0], times[-1]), xytext=(6, 0), textcoords="offset points", va="center")
-one = 2 * 1024 * 4096 / few[0][1] * 1e3
+one = 2 * size / few[0][1] * 1e3
 axis.axhline(one, color=GREY, lw=1, ls="--")
 axis.annotate("one row", (20, one), xytext=(0, 3), textcoords="offset points", color="0.4")
 axis.set(xscale="log", xticks=[row[0] for row in few], xticklabels=[row[0] for row in few], xlim=(0.9, 120))
@@ -696,15 +716,20 @@ print({rows: f"{rows * few[0][1] / rate:.1f} times one row" for rows, rate, _ in
 
 # %% [markdown]
 # *Figure: the time of a linear map over its rows, from 1 to 64, for a widening and a narrowing map. The dashed line is
-# what one row takes. Two rows already lie above it, although the same bytes are fetched.*
+# what one row takes. Two rows already lie above it, although the same bytes are fetched. But from four rows to sixteen,
+# four times the work, the time hardly grows.*
 #
-# This is a trap. With one row torch calls a routine for a matrix times a vector, which runs as fast as memory. With two
-# it calls the routine for two matrices, which first copies the weights into an order that suits many rows. For 256 rows
-# that copy is nothing; for two it is most of the work. So two answers at once can cost as much as
-# one after the other, and a prediction for a small batch must ask for the measured rate, not for the roofline.
-# (Chapter 21b gets around it.)
+# This is a trap. With one row torch calls a routine for a matrix times a vector, which runs as fast as memory. With a few
+# it calls the routine for two matrices, which first copies the weights into an order that suits many rows. That copy takes
+# the same time for any number of rows, hence the flat part: for 256 rows it is nothing, for four it is most of the work.
+# So two answers at once can cost as much as one after the other, and a prediction for a small batch must ask for the
+# measured rate, not for the roofline. (Chapter 21b gets around it.)
 #
 # ## A machine, exported
+#
+# The formula takes the larger of two times. `seconds` below adds, for two reasons. A rate that was measured contains both
+# limits, since the weights came from memory while we timed. And products, attention and the work in between wait for each
+# other. Only for a machine of which we know nothing but the two limits the larger one is taken, part by part.
 
 
 # %%
@@ -723,9 +748,9 @@ class Machine:
     begin : float
         Seconds that each number which comes out of a product with one row takes besides.
     stream : float
-        Bytes a second that steps between products read and write.
+        Bytes a second that the work between products reads and writes.
     copy : float
-        Bytes a second, read and written, of copying more than a cache holds.
+        Bytes a second, read and written, of copying more than a cache holds; no prediction uses it.
     curve : float
         Seconds for each number that passes a GELU.
     score : float
@@ -737,7 +762,7 @@ class Machine:
     busy_block : float
         The same of the decoder, while weights rush by.
     measured : bool
-        False: from published peaks, so what it predicts is the least a run can take.
+        False: from published peaks, so it predicts a run that reaches them.
     """
 
     name: str
@@ -768,7 +793,7 @@ class Machine:
         """How long a part takes.
 
         Each product takes its operations over the rate for its rows, or, with one row, its bytes over bandwidth and
-        a little for each number that comes out. Attention runs at the peak, or as fast as the cache is read. Steps
+        a little for each number that comes out. Attention runs at the peak, or as fast as the cache is read. Work
         between products, GELU and empty blocks come on top, since they wait for each other. Without measured rates
         the whole part takes the longer of operations over peak and bytes over bandwidth.
         """
@@ -794,66 +819,12 @@ class Machine:
         return part.decoder_blocks * (self.decoder_block + share * (self.busy_block - self.decoder_block))
 
 
-def measure_machine(make_map: Callable | None = None, name: str = "this machine", weight_bytes: float = 4.0) -> Machine:
-    """Time what this processor can do, in some seconds.
-
-    Parameters
-    ----------
-    make_map : callable, optional
-        As in `product_rates`: a linear map in another precision.
-    name : str
-    weight_bytes : float
-        Of a weight in those maps.
-    """
-    inner, outer = 2048, 8192
-    with torch.no_grad():
-        rates = product_rates((1, 2, 3, 4, 8, 16, 32, 64, 256, 512), inner, outer, make_map)
-        wide, narrow = (2 * inner * outer / rate for rate in rates[0][1:])  # seconds of one row
-        begin = min(max(0.0, (wide - narrow) / (outer - inner)), 0.5 * narrow / inner)
-        numbers = torch.randn(256, 8192)
-        passing = median_seconds(lambda: numbers * numbers)
-        bending = median_seconds(lambda: F.gelu(numbers, approximate="tanh"))
-        heads = torch.randn(1, 16, 256, 72)
-        looking = median_seconds(lambda: F.scaled_dot_product_attention(heads, heads, heads))
-        peak = max(max(row[1:]) for row in rates)
-        large, other = torch.zeros(2, 2**25)
-        copying = median_seconds(lambda: other.copy_(large))
-        return Machine(
-            name=name,
-            peak=peak,
-            read=weight_bytes * inner * outer / (narrow - inner * begin),
-            stream=3 * numbers.nbytes / passing,
-            copy=2 * large.nbytes / copying,
-            begin=begin,
-            curve=max(0.0, bending - passing * 2 / 3) / numbers.numel(),
-            score=max(0.0, looking / (16 * 256**2) - 4 * 72 / peak),
-            rates=rates,
-            tower_block=_tower_block_seconds(),
-            decoder_block=_decoder_block_seconds(2**13),
-            busy_block=_decoder_block_seconds(2**24),
-            measured=True,
-        )
+# %% [markdown]
+# The empty blocks. The decoder's has Gemma's eight heads of 256 and looks at as many tokens as a picture has.
 
 
-def median_machine(looks: Sequence[Machine]) -> Machine:
-    """Of several measurements of one machine, the median of each number."""
-    numbers = (
-        "peak",
-        "read",
-        "stream",
-        "copy",
-        "begin",
-        "curve",
-        "score",
-        "tower_block",
-        "decoder_block",
-        "busy_block",
-    )
-    middle = {key: statistics.median(getattr(look, key) for look in looks) for key in numbers}
-    rates = [tuple(map(statistics.median, zip(*rows))) for rows in zip(*(look.rates for look in looks))]
-    return replace(looks[0], rates=tuple((int(rows), wide, narrow) for rows, wide, narrow in rates), **middle)
-
-
+# %%
+# | export
 def _tower_block_seconds() -> float:
     block = SiglipBlock(SiglipConfig(32, 32, 1, 4)).eval()
     token = torch.randn(1, 4, 32)
@@ -891,6 +862,80 @@ def _decoder_block_seconds(passing_bytes: int) -> float:
     return statistics.median(times[1:])
 
 
+# %% [markdown]
+# Now all measurements together. Solving the two equations above gives `begin` and `read`. `copy` enters no prediction: it
+# is a second look at memory, to hold `read` against.
+
+
+# %%
+# | export
+def measure_machine(make_map: Callable | None = None, name: str = "this machine", weight_bytes: float = 4.0) -> Machine:
+    """Time what this processor can do, in some seconds.
+
+    Parameters
+    ----------
+    make_map : callable, optional
+        As in `product_rates`: a linear map in another precision.
+    name : str
+    weight_bytes : float
+        Of a weight in those maps.
+    """
+    inner, outer = 2048, 8192
+    with torch.no_grad():
+        rates = product_rates((1, 2, 3, 4, 8, 16, 32, 64, 256, 512), inner, outer, make_map)
+        wide, narrow = (2 * inner * outer / rate for rate in rates[0][1:])  # seconds of one row
+        # the difference of the two equations; noise must not make it negative, nor more than half of the time
+        begin = min(max(0.0, (wide - narrow) / (outer - inner)), 0.5 * narrow / inner)
+        numbers = torch.randn(256, 8192)
+        passing = median_seconds(lambda: numbers * numbers)
+        bending = median_seconds(lambda: F.gelu(numbers, approximate="tanh"))
+        heads = torch.randn(1, 16, 256, 72)
+        looking = median_seconds(lambda: F.scaled_dot_product_attention(heads, heads, heads))
+        peak = max(max(row[1:]) for row in rates)
+        large, other = torch.zeros(2, 2**25)
+        copying = median_seconds(lambda: other.copy_(large))
+        return Machine(
+            name=name,
+            peak=peak,
+            read=weight_bytes * inner * outer / (narrow - inner * begin),
+            stream=3 * numbers.nbytes / passing,
+            copy=2 * large.nbytes / copying,
+            begin=begin,
+            curve=max(0.0, bending - passing * 2 / 3) / numbers.numel(),  # GELU passes two numbers, not three
+            score=max(0.0, looking / (16 * 256**2) - 4 * 72 / peak),  # without its two products over 72 numbers
+            rates=rates,
+            tower_block=_tower_block_seconds(),
+            decoder_block=_decoder_block_seconds(2**13),
+            busy_block=_decoder_block_seconds(2**24),
+            measured=True,
+        )
+
+
+# %% [markdown]
+# One look may meet a busy moment. The benchmark takes several, and of each number the median.
+
+
+# %%
+# | export
+def median_machine(looks: Sequence[Machine]) -> Machine:
+    """Of several measurements of one machine, the median of each number."""
+    numbers = (
+        "peak",
+        "read",
+        "stream",
+        "copy",
+        "begin",
+        "curve",
+        "score",
+        "tower_block",
+        "decoder_block",
+        "busy_block",
+    )
+    middle = {key: statistics.median(getattr(look, key) for look in looks) for key in numbers}
+    rates = [tuple(map(statistics.median, zip(*rows))) for rows in zip(*(look.rates for look in looks))]
+    return replace(looks[0], rates=tuple((int(rows), wide, narrow) for rows, wide, narrow in rates), **middle)
+
+
 # %%
 machine = measure_machine()
 print(f"peak   {machine.peak / 1e9:7.1f} billion operations a second")
@@ -905,7 +950,8 @@ assert machine.rates[0][1] < machine.peak  # one row never reaches the peak
 # ## Predict, then look
 #
 # A model of 36 million numbers, random ones: speed does not depend on what they are. We predict each half, then time
-# it. `sigma-book bench --bill` does the same for whole models in processes of their own.
+# it. A ratio above 1 means that it took longer than predicted. `sigma-book bench --bill` does the same for whole models
+# in processes of their own.
 
 # %%
 small = PaliGemmaConfig(
@@ -955,7 +1001,8 @@ for name, foreseen, seen in zip(("tower", "prefill", "step"), predicted(small), 
 #
 # A GPU's maker publishes the same two numbers: operations a second of its tensor units on 16-bit numbers, and bytes a
 # second of its memory. With them the same bill gives the same kind of prediction. These are **computed, not measured**:
-# the least time that a card of that name can take. Nothing in this book was run on a GPU.
+# the time that the plain model takes on a card that reaches both peaks. Code that fuses operations moves fewer bytes and
+# can be faster. Nothing in this book was run on a GPU.
 
 
 # %%
@@ -1090,7 +1137,8 @@ for card in GPUS:
 # Now the figure that the name comes from. Along the bottom: operations for each byte. Up: operations a second. The
 # sloping roof is memory, the flat one arithmetic. Each part of PaliGemma 3B is a point, with one row and with eight.
 #
-# In int8 a part moves a quarter of the bytes, so its point wanders to the right, and under a slope, right is also up.
+# In int8 a weight has a quarter of the bytes. Step and head move little else, so their points wander to the right by a
+# factor of four, and under a slope, right is also up. Tower and prefill move less far: their activations stay float32.
 # The points of float32 stand where the measured rates put them, those of int8 on the roof itself.
 
 # %%
@@ -1103,9 +1151,9 @@ labels = {
     ("step", "float32", 1): ("step and head,\none row", (10, -14)),
     ("step", "float32", 8): ("step and head, eight rows", (10, -4)),
     ("step", "int8", 1): ("the same in int8, one row", (8, -4)),
-    ("step", "int8", 8): ("int8, eight rows", (-50, -16)),
-    ("vision", "float32", 1): ("tower", (-22, -16)),
-    ("prefill", "float32", 1): ("prefill", (4, -16)),
+    ("step", "int8", 8): ("int8,\neight rows", (-2, -28)),
+    ("vision", "float32", 1): ("tower, prefill,\none row", (-30, -28)),
+    ("vision", "float32", 8): ("the same,\neight rows", (6, -28)),
 }
 for precision, limits, colour in (("float32", machine, PICTURE), ("int8", roof_only, ANSWER)):
     for batch, size in ((1, 5), (8, 9)):
@@ -1124,9 +1172,10 @@ axis.set(xlabel="operations for each byte", ylabel="billion operations a second"
 save(figure, "21_roofline")
 
 # %% [markdown]
-# *Figure: a roof that rises with operations per byte and then is flat. Step and head lie far left on the slope; tower
-# and prefill under the flat part on the right. Large marks are eight rows; hollow ones, int8, lie to the right of
-# their float32 neighbours. A step of eight rows in float32 hangs well below the roof: the trap.*
+# *Figure: a roof that rises with operations per byte and then is flat. Step and head are two triangles that touch, on
+# the slope, far left with one row. Squares are the tower and circles prefill, under the flat part on the right. Large
+# marks are eight rows. Hollow ones are int8 and lie to the right of their float32 neighbours, with eight rows even step
+# and head on the flat part. A step of eight rows in float32 hangs well below the roof: the trap.*
 #
 # So fewer bits are worth their factor in a step, and worth nothing in prefill, unless the arithmetic itself is faster
 # with whole numbers (it often is). More rows are worth their factor in a step, unless one falls into the trap.
@@ -1156,7 +1205,7 @@ axis.annotate("predicted", (millions[-1], foreseen[-1]), (6, 0), textcoords="off
 axis.loglog(millions, idle, color=GREY, ls="--")
 axis.annotate("empty blocks", (millions[-1], idle[-1]), (6, 0), textcoords="offset points", va="center")
 axis.loglog(millions, seen, "o", color=ANSWER)
-axis.annotate("measured", (millions[3], seen[3]), (8, -9), textcoords="offset points")
+axis.annotate("measured", (millions[4], seen[4]), (8, -9), textcoords="offset points")
 axis.set(xlabel="million weights read in a step", ylabel="milliseconds", xlim=(None, millions[-1] * 6))
 axis.set_yticks([1, 2, 5, 10, 20, 50], [1, 2, 5, 10, 20, 50])
 axis.minorticks_off()
@@ -1165,13 +1214,14 @@ bytes_per_block = machine.decoder_block * machine.read
 print(f"a block of {bytes_per_block / 4e6:.1f} million weights takes as long to read as an empty one takes to run")
 
 # %% [markdown]
-# *Figure: time of a step over the weights it reads, both on logarithmic axes. On the left the predicted line and the
-# measured points lie near the dashed line of empty blocks; on the right they leave it and rise with the weights. The
-# dashed line rises a little too, where the weights push Python's own data out of the cache.*
+# *Figure: time of a step over the weights it reads, both on logarithmic axes. On the left the predicted line runs near
+# the dashed line of empty blocks; on the right line and points leave it and rise with the weights. The dashed line rises
+# a little too, where the weights push Python's own data out of the cache. The leftmost points lie below it, and the
+# prediction is too high there: the empty block that was timed has Gemma's eight heads of 256, theirs are smaller.*
 #
-# The line is where reading a block takes as long as running an empty one. Below it better arithmetic changes nothing,
-# and what helps is fewer operations: fused ones, or a compiler. A block of the 3B model has about 110 million weights,
-# far above it; one of the pocket model has half a million, and lies below.
+# The border between the two is where reading a block takes as long as running an empty one. Below it better arithmetic
+# changes nothing, and what helps is fewer operations: fused ones, or a compiler. A block of the 3B model has about 110
+# million weights, far above it; one of the pocket model has half a million, and lies below.
 
 # %%
 blocks = {
@@ -1219,7 +1269,7 @@ ways = {
         (side, replace(little, vision=replace(little.vision, image_size=side)), 1, 1) for side in (224, 448, 896)
     ],
     "pictures at once": [(batch, little, batch, 1) for batch in (1, 2, 4, 8, 16, 32)],
-    "new tokens": [(tokens, little, 1, tokens) for tokens in (16, 64, 256, 1024)],
+    "new tokens": [(tokens, little, 1, tokens) for tokens in (1, 4, 16, 64, 256)],
 }
 figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), sharey=True)
 for axis, (label, points) in zip(axes, ways.items()):
@@ -1233,10 +1283,10 @@ save(figure, "21_growth")
 
 # %% [markdown]
 # *Figure: three panels on logarithmic axes, predicted lines with measured points beside them. Over the side of the
-# picture the line bends upward, over pictures at once it is straight, over new tokens it begins flat and then rises.*
+# picture the line bends upward, over pictures at once it is straight, over new tokens it begins flatter and then rises.*
 #
 # Twice the side is four times the patches, and attention between patches grows with their square: the bend. Pictures
-# at once cost what they cost one by one; this is arithmetic, and there is nothing to share. New tokens begin flat,
+# at once cost what they cost one by one; this is arithmetic, and there is nothing to share. New tokens begin flatter,
 # because reading comes first, and then each one costs the same.
 
 # %%

@@ -47,6 +47,7 @@ import matplotlib.pyplot as plt
 from sigma_book import load
 from sigma_book.paligemma import PaliGemmaConfig, count_parameters
 from sigma_book.pocket import evaluate_pocket
+from sigma_book.speed import inference_bill
 from sigma_book.style import GREY, PICTURE, PROMPT, check, save, use_style
 from sigma_book.world import draw_scene, make_scene
 
@@ -95,12 +96,12 @@ assert sum(read["float32"]) > 10e9 and sum(read["8 bits"]) < 2.6e9
 # that; eight bits a quarter; four bits less again, and there the head is nearly a third.*
 #
 # Two ways lead to a faster token: read at the full speed of the memory, or read less. We take them in this order, since
-# the first changes no answer.
+# the first changes no answer. Two more savings follow: a picture is encoded once, and on a GPU a token is one program.
 #
 # ## First way: the layout that the kernel wants
 #
 # The naive version is the one we have: `F.linear`. It takes the weight as it lies in the file, row behind row. We time it for
-# 1, 8 and 264 rows: a token, eight tokens of eight answers, and a whole prompt with its picture.
+# 1, 8 and 264 rows: one token, one token of each of eight answers, and a whole prompt with its picture.
 
 
 # %%
@@ -114,7 +115,7 @@ def milliseconds(function, *given) -> float:
     return 1e3 * sorted(times[1:])[3]
 
 
-weight = torch.randn(8192, 2048) / 45  # 67 MB: more than a cache holds
+weight = torch.randn(8192, 2048) / 2048**0.5  # 67 MB, more than a cache holds; outputs stay near 1
 plain_times = {}
 for rows in (1, 8, 264):
     given = torch.randn(rows, 2048)
@@ -123,8 +124,8 @@ for rows in (1, 8, 264):
     print(f"{rows:4} rows: {plain_times[rows]:6.1f} ms, {rate:5.1f} GB/s of weights")
 
 # %% [markdown]
-# Eight rows read the same weights as one. If reading were all, they would take the same time. They do not: the general
-# kernel was not made for a few rows.
+# Eight rows read the same weights as one. If reading were all, they would take the same time. Where they do not, you see the
+# trap of chapter 21: the general kernel was not made for a few rows.
 #
 # A matrix product is fast when the numbers that are used together lie together: blocks that fit the registers, one behind the
 # other. Big products copy the weight into such blocks each time. For a weight that never changes we can do that once, before
@@ -152,7 +153,8 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(hidden_states, self.packed, self.bias, "none", [], "")
+        nothing_behind = ("none", [], "")  # no activation after the product
+        return torch.ops.mkldnn._linear_pointwise(hidden_states, self.packed, self.bias, *nothing_behind)
 
 
 # %%
@@ -171,8 +173,8 @@ for rows in (1, 8, 264):
 #
 # Queries, keys and values are three maps of the same input. Laid one below the other they are one. The numbers are the
 # same; what is saved is the start of two kernels, which counts when a kernel is short. Gate and up are long, and stay apart:
-# together they would give 264 rows of 32,768 numbers, 35 MB. Blocks beyond 32 MB the C library takes from the system anew at
-# each call, page by page, and the system must write zeros into every one.
+# together they would give 264 rows of 32,768 numbers, 35 MB. Above 32 MB the C library asks the system for fresh memory at
+# each call, and the system fills every page with zeros first.
 
 
 # %%
@@ -226,7 +228,8 @@ class FusedVisionAttention(nn.Module):
 # %% [markdown]
 # ## Second way: read less
 #
-# Take a row of weights. Divide by its largest, times 127, and round: each weight is now a whole number that fits a byte. By hand:
+# Take a row of weights. Divide each by the largest magnitude of the row, multiply by 127, and round. Now each is a whole number
+# that fits a byte. By hand:
 
 # %%
 row = [0.5, -1.27, 0.1, 0.004]
@@ -234,13 +237,14 @@ step = max(abs(number) for number in row) / 127
 [round(number / step) for number in row]
 
 # %% [markdown]
-# The last one became zero. No number is off by more than half a step, and the step is set by the largest: one giant
-# would take the precision of all others. So each row gets a step of its own.
+# The last one became zero. No number is off by more than half a *step*, the distance between two neighbouring whole numbers
+# (chapters 19 and 21 called it a scale). The step is set by the largest: one giant would take the precision of all others. So each
+# row gets a step of its own.
 
 
 # %%
 # | export
-SMALLEST = 1e-30  # the least step of a scale, so that a row of zeros stays one
+SMALLEST = 1e-30  # the smallest step, so that a row of zeros stays one
 PART_ROWS = 1024  # quantized at once, so that the float32 copies stay small
 
 
@@ -285,9 +289,9 @@ codes, steps = quantize_rows(weight)
 assert ((codes * steps[:, None] - weight).abs() <= 0.5001 * steps[:, None]).all()
 
 # %% [markdown]
-# Bytes of weights alone would help a token: less to read. But a prompt of 264 rows is bound by sums, not by reading. There the
-# gain comes from multiplying bytes by bytes, many at a time. So the input is rounded too. Write $s_i$ for the step of token $i$
-# and $t_o$ for the step of row $o$ of the weights:
+# Bytes of weights alone would help a token: less to read. But a prompt of 264 rows is bound by arithmetic, not by reading.
+# There the gain comes from multiplying bytes by bytes, many at a time. So the input is rounded too. Write $s_i$ for the step of
+# token $i$ and $t_o$ for the step of row $o$ of the weights, $q$ and $w$ for their codes, $b$ for the bias:
 #
 # $$ y_{io} = s_i\, t_o \sum_k q_{ik}\, w_{ok} + b_o, \qquad q_{ik} = \mathrm{round}(x_{ik} / s_i), \quad
 # s_i = \max_k |x_{ik}| / 127 $$
@@ -402,7 +406,7 @@ class Int8Linear(nn.Module):
     def _multiply(self, scaled: torch.Tensor) -> torch.Tensor:
         if self.library == "fbgemm":
             multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-            pieces = [multiply(scaled, 1.0, 128, packed) for packed in self.packed]
+            pieces = [multiply(scaled, 1.0, 128, packed) for packed in self.packed]  # step 1.0, and 128 stands for 0
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
         codes = scaled.add_(128).round_().to(torch.uint8)
         return torch.ops.onednn.qlinear_pointwise(
@@ -448,7 +452,7 @@ print(f"on this machine codes of weights go to {levels}")
 assert levels in (63, 127)
 
 # %% [markdown]
-# A row in company is now the row alone, to the bit:
+# A row now gives the same in company as alone, to the bit:
 
 # %%
 small = Int8Linear(*quantize_rows(weight[:512], levels))
@@ -458,8 +462,8 @@ exact = F.linear(company, weight[:512])
 print(f"error of eight bits: {(small(company) - exact).norm() / exact.norm():.2%}")
 
 # %% [markdown]
-# Which of the two libraries? The answers do not depend on it, since sums of whole numbers have no order. So we measure, as we
-# did for float32.
+# Which of the two libraries? The answers do not depend on it, since whole numbers give the same sum in any order. So we
+# measure, as we did for float32.
 
 # %%
 codes, steps = quantize_rows(weight, levels)
@@ -472,16 +476,15 @@ for rows in (1, 8, 264):
     print(f"{rows:4} rows:" + "".join(f"  {library} {time:5.1f} ms" for library, time in times.items()))
 
 # %% [markdown]
-# We ran this on two machines. With one row FBGEMM took two thirds of oneDNN's time on a processor with units for bytes, and a
-# quarter of it on one without. With a whole prompt the two are within a fifth of each other. An answer has one prompt and many
-# tokens: we take FBGEMM where torch has it.
-
-# %% [markdown]
+# On the machines that we tried FBGEMM was much the faster one with one row, most of all on a processor without units for bytes.
+# With a whole prompt they were near each other. An answer has one prompt and many tokens: we take FBGEMM where torch has it.
+#
 # ## Four bits
 #
 # Sixteen values are few, so a step serves only 32 neighbours, and an offset comes with it: the smallest of the 32 becomes
-# code 0, the largest 15. Steps and offsets in 16 bits each add one bit to a weight. The kernel is torch's own; it unpacks the
-# codes and multiplies in bfloat16. For one token that is less to read. For a prompt it is slow, since the sums are not bytes.
+# code 0, the largest 15. A step and an offset of 16 bits each, for 32 weights, are one bit more for each weight. The kernel is
+# torch's own; it unpacks the codes and multiplies in bfloat16. For one token that is less to read. For a prompt it is slow,
+# since it multiplies in bfloat16 and not in bytes.
 
 
 # %%
@@ -608,11 +611,19 @@ class PictureCache:
 
 # %%
 shown = []
+
+
+def encoder(pictures: torch.Tensor) -> torch.Tensor:
+    """In place of the tower: the pixels themselves. It notes how many pictures it was shown."""
+    shown.append(len(pictures))
+    return pictures.flatten(1)[:, None]
+
+
 store = PictureCache()
 pixels = torch.randn(2, 3, 8, 8)
 for batch in (pixels, pixels[[1, 0, 1]]):
-    store.encode(lambda rows: shown.append(len(rows)) or rows.flatten(1)[:, None], batch)
-assert shown == [2]
+    store.encode(encoder, batch)
+assert shown == [2]  # asked once, for two pictures; the second batch was there already
 
 # %% [markdown]
 # ## Why not the keys and values too?
@@ -661,13 +672,15 @@ axis.set_ylim(bottom=-0.005)
 save(figure, "21b_prefix")
 
 # %% [markdown]
-# *Figure: how much the keys of picture tokens change when one word of the prompt does. Read causally they do not change in
-# any block. Read both ways they are equal in block 1 and differ from block 2 on.*
+# *Figure: how much the keys of picture tokens change when one word of the prompt does: the length of the difference, as a share
+# of the length of the keys. Read causally they do not change in any block. Read both ways they are equal in block 1 and differ
+# from block 2 on.*
 #
 # ## The whole, prepared
 #
 # The embedding is used twice: as a table, row by row, and as the head, all of it for each token. The head is quantized. The
-# table stays as it is in the file, and stays *in* the file: only rows that are looked up come into memory.
+# table stays as it is in the file, and stays *in* the file: only rows that are looked up come into memory. The norm, several
+# passes over its numbers in our own code (chapter 21), becomes one kernel of torch's, with $1 + w$ added up beforehand.
 
 
 # %%
@@ -752,13 +765,13 @@ class FastPaliGemma(PaliGemma):
 
 
 # %% [markdown]
-# A packed model cannot learn and says so. Since its weights stay, it may keep features of pictures without a fear that they
-# grow old: that is why `picture_cache` is here and not on every model. It holds 64 MB at most.
+# A packed model cannot learn and says so. Since its weights stay, it may keep features of pictures without fear that they go
+# stale: that is why `picture_cache` is here and not on every model. It holds 64 MB at most.
 #
 # ## Filling it, tensor by tensor
 #
 # `load_model` hands over one tensor at a time (chapter 12). Each is quantized at once and let go; when the last part of a
-# fused map is there, the map is packed. The full model never stands in memory.
+# fused map is there, the map is packed. The full model is never in memory as a whole.
 
 
 # %%
@@ -815,7 +828,7 @@ class Preparation:
             return {}
         if owner not in self._group or kind != "weight":
             return {name: tensor}
-        model.get_submodule(owner).weight = None  # now it waits for no weight
+        model.get_submodule(owner).weight = None  # so that `load_model` waits for none
         group = self._group[owner]
         plain = [model.get_submodule(part) for part in self._groups[group]]
         fits = tensor.shape[1] % GROUP == 0 and sum(linear.out_features for linear in plain) % 16 == 0
@@ -873,7 +886,7 @@ class Preparation:
 # %%
 # | export
 def _give_back_freed_memory() -> None:
-    """The C library keeps freed blocks for later, and after so many short-lived copies that is a tenth of the model."""
+    """The C library keeps freed blocks for later, and after so many short-lived copies they are a good part of the model."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc has it
     if trim is not None:
         trim(0)
@@ -886,6 +899,12 @@ def _set_bias(linear: nn.Module, bias: torch.Tensor) -> None:
         linear.bias = bias.float() if isinstance(linear, Int8Linear) else bias
 
 
+# %% [markdown]
+# Maps that are not rounded, and those on a GPU. There eight and four bits are left to torchao, a library of torch's makers.
+
+
+# %%
+# | export
 def dense_map(weight: torch.Tensor, quantize: str | None = None) -> nn.Module:
     """A map whose weight keeps its dtype: packed where oneDNN has kernels for it, else a plain one.
 
@@ -951,7 +970,8 @@ def prepare(model: PaliGemma, quantize: str | None = None) -> FastPaliGemma:
 # %% [markdown]
 # ## Proof
 #
-# Packed and fused, the pocket model says what it said. `tests/test_fast.py` holds its tokens against those of `transformers`.
+# Packed and fused, the pocket model gives the same scores, up to the order of sums. `tests/test_fast.py` holds its tokens
+# against those of `transformers`.
 
 # %%
 ready = prepare(load())
@@ -960,7 +980,48 @@ given = (batch.input_ids, batch.pixel_values, batch.attention_mask, torch.zeros_
 torch.testing.assert_close(ready(*given), pocket(*given), rtol=1e-3, atol=1e-3)
 
 # %% [markdown]
-# ## A step of fixed shapes
+# And the time of a token? Too small a model spends it on starting kernels (chapter 21), so we take a decoder of four blocks, a
+# quarter as wide as PaliGemma's in its MLP, with random weights.
+
+# %%
+decoder = {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 8}
+decoder |= {"num_key_value_heads": 1, "vocab_size": 8192, "tie_word_embeddings": False}
+tiny_tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+tiny_tower |= {"image_size": 28, "patch_size": 14}
+config = PaliGemmaConfig.from_dict(
+    sizes | {"text_config": decoder, "vision_config": tiny_tower, "image_token_index": 8191}
+)
+
+
+def token_time(model: PaliGemma) -> float:
+    """Milliseconds of a decoding step, four places behind the prompt."""
+    ids = torch.tensor([[8191] * config.num_image_tokens + [5] * 8])
+    held = model.language_model.new_caches(1, 64)
+    model.prefill(ids, model.encode_images(torch.zeros(1, 3, 28, 28)), torch.ones_like(ids), held)
+    seen = torch.ones(1, ids.shape[1], dtype=torch.long)
+
+    def step() -> None:
+        nonlocal seen
+        seen = F.pad(seen, (0, 1), value=1)
+        model.decode(torch.tensor([[5]]), seen, held)
+
+    return milliseconds(step)
+
+
+for name, make in {
+    "plain": PaliGemma.eval,
+    "packed": prepare,
+    "8 bits": lambda model: prepare(model, "int8"),
+    "4 bits": lambda model: prepare(model, "int4"),
+}.items():
+    torch.manual_seed(0)
+    print(f"{name:7}: {token_time(make(PaliGemma(config))):5.1f} ms for a token")
+
+# %% [markdown]
+# `sigma-book bench --size 3b --random --quantize int8 --against transformers` takes the whole model and asks the library that
+# everyone uses too. README has the table.
+#
+# ## A decoding step of fixed shapes
 #
 # A GPU has another trouble: a token is hundreds of small kernels, and starting each one takes longer than its work.
 # `torch.compile` melts small ones together and records the rest, to be replayed as one. It needs the same shapes at each step.
@@ -1071,8 +1132,9 @@ def compile_step(model: FastPaliGemma, mode: str | None = None) -> None:
 
 
 # %% [markdown]
-# On a GPU `load(..., compile=True)` does this by itself. On a CPU it does not: compiling takes many seconds, and a large
-# model spends its time reading weights, which no compiler shortens. Exercise 2 counts when it pays.
+# `load(..., compile=True)` does all of this chapter but the rounding: it lays out and fuses the maps, and on a GPU it compiles
+# the step too. On a CPU it does not: compiling takes many seconds, and a large model spends its time reading weights, which no
+# compiler shortens. Exercise 2 counts when it pays.
 #
 # ## A look inside: what is lost
 #
@@ -1102,6 +1164,9 @@ for name, model in kinds.items():
 assert lost["8 bits"] < 0.5 * lost["4 bits"]
 
 # %% [markdown]
+# Eight bits move the scores less than half as far as four do. A score has to move past its neighbour before an answer changes,
+# so small errors mostly change nothing.
+#
 # ## The bill
 #
 # Bytes held for answering with the 3B model. The table of look-ups is not counted: it stays in the file.
@@ -1118,30 +1183,26 @@ for name, count in held.items():
 assert held["8 bits"] < 0.26 * held["float32"] and held["4 bits"] < 0.8 * held["8 bits"]
 
 # %% [markdown]
-# And on a GPU in 16 bits, with nothing quantized: weights, the cache of a picture, a prompt and 100 new tokens, the largest
-# activations at once. The description that this book grew from asked for 13.8 GB.
+# And on a GPU in 16 bits, with nothing quantized? Chapter 21's bill counts weights, the cache of a picture, a prompt and 100 new
+# tokens, and the largest activations at once.
 
 # %%
-length = 256 + 32 + 100
-weights = 2 * count_parameters(large)
-keys_and_values = 2 * 18 * length * 256 * 2
-activations = 2 * length * (4 * 2048 + 3 * 16_384) + 4 * 8 * length**2  # streams and GeGLU; scores of eight heads
-logits = 4 * 4 * 257_216  # in float32, and what choosing makes of them
-peak = weights + keys_and_values + activations + logits
+peak = inference_bill(large.config, batch=1, prompt_length=256 + 32, new_tokens=100, precision="bfloat16").held
 print(f"{peak / 1e9:.2f} GB")
-assert peak < 6.6e9
+assert 5.8e9 < peak < 6.6e9
 
 # %% [markdown]
 # ## Your turn
 #
-# **1.** ★ Write `tokens_per_second(parameters, bits, gigabytes_per_second)`: the most that memory allows, one answer at a time.
+# **1.** ★ `head_share(blocks, head, bits)`: the decoder's blocks have so many weights, kept in `bits` bits each; the head's are
+# kept in eight. Which share of the bytes read for a token is the head's?
 
 
 # %%
-def tokens_per_second(parameters: int, bits: float, gigabytes_per_second: float) -> float: ...
+def head_share(blocks: int, head: int, bits: float) -> float: ...
 
 
-check(tokens_per_second, ((2_500_000_000, 8, 25.0), 10.0), ((2_500_000_000, 32, 25.0), 2.5))
+check(head_share, ((3_000, 1_000, 8), 0.25), ((2_000, 1_000, 4), 0.5), ((1_000, 1_000, 24), 0.25))
 
 # %% [markdown]
 # **2.** ★ `break_even(compiling, before, after)`: from how many tokens on does compiling pay? In seconds, and seconds a token; a
@@ -1156,6 +1217,7 @@ check(break_even, ((64.0, 0.5, 0.25), 256), ((10.0, 0.5, 0.5), -1), ((1.0, 3.0, 
 
 # %% [markdown]
 # **3.** ★★ `safe_levels(bits)`: the largest code of a weight so that two products with 255 fit a signed sum of that many bits.
+# (We took 63 above, the largest code of seven bits.)
 
 
 # %%

@@ -57,6 +57,7 @@ import matplotlib.pyplot as plt
 
 from sigma_book import generate, load
 from sigma_book.attention import attention
+from sigma_book.fast import Int8Linear, int8_levels, quantize_rows
 from sigma_book.generation import generate_tokens
 from sigma_book.gqa import cache_bytes
 from sigma_book.style import ANSWER, GREY, HEADS, PROMPT, check, save, use_style
@@ -68,8 +69,8 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## The picture
 #
-# Chapter 13 ended with a bound: to make one token, every weight of the decoder is fetched from memory. A batch of eight
-# answers shares one fetch. So whoever answers many people should answer them together.
+# To write one token, every weight of the decoder is fetched from memory (chapters 13 and 21). A batch of eight answers
+# shares one fetch. So whoever answers many people should answer them together.
 #
 # But people do not come together, and their answers are not equally long. Take eleven requests and three rows. A *static*
 # batch starts three, waits until the longest is done, and starts the next three. A *continuous* one lets the next
@@ -120,24 +121,27 @@ assert (static, continuous) == (51, 28)
 
 # %% [markdown]
 # *Figure: two charts of three rows. Green bars are answers, numbered in the order in which they came; grey is a row that
-# runs for nothing. In the static batch each group of three waits for its longest, and half of the chart is grey. In the
+# has none. In the static batch each group of three waits for its longest, and half of the chart is grey. In the
 # continuous one the bars stand close together, and it ends at step 28 in place of 51.*
 #
-# The grey is not free. A row that is over is fed padding and goes through the model like the others.
+# In a static batch the grey is not free: a row that is over is fed padding and goes through the model like the others.
 #
 # ## How good can it get?
 #
-# Let $n_i$ be the lengths, $R$ the rows, and call a group of a static batch $b$.
+# Let $n_i$ be the lengths and $R$ the rows. The static batch takes its requests in groups $g$ of $R$.
 #
-# $$ T_{\text{static}} = \sum_b \max_{i \in b} n_i
+# $$ T_{\text{static}} = \sum_g \max_{i \in g} n_i
 # \qquad\qquad
 # T_{\text{continuous}} \le \frac{1}{R} \sum_i n_i + \Big(1 - \frac{1}{R}\Big) \max_i n_i $$
 #
 # The second is Graham's bound of 1966, and its proof is short. Look at the request that ends last. Before it started no row
 # was free, so all $R$ rows were busy with other requests, whose lengths sum to $\sum_i n_i - n_{\text{last}}$ at most. So it
-# started at $(\sum_i n_i - n_{\text{last}}) / R$ at the latest, and ended $n_{\text{last}}$ later.
+# started at $(\sum_i n_i - n_{\text{last}}) / R$ at the latest, and ended $n_{\text{last}}$ later, at
+# $\sum_i n_i / R + (1 - 1/R)\, n_{\text{last}}$. And $n_{\text{last}}$ is no more than $\max_i n_i$.
 #
 # The first term is the work. The second does not grow with the number of requests: in a long day it is nothing.
+#
+# We try the bound on 500 short days drawn at random, and compare the two schedules on a long one.
 
 # %%
 random.seed(0)
@@ -173,10 +177,8 @@ def serve_naive(batches: list[Batch], rows: int, most: int) -> tuple[list[list[i
     while waiting or running:
         while waiting and len(running) < rows:
             number = waiting.pop(0)
-            batch, caches = (
-                batches[number],
-                model.language_model.new_caches(1, batches[number].input_ids.shape[1] + most),
-            )
+            batch = batches[number]
+            caches = model.language_model.new_caches(1, batch.input_ids.shape[1] + most)
             features = model.encode_images(batch.pixel_values)
             scores = model.prefill(batch.input_ids, features, batch.attention_mask, caches)
             running[number] = scores, batch.attention_mask, caches
@@ -196,16 +198,17 @@ def serve_naive(batches: list[Batch], rows: int, most: int) -> tuple[list[list[i
 naive_answers, naive_readings = serve_naive(batches, rows=2, most=24)
 for text, answer in zip(questions, naive_answers):
     print(f"{text:28}{tokenizer.decode(answer)}")
-assert naive_readings == sum(len(answer) - 1 for answer in naive_answers)
+assert naive_readings == sum(len(answer) - 1 for answer in naive_answers)  # first tokens come out of the prompts
 naive_readings
 
 # %% [markdown]
-# Right, and useless: each row reads the weights for itself. All rows must go through the model in *one* call.
+# The answers are right, but nothing is gained: each row reads the weights for itself. All rows must go through the model
+# in *one* call.
 #
 # ## Rows of different lengths
 #
 # What stands in the way? `KVCache` (chapter 07) has one length for all of its rows. Ours joined at different times, so
-# each has its own. Three numbers become three lists:
+# each has its own: row $b$ holds $n_b$ tokens. Three numbers become three lists:
 #
 # - where to write: row $b$ writes its new key into column $n_b$, behind its own last;
 # - the position, by which the key is turned: $n_b + 1$, since positions count from 1;
@@ -215,40 +218,38 @@ naive_readings
 # buffers: it costs what runs, not what might. When a row leaves, the last one moves into its place.
 
 # %%
+blue, red, green, pink = (HEADS[number] for number in (4, 1, 2, 3))  # a colour for each request
 stages = [
-    ("three rows run", [7, 4, 9]),
-    ("a step later", [8, 5, 10]),
-    ("row 1 leaves", [8, 10]),
-    ("a new one joins", [8, 10, 6]),
+    ("three rows run", [(7, blue), (4, red), (9, green)]),
+    ("a step later", [(8, blue), (5, red), (10, green)]),
+    ("the middle row leaves", [(8, blue), (10, green)]),
+    ("a new one joins", [(8, blue), (10, green), (6, pink)]),
 ]
-kinds = {7: HEADS[4], 8: HEADS[4], 4: HEADS[1], 5: HEADS[1], 9: HEADS[2], 10: HEADS[2], 6: HEADS[3]}
 figure, axes = plt.subplots(1, 4, figsize=(8.6, 1.7))
 for axis, (name, rows) in zip(axes, stages):
     for row in range(4):
+        length, colour = rows[row] if row < len(rows) else (0, None)
         for column in range(12):
-            used = row < len(rows) and column < rows[row]
-            axis.add_patch(
-                plt.Rectangle((column, -row), 0.88, 0.8, lw=0, color=kinds[rows[row]] if used else "#eeeeee")
-            )
-    if name == "a step later":
-        for row, length in enumerate(rows):
+            shade = colour if column < length else "#eeeeee"
+            axis.add_patch(plt.Rectangle((column, -row), 0.88, 0.8, lw=0, color=shade))
+        if name == "a step later" and length:
             axis.text(length - 0.56, -row + 0.36, "•", ha="center", va="center", color="white", fontsize=11)
-    axis.plot(
-        [-0.2, 12.1, 12.1, -0.2, -0.2], [-len(rows) + 0.93] * 2 + [0.87] * 2 + [-len(rows) + 0.93], color="0.3", lw=0.9
-    )
+    right, bottom = max(length for length, _ in rows) + 0.05, 0.93 - len(rows)
+    axis.plot([-0.2, right, right, -0.2, -0.2], [bottom, bottom, 0.9, 0.9, bottom], color="0.3", lw=0.9)
     axis.set(xlim=(-0.5, 12.4), ylim=(-3.3, 1.1), title=name)
     axis.axis("off")
 save(figure, "21c_rows")
 
 # %% [markdown]
-# *Figure: a cache of four rows and twelve columns, four times; each colour is one request, and the frame is what a step
-# touches. In a step each row grows by one column (white dots), each at its own end. When the middle row leaves, the last
-# moves up. A new one joins behind.*
+# *Figure: a cache of four rows and twelve columns, four times; each colour is one request. The frame is what is in use: the
+# next step takes these rows, up to the end of the longest, and the column that it writes. In a step each row grows by one
+# column (white dots), each at its own end. When the middle row leaves, the last moves up. A new one joins behind.*
 #
 # ## The tensor version
 #
-# For Gemma 2's sliding layers the row is a ring, as in chapter 07: token $t$ lies in column $t \bmod w$. Then all columns
-# of a long row are its last $w$ tokens, and the same mask says so: columns below $n_b + 1$.
+# In Gemma 2's sliding layers a row is a ring of $w$ columns, as in chapter 07: token $t$ lies in column $t \bmod w$. Once a
+# row is longer than $w$, its columns hold the last $w$ tokens, and its new token may look at all of them. So the mask
+# needs no second rule: all $w$ columns are below $n_b + 1$.
 
 
 # %%
@@ -333,9 +334,8 @@ class SlotCache:
         Wiped, because a mask gives hidden columns weight 0, and 0 times nan is nan.
         """
         last = len(self.lengths) - 1
-        freed, moved = (
-            min(self.lengths[index] + 1, self.columns) for index in (row, last)
-        )  # + 1: of a step that failed
+        # one column more than a row holds, since a step that failed may have written it
+        freed, moved = (min(self.lengths[index] + 1, self.columns) for index in (row, last))
         for buffer in (self.key, self.value):
             if row != last:
                 buffer[row, :, :moved] = buffer[last, :, :moved]
@@ -521,7 +521,7 @@ class RunningBatch:
 @torch.no_grad()
 def serve(batches: list[Batch], rows: int, most: int) -> tuple[list[list[int]], int]:
     answers, waiting, running, readings = [[] for _ in batches], list(range(len(batches))), [], 0
-    together = RunningBatch(model, rows, max_length=batches[0].input_ids.shape[1] + 20 + most)
+    together = RunningBatch(model, rows, max_length=max(batch.input_ids.shape[1] for batch in batches) + most)
 
     def is_over(number: int) -> bool:
         return answers[number][-1] == tokenizer.eos_id or len(answers[number]) == most
@@ -591,15 +591,17 @@ for count in reading:
     print(f"{count:6}{one:12.2f}{one / count:12.2f}{other:12.2f}{other / count:12.2f}")
 
 # %% [markdown]
-# A step with sixteen rows takes little longer than with one: here sharing pays. Reading is another matter. A prompt has
-# about seventy tokens, and that is a batch already. Reading eight together is somewhat cheaper than one by one for the
-# pocket model, whose time goes into starting operations. For a large model it is hardly cheaper at all, and all who run wait
-# eight times as long.
+# In the pocket model a step with sixteen rows takes little longer than with one: its time goes into starting operations,
+# and that is shared. (Large matrices come at the end of the chapter.) Reading is another matter. A prompt has about
+# seventy tokens, and that is a batch already. Eight read together cost less than one by one, but the gain is much smaller
+# than with steps, and all who run wait until the eight are read. In a large model arithmetic decides (chapter 21), and
+# there eight prompts are eight times the work.
 #
 # So the rule counts tokens: *prompts that wait are read together while they have no more than 512 tokens, padding
-# included; and at least one is read.* For the pocket model that is seven at once. For PaliGemma at 224 pixels, whose prompts
-# have more than 256 tokens, it is one. Between two reads there is always a step. So nobody who runs ever waits longer for a
-# token than one step and one read of 512 tokens (or of one prompt, if that is longer).
+# included; and at least one is read.* With so many rows arithmetic is busy already, and to read more at once would only
+# make the others wait. For the pocket model that is seven prompts. For PaliGemma at 224 pixels, whose prompts have more
+# than 256 tokens, it is one. Between two reads there is always a step. So nobody who runs ever waits longer for a token
+# than one step and one read of 512 tokens (or of one prompt, if that is longer).
 
 # %%
 length = batches[0].input_ids.shape[1]
@@ -653,7 +655,7 @@ class QueueFull(RuntimeError):
     requests : int
         How many are answered or wait for it.
     retry_after : float
-        Seconds after which one is likely to be over.
+        Seconds in which a full queue is likely to be worked off.
     """
 
     def __init__(self, requests: int, retry_after: float):
@@ -680,9 +682,9 @@ class Ticket:
 
 
 # %% [markdown]
-# On its way a request carries what was asked and what has come of it. All of this is chapter 13: the text that settles, the
-# generator of its own, `choose`, `allow`. A row that takes the best score needs none of that, and is settled with all
-# others by one `argmax`.
+# On its way a request carries what was asked and what has come of it. Its tools are chapter 13's: `AnswerText` turns
+# tokens into text, `choose` and `allow` pick a token, and whoever draws has a generator of its own. A row that takes the
+# best score needs no pick of its own: one `argmax` serves all of them.
 
 
 # %%
@@ -786,7 +788,7 @@ def _pick_tokens(requests: Sequence[_Request], logits: torch.Tensor) -> list[Eve
 # read the prompts whose turn it is, take a step. Between two moves is the only time at which anything joins or leaves, so
 # there is little to lock: the queue.
 #
-# What can go wrong, and whom it may concern:
+# What can go wrong, and who notices:
 #
 # - *Nobody has room.* Each row has columns for a whole context, so whoever has a row has room. Whoever has none waits in
 #   the queue, and is let in in the order of arrival: nobody can be overtaken for ever, and no two can wait for each other. If
@@ -983,6 +985,7 @@ class Engine:
                 raise RuntimeError("the engine is closed and takes no more requests")
             requests = len(self._waiting) + len(self._reading) + len(self._running)
             if requests >= self.max_rows + self.queue_size:
+                # each of `max_rows` rows takes a new request every `_held` seconds
                 raise QueueFull(requests, max(0.1, self._held * max(1, self.queue_size) / self.max_rows))
 
     def close(self, finish: bool = True, timeout: float | None = None) -> None:
@@ -1231,9 +1234,10 @@ for (picture, text, options), answer in zip(asked, texts):
 print(f"{sum(stats.finished.values())} answers, {stats.tokens} tokens; steps by rows: {stats.batch_sizes}")
 
 # %% [markdown]
-# Token for token the same, whatever the company. Two remarks on that. It holds in float32; with 16 bits sums round
-# differently in batches of other sizes, so where two tokens are about equally good either may come. And drawn tokens are
-# the same because each request draws from a generator of its own (chapter 13).
+# Word for word the same, whatever the company. Two remarks on that. In company sums run in another order. In float32 that
+# changes the last digits of scores and almost never the choice; with 16 bits it changes more, and where two tokens are
+# about equally good either may come. And drawn tokens are the same because each request draws from a generator of its own
+# (chapter 13).
 #
 # (`tests/test_batching.py` does this with hundreds of requests from many threads, with the windows and softcaps of Gemma 2,
 # with requests that are cancelled, and with models that break in the middle.)
@@ -1257,21 +1261,29 @@ class Impatient(Collect):
 
 
 shown = load(os.environ.get("SIGMA_BOOK_MODEL"))
-arrivals = [0, 0, 0.3, 0.6, 0.6, 1.5, 2.1, 2.3, 2.4]  # in times that the first caption takes alone
+arrivals = [0, 0, 0.1, 0.2, 0.3, 0.5, 1.4, 1.6, 1.8]  # in times that the first caption takes alone
 wishes = ["caption en", "detect circle", "caption en", "how many things are there?", *["caption en"] * 5]
 scenes = [draw_scene(make_scene(40 + number)) for number in range(9)]
-for unit in (0.0, seconds(lambda: generate(scenes[0], "caption en", model=shown, max_new_tokens=30), times=3)):
-    evening, began = [Collect() for _ in wishes], []
-    evening[4] = Impatient()
+
+
+def play(unit: float) -> tuple[float, list[float], list[Collect]]:
+    """An evening on which a unit of `arrivals` is so many seconds: its start, when requests came, what they heard."""
+    heard, came = [Collect() for _ in wishes], []
+    heard[4] = Impatient()
     with closing(Engine(shown, max_rows=3, max_length=min(512, shown.config.text.max_position_embeddings))) as engine:
         start = time.perf_counter()
-        for number, one in enumerate(evening):
+        for number, one in enumerate(heard):
             time.sleep(max(0.0, start + arrivals[number] * unit - time.perf_counter()))
-            began.append(time.perf_counter())
+            came.append(time.perf_counter())
             one.ticket = engine.submit(scenes[number], wishes[number], one, max_new_tokens=30)
-        for one in evening:
-            one.over.wait()  # the first, hasty evening only warms up
+        for one in heard:
+            one.over.wait()
+    return start, came, heard
 
+
+play(0.0)  # all at once, to warm up
+unit = seconds(lambda: generate(scenes[0], "caption en", model=shown, max_new_tokens=30), times=3)
+start, began, evening = play(unit)
 figure, axis = plt.subplots(figsize=(7.6, 3.3))
 for number, (one, came) in enumerate(zip(evening, began)):
     times = [(moment - start) * 1000 for moment in one.times]
@@ -1289,8 +1301,9 @@ if "SIGMA_BOOK_MODEL" not in os.environ:
 
 # %% [markdown]
 # *Figure: a line for each of nine requests over time. Orange: it waits, or its prompt is read. Each green stroke is a token.
-# Short answers end early and the next request begins at once; strokes stand a little further apart where a prompt is
-# read in between. One line breaks off as cancelled.*
+# At first three rows are too few: the fourth request and those behind it wait, each until another one ends. While a
+# prompt is read nobody gets a token, so the strokes of all who run show the same gaps, several steps wide. One line breaks
+# off as cancelled.*
 #
 # ## What it brings
 #
@@ -1298,21 +1311,22 @@ if "SIGMA_BOOK_MODEL" not in os.environ:
 
 # %%
 pictures = [draw_scene(make_scene(number)) for number in range(16)]
-jobs = [(pictures[number % 16], "caption en") for number in range(48)]
+jobs = [(pictures[number % 16], "caption en") for number in range(96)]
 start = time.perf_counter()
 alone = [generate(picture, text, model=model, return_logprobs=True) for picture, text in jobs]
 one_by_one = sum(len(answer.tokens) for answer in alone) / (time.perf_counter() - start)
 
 answered = {}
+waiting = iter(range(len(jobs)))  # one for all: each client takes the next job
 with closing(Engine(model, max_rows=16)) as engine:
 
-    def client(number: int) -> None:
-        for job in range(number, len(jobs), 16):
+    def client() -> None:
+        for job in waiting:
             collect = Collect()
             engine.submit(*jobs[job], collect, max_new_tokens=100)
             answered[job] = collect.text
 
-    clients = [threading.Thread(target=client, args=(number,)) for number in range(16)]
+    clients = [threading.Thread(target=client) for _ in range(16)]
     start = time.perf_counter()
     for thread in clients:
         thread.start()
@@ -1328,13 +1342,14 @@ print(
 print(f"{stats.prefill_seconds:.2f} s went into {stats.prompts} prompts, {stats.decode_seconds:.2f} s into the steps")
 
 # %% [markdown]
-# Why not sixteen times? Each request costs one reading of a prompt, $p$ seconds, and $n$ steps of $s$ seconds, which $R$ rows
-# share. Company divides only the second part:
+# Why not sixteen times? A request alone takes $p$ seconds to read its prompt, and $n$ steps of $s_1$ seconds. In company it
+# takes its share: $p'$ seconds of a prompt read with others, and of each step, which takes $s_R$ seconds with $R$ rows, the
+# part $1/R$.
 #
 # $$ \text{gain} \le \frac{p + n\, s_1}{p' + n\, s_R / R} $$
 #
-# With the times measured above ($p'$ is a prompt's share when seven or eight are read together), for short answers and long
-# ones:
+# Company makes the steps much cheaper and the reading a little. With the times measured above ($p'$ is an eighth of reading
+# eight together), for short answers and long ones:
 
 # %%
 most_gain = {
@@ -1345,14 +1360,13 @@ for count, times in most_gain.items():
     print(f"answers of {count:3} tokens: at most {times:.1f} times")
 
 # %% [markdown]
-# A caption of ten tokens is mostly reading. Long answers gain much more. And a second question about a picture that was
-# just encoded gains at the other end: chapter 21b keeps the features of pictures.
-
-# %% [markdown]
+# A caption of ten tokens is mostly reading. Long answers gain more. And a second question about the same picture saves a
+# part of the reading: chapter 21b keeps the features of pictures.
+#
 # ## The bill
 #
-# First the memory that is set aside at the start: columns for every row. (On a CPU the system finds real memory for it only
-# when columns are written for the first time. On a GPU all of it is gone at once.)
+# First the memory that is set aside at the start: columns for every row. (On a CPU the system finds real memory for them
+# only when they are written for the first time. On a GPU all of it is taken at once.)
 
 # %%
 per_token = cache_bytes(18, 1, 256, length=1)  # PaliGemma 3B, 16 bits
@@ -1371,11 +1385,13 @@ print(f"8 rows of 8,192 tokens: {whole / 1e9:.2f} GB; of 512 tokens: {cache_byte
 #
 # $$ \text{tokens per second} \le \frac{\beta\, R}{W + R\, S\, c} $$
 #
-# With few rows the weights rule, and each row more is a gift. With many the caches do, and the pace comes to rest at
-# $\beta / (S c)$.
+# With few rows $W$ is most of the sum, and $R$ rows are nearly $R$ times as fast as one. With many it is the caches, and
+# the pace approaches $\beta / (S c)$.
 
 # %%
-weights = 5_017_325_568  # bytes of the 3B decoder in 16 bits (chapter 13)
+block = 2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 16_384 + 2 * 2048  # q and o, k and v, the MLP, two norms
+weights = 2 * (18 * block + 2048 + 257_216 * 2048)  # bytes of the 3B decoder and its head in 16 bits
+assert weights == 5_017_325_568  # as in chapter 13
 counts = [2**power for power in range(11)]
 sizes = {"224 px": 256 + 44, "448 px": 1024 + 44, "896 px": 4096 + 44}
 figure, axis = plt.subplots(figsize=(6.2, 3.1))
@@ -1397,26 +1413,27 @@ assert gain["224 px"][3] > 7.9 and gain["224 px"][6] > 59
 assert gain["896 px"][3] > 7 and 32 < gain["896 px"][6] < 34
 
 # %% [markdown]
-# *Figure: the bound on the pace against the number of rows, both logarithmic, for three picture sizes; the dashed line is
-# as many times as there are rows. All three follow it up to eight rows. At 896 pixels, where each row has 4,096 picture
-# tokens, the line bends from 16 rows on; at 224 pixels only beyond a hundred.*
+# *Figure: the bound on the pace against the number of rows, both logarithmic, for three picture sizes. On the dashed line $R$
+# rows are $R$ times as fast as one. All three nearly follow it up to eight rows. At 896 pixels, where each row has 4,096
+# picture tokens, the line bends from 16 rows on; at 224 pixels only beyond a hundred.*
 #
-# A bound is what memory allows. Whether it is reached is up to the arithmetic. On this machine: one matrix of the 3B
-# decoder's MLP, in float32, times one row, two rows, up to sixteen.
+# A bound is what memory allows. Chapter 21's trap keeps float32 away from it: a product with a few rows can take much
+# longer than with one. Here it is for one matrix of the 3B decoder's MLP, and beside it the same in eight bits.
 
 # %%
 wide = torch.randn(16384, 2048)
-taken = {rows: seconds(lambda rows=rows: F.linear(torch.ones(rows, 2048), wide), times=7) for rows in (1, 2, 4, 8, 16)}
-for rows, moment in taken.items():
-    print(f"{rows:3} rows {1000 * moment:7.1f} ms, {moment / taken[1]:5.1f} times one row")
+kinds = {"float32": lambda given: F.linear(given, wide), "8 bits": Int8Linear(*quantize_rows(wide, int8_levels()))}
+for name, product in kinds.items():
+    for rows in (1, 2, 4, 8, 16):
+        given = torch.ones(rows, 2048)
+        moment = seconds(lambda product=product, given=given: product(given), times=7)
+        one_row = moment if rows == 1 else one_row
+        print(f"{name:8}{rows:3} rows {1000 * moment:7.1f} ms, {moment / one_row:5.1f} times one row")
 
 # %% [markdown]
-# If the last column says much more than 1 there, as it does with the library that torch uses on many CPUs, then two rows
-# cost far more than one, although the same bytes are read: for one row it takes a routine that is at memory speed, for a
-# few rows one that is made for many. In float32 on such a CPU the gain of a batch is small until there are enough rows.
-# With 8-bit weights (chapter 21b) there is no such step. On a GPU there is none either.
-
-# %% [markdown]
+# Where the last column says much more than 1, a batch of two or four gains little. In float32 that is so on many CPUs. In
+# eight bits (chapter 21b) there are fewer bytes to read, and the kernel is made for few rows too.
+#
 # ## Your turn
 #
 # **1.** ★ Which share of a static batch's row-steps is run for nothing? All rows run until the longest of the batch is done,

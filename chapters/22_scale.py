@@ -95,8 +95,9 @@ _ = torch.manual_seed(0)
 # Teaching takes four numbers for each number of the model: the weight, its gradient, and AdamW's two means (chapter 16).
 # Four processes can share the work in two ways. Each has its own examples in both.
 #
-# In the first, every process keeps all four numbers of the whole model. In the second, each keeps a quarter of the model, and
-# borrows the rest, one block at a time. A process is called a *rank*, and has a number, from 0.
+# In the first, *distributed data parallel* (DDP), every process keeps all four numbers of the whole model. In the second,
+# *fully sharded data parallel* (FSDP), each keeps a quarter of the model, and borrows the rest, one block at a time. A
+# process is called a *rank*, and has a number, from 0.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(7.6, 2.5), sharey=True)
@@ -136,14 +137,14 @@ save(figure, "22_keep")
 
 # %%
 def all_reduce_naive(numbers: list[list[float]]) -> tuple[list[list[float]], int]:
-    """Numbers of each rank, a piece each for a start; gives what each has at the end, and how many each has sent."""
+    """A ring of ranks, where each number is a piece: what each rank has at the end, and how many numbers each has sent."""
     held, ranks, sent = [list(row) for row in numbers], len(numbers), 0
-    for step in range(ranks - 1):  # pieces grow
+    for step in range(ranks - 1):  # first round: pieces grow
         moving = [((rank - step) % ranks, held[rank][(rank - step) % ranks]) for rank in range(ranks)]
         for rank, (piece, number) in enumerate(moving):
             held[(rank + 1) % ranks][piece] += number
         sent += 1
-    for step in range(ranks - 1):  # complete pieces go around
+    for step in range(ranks - 1):  # second round: complete pieces go around
         moving = [((rank + 1 - step) % ranks, held[rank][(rank + 1 - step) % ranks]) for rank in range(ranks)]
         for rank, (piece, number) in enumerate(moving):
             held[(rank + 1) % ranks][piece] = number
@@ -157,9 +158,9 @@ assert summed == [[111.5, 222.5, 333.5, 444.5]] * 4 and sent == 6
 summed[0], sent
 
 # %% [markdown]
-# Each rank sent 6 numbers of its 4. The first round alone is called *reduce-scatter*: everybody ends with one piece of the sum.
-# The second is called *all-gather*: everybody gets all pieces. Both together are *all-reduce*. Remember the two halves: the
-# second way of sharing takes them apart.
+# Each rank has 4 numbers and sent 6. The first round alone is called *reduce-scatter*: everybody ends with one piece of the
+# sum. The second is called *all-gather*: everybody gets all pieces. Both together are *all-reduce*. Remember the two halves:
+# the second way of sharing takes them apart.
 #
 # ## The formula
 #
@@ -182,10 +183,11 @@ def ring_bytes(size: int, ranks: int) -> float:
 
 
 # %% [markdown]
-# The more ranks, the nearer it comes to $2S$, and it never gets there. A thousand ranks send hardly more each than two do.
+# Two ranks send $S$ each. The more ranks, the nearer it comes to $2S$, and it never gets there.
 
 # %%
 assert ring_bytes(4, 4) == sent  # as by hand
+assert ring_bytes(1, 2) == 1 and 1.99 < ring_bytes(1, 1000) < 2
 counts = [2, 4, 8, 16, 32, 64]
 figure, axis = plt.subplots(figsize=(5.6, 2.5))
 axis.plot(counts, [n - 1 for n in counts], color=PROMPT, marker="s", ms=4)
@@ -200,14 +202,15 @@ axis.set(xlabel="ranks", ylabel="gradients sent", ylim=(0, 20))
 save(figure, "22_ring")
 
 # %% [markdown]
-# *Figure: how often a rank sends the whole gradient, over the number of ranks. The line of a rank 0 that does it all climbs
-# out of the picture; the line of the ring stays flat, a little under 2.*
+# *Figure: how often a rank sends the whole gradient, against the number of ranks. The line of a rank 0 that does it all
+# climbs out of the picture; the line of the ring starts at 1 and levels off just under 2.*
 #
 # ## Meeting each other
 #
-# `torchrun` starts the processes and tells each its number, how many there are, and where they meet. Then they
-# can talk: over NCCL between graphics cards, over gloo between processors. The loop of chapter 16 needs few words, and
-# `Ranks` has them.
+# PyTorch's launcher, `torchrun`, starts the processes and tells each its number, how many there are, and where they meet.
+# Tensors then travel by one of two libraries: NCCL between graphics cards, gloo between CPUs.
+#
+# The loop of chapter 16 asks for the others through a small object. `Alone` answers for one process, `Ranks` for many.
 
 
 # %%
@@ -261,23 +264,31 @@ class Ranks(Alone):
 
 
 # %% [markdown]
-# Look at `adding` and `sum`. Chapter 16 had a trap: the mean of means is not the mean. It comes back here, since ranks
-# have answers of different lengths. So the tokens of *all* ranks are counted before the first gradient, and each token weighs
-# one over that count, whoever has it.
+# Two methods need a word. A step may have several small batches (chapter 16). With DDP, `adding` lets each rank collect its
+# own gradients, and puts off adding them up over the ranks until the last small batch of the step.
+#
+# `sum` is there for the trap of chapter 16: the mean of means is not the mean. It comes back here, since ranks have answers
+# of different lengths. So the tokens of *all* ranks are counted before the first gradient, and each token weighs one over
+# that count, whoever has it.
 #
 # Libraries take the mean of the ranks' gradients. We want the sum of shares, so the loss is multiplied by the number of
 # ranks; that is the factor `ranks.size` in `add_gradients`.
 #
-# Rank 0 alone writes the log, the remarks and the pictures. Held-out examples are asked by all ranks alike, since a model that is
-# cut answers only if all take part.
+# Take two ranks, one with 2 tokens and one with 8. The library's mean is then the mean of all ten tokens, 1.8, and not the
+# mean of the two means, 3.
 
 # %%
 short, long = [4.0, 6.0], [1.0] * 8  # losses of the tokens on two ranks
 total = len(short) + len(long)
-shares = [sum(losses) / len(losses) * (len(losses) / total) * 2 for losses in (short, long)]
-assert sum(shares) / 2 == sum(short + long) / total == 1.8 != (5.0 + 1.0) / 2
+means = [sum(losses) / len(losses) for losses in (short, long)]
+shares = [mean * (len(losses) / total) * 2 for mean, losses in zip(means, (short, long))]
+assert sum(means) / 2 == 3.0
+assert sum(shares) / 2 == sum(short + long) / total == 1.8
 
 # %% [markdown]
+# Rank 0 alone writes the log, the remarks and the pictures. But all ranks ask the held-out examples alike: where each has
+# only a part of the model, it answers only if all take part.
+#
 # How do the processes meet? `torchrun` keeps a board that all can read, and does not wipe it when it starts them anew. So
 # rank 0 opens a store of its own and writes its address on the board. Where nobody answers, the address is that of a rank
 # that is gone, and one looks again.
@@ -450,7 +461,8 @@ for size in (1, 2, 4):
 # ## A copy on each: DDP
 #
 # PyTorch's `DistributedDataParallel` does what we did by hand, and does it early: the gradients of the last blocks are on
-# their way while those of the first are still being computed. It listens to a module's `forward`, so the loss becomes one.
+# their way while those of the first are still being computed. It listens to a module's `forward`, so we wrap the loss in a
+# module.
 
 
 # %%
@@ -469,16 +481,23 @@ class CopyLoss(nn.Module):
 def copy_loss(model: PaliGemma, ranks: Ranks) -> Callable[[Batch], torch.Tensor]:
     """The loss of a model that each rank holds whole; its backward pass leaves the mean of all ranks in each `.grad`.
 
-    Weights are those of rank 0 afterwards. Frozen weights are neither sent back nor forth.
+    Weights are those of rank 0 afterwards. In a step, only gradients of weights that learn are sent.
     """
     ranks.copy = DistributedDataParallel(CopyLoss(model), forward_sync_buffers=False, gradient_as_bucket_view=True)
     return lambda batch: ranks.copy(batch)  # `Ranks.leave` lets go of it
 
 
-def never_empty(batch: Batch) -> Batch:
-    """A batch with a label at least: one that teaches nothing gets any, so that its loss is a number, of weight 0.
+# %% [markdown]
+# A rank may have nothing to learn from, as at the end of an epoch. It cannot sit the step out, since the others wait for its
+# gradient. So it takes part with a loss of weight zero.
 
-    A rank without rows must go through the same motions, or the others would wait for it.
+
+# %%
+# | export
+def never_empty(batch: Batch) -> Batch:
+    """The batch; if it has no label, with one made up, so that its loss is a number. That loss has the weight 0.
+
+    A rank without labels has to take part in the step, or the others would wait for it.
     """
     if answer_tokens(batch):
         return batch
@@ -488,15 +507,12 @@ def never_empty(batch: Batch) -> Batch:
 
 
 # %% [markdown]
-# The last function is about a rank that has nothing to do, as at the end of an epoch. It cannot sit the step out, since
-# the others wait for its gradient. So it goes through the motions with weight zero.
-#
-# DDP fits adapters best. Of a QLoRA run, nothing but the adapters' gradients is sent; the NF4 codes stay where they are.
+# DDP fits adapters best: in a step of QLoRA, only the adapters' gradients are sent, and the NF4 codes stay where they are.
 #
 # ## A part on each: FSDP
 #
 # Now the second way, again by hand. A linear map with 8 rows on four ranks, two rows each. Every rank has its own examples.
-# Going forth, all gather the whole matrix, use it, and drop it. Coming back, each has a gradient for the whole matrix, of its
+# Forwards, all gather the whole matrix, use it, and drop it. Backwards, each gets a gradient for the whole matrix, of its own
 # examples. A reduce-scatter adds them up and leaves each rank the two rows that it keeps.
 
 # %%
@@ -518,7 +534,7 @@ torch.testing.assert_close(torch.cat(kept), reference.grad)
 # Each rank then lets AdamW step on its two rows alone, with means for two rows alone. Nobody ever has the means of the
 # whole matrix.
 #
-# Where 8 is not a multiple of the ranks, the last ones have fewer rows, or none.
+# Where the number of rows is not a multiple of the ranks, the last ranks have fewer rows, or none.
 
 
 # %%
@@ -575,9 +591,12 @@ def shard_model(model: PaliGemma, ranks: Ranks, dtype: str) -> None:
 # %% [markdown]
 # ## Starting without the whole
 #
-# A model that fits on no single card must not be built on one. So it begins on the meta device, where tensors have shapes and no
+# A model that fits on no card must not be built on one. So it begins on the meta device, where tensors have shapes and no
 # numbers. It is cut there. Only then does each rank ask for memory, for its rows, and reads just these rows from the
 # safetensors files. At the end, rank 0 gathers the model one tensor after another and writes the same folder as ever.
+#
+# A parameter that has been cut is a `DTensor`, which stands for the whole: its `to_local()` gives the rows of this rank, and
+# its `full_tensor()` gathers all rows.
 
 
 # %%
@@ -834,19 +853,19 @@ class RankCheckpoints(Checkpoints):
 
 
 # %% [markdown]
-# Two honest limits. All ranks must see one folder, so several machines need a shared disk. And while ranks agree on who writes
-# what, that library sends small pickles between them: in memory, between processes of one run, never on disk.
+# Two limits. All ranks must see one folder, so several machines need a shared disk. And while ranks agree on who writes what,
+# that library sends small pickles between them: in memory, between processes of one run, never on disk.
 #
 # ## What each rank keeps and sends
 #
 # | | kept by each | sent by each in a step |
 # |---|---|---|
 # | DDP | everything | $\frac{2(N-1)}{N}$ of the gradients |
-# | FSDP | $\frac1N$ of everything, and what is borrowed | $\frac{N-1}{N}$ of the blocks, forth and back, and of the gradients |
+# | FSDP | $\frac1N$ of everything, and what is borrowed | $\frac{N-1}{N}$ of the blocks, twice, and of the gradients |
 #
-# FSDP sends the weights twice, in 16 bits, and the gradients once, in 32. That is
-# $2 \cdot 2 + 4 = 8$ bytes a number, just what DDP sends: $2 \cdot 4$. The memory costs no traffic. What it costs is that
-# the weights are waited for in the middle of a step.
+# FSDP sends the weights twice, in 16 bits, and the gradients once, in 32. That is $2 \cdot 2 + 4 = 8$ bytes a number, just
+# what DDP sends: $2 \cdot 4$. The saved memory costs no extra traffic. What it costs is that ranks wait for weights in the
+# middle of a step.
 #
 # A frozen block through which no gradient comes back is gathered once: the tower, when adapters of the decoder learn. Its last
 # block is the exception. FSDP fetches ahead, and gathers that one in vain.
@@ -913,7 +932,7 @@ def _cut_numel(parameter: torch.Tensor, ranks: int) -> int:
 def _groups(model: PaliGemma) -> list[tuple[list[nn.Parameter], int]]:
     """What FSDP gathers together, and how often in a step: all that is in no block, once; then each block.
 
-    A block is gathered once on the way forth, and once more if a gradient comes back to it, or to the block behind it:
+    A block is gathered once forwards, and once more if a gradient comes back to it, or to the block behind it:
     FSDP fetches ahead, without asking whether that is needed.
     """
     blocks, tower = blocks_of(model), len(model.vision_tower.encoder.layers)
@@ -1002,8 +1021,7 @@ print(f"losses {apart:.1e} apart at most")
 assert apart < 1e-5
 
 # %% [markdown]
-# And the bill, against what the second process has really written: its checkpoint has the rows of each rank in a file of its
-# own.
+# And the bill, against what the second run has written: its checkpoint has the rows of each rank in a file of their own.
 
 # %%
 written = [
@@ -1017,15 +1035,16 @@ print(f"{written[0]:,} and {written[1]:,} bytes of weights; on the bill {bill.we
 shutil.rmtree(folder)
 
 # %% [markdown]
-# `tests/test_scale.py` does it with DDP, LoRA and QLoRA, with four ranks, with a rank that is killed in the middle of a
-# step, and from four ranks on to two. Marked `slow`, it also counts the bytes that cross the wire, in a network that the two
-# processes have for themselves. Over gloo FSDP sends more than the bill says: torch has no reduce-scatter there, adds up whole
-# gradients by an all-reduce, and keeps a part. NCCL has one.
+# `tests/test_scale.py` compares the same for DDP, LoRA and QLoRA, with four ranks, after a rank was killed in the middle of a
+# step, and for a run that four ranks begin and two finish. A test marked `slow` also counts the bytes that cross the wire, in
+# a network that the two processes have for themselves. Over gloo, FSDP sends more than the bill says: torch has no
+# reduce-scatter for it, so it adds up whole gradients by an all-reduce and keeps a part. NCCL has one.
 #
 # ## The bill
 #
-# The pocket model needs none of this. Here are the large ones, in bfloat16, without activations. These numbers are
-# computed, not measured.
+# The pocket model needs none of this. Here are the large ones, computed in bfloat16, without activations. Where everything
+# learns, all four numbers are kept in 32 bits, 16 bytes together. With adapters, frozen weights are in 16 bits, or for QLoRA
+# in NF4. These numbers are calculated, not measured.
 
 
 # %%
@@ -1057,7 +1076,7 @@ for (name, way), bills in table.items():
 # %%
 everything = table["3B", "DDP"][0]
 assert everything.kept == 16 * 2_923_466_480
-assert abs(table["3B", "FSDP"][2].sent / table["3B", "DDP"][2].sent - 1) < 0.12  # the memory costs no traffic
+assert abs(table["3B", "FSDP"][2].sent / table["3B", "DDP"][2].sent - 1) < 0.12  # no extra traffic
 assert table["28B", "DDP"][3].kept > 400e9 and table["28B", "FSDP"][2].kept < 40e9
 assert table["28B", "QLoRA, DDP"][3].sent < 0.05 * table["28B", "DDP"][3].sent
 
@@ -1076,12 +1095,12 @@ axis.set(xlabel="GPUs", ylabel="GB on each, 28B", xlim=(0.8, 2500))
 save(figure, "22_bill")
 
 # %% [markdown]
-# *Figure: memory on each GPU for the 28B model, over 1 to 512 GPUs, both axes logarithmic. DDP stays flat, far above a dotted
-# line of 80 GB. LoRA and QLoRA are flat lines below it. FSDP starts beside DDP, is under the dotted line at 8 GPUs, and under all
-# others at 64.*
+# *Figure: memory on each GPU for the 28B model, with 1 to 512 GPUs, both axes logarithmic. DDP stays flat, far above a dotted
+# line of 80 GB. LoRA and QLoRA are flat lines below it. FSDP starts beside DDP, is under the dotted line at 8 GPUs, and under
+# all others at 64.*
 #
-# FSDP does not fall for ever: what is borrowed stays, two blocks and the embedding. And a rank with one example must still send as
-# much as a rank with a hundred, so few examples on many ranks are spent on waiting.
+# With FSDP a part does not shrink with more GPUs: what is borrowed, two blocks and the embedding. And a rank with one example
+# sends as much as a rank with a hundred, so with few examples each, ranks spend more of a step waiting.
 #
 # ## Commands
 #

@@ -69,37 +69,35 @@ folder = Path(tempfile.mkdtemp(prefix="sigma_book_bulk_"))
 # %% [markdown]
 # ## The picture
 #
-# A file lists pictures and prompts, one row for each. Several processes, *actors*, have loaded the model. A *driver* deals
+# A file lists pictures and prompts, a row for each pair. Several processes, *actors*, have loaded the model. A *driver* deals
 # out the rows in small batches, and writes the answers.
 
 # %%
-figure, axis = plt.subplots(figsize=(8.4, 2.7))
-boxes = [("file of rows", 0.9, 1.2, GREY), ("driver", 3.3, 1.2, PROMPT), ("parts of answers", 3.3, 0.05, ANSWER)]
-boxes += [(f"actor {number}: model", 6.6, 2.2 - 0.8 * number, PICTURE) for number in range(3)]
-boxes += [("pictures", 9.4, 1.4, GREY)]
+figure, axis = plt.subplots(figsize=(7.6, 2.7))
+boxes = [("driver", 0.9, 1.4, PROMPT), ("parts of answers", 0.9, 0.05, ANSWER)]
+boxes += [(f"actor {number}: model", 4.6, 2.2 - 0.8 * number, PICTURE) for number in range(3)]
+boxes += [("file of rows,\npictures", 7.8, 1.4, GREY)]
 for name, x, y, colour in boxes:
     axis.add_patch(FancyBboxPatch((x - 0.75, y - 0.2), 1.5, 0.4, boxstyle="round,pad=0.06", facecolor=colour, lw=0))
     axis.text(x, y, name, ha="center", va="center", color="black" if colour == PROMPT else "white", fontsize=9)
 arrow = {"arrowstyle": "-|>", "color": "0.3", "shrinkA": 0, "shrinkB": 0}
-axis.annotate("", (2.4, 1.2), (1.75, 1.2), arrowprops=arrow)
-axis.annotate("", (3.3, 0.4), (3.3, 0.9), arrowprops=arrow)
+axis.annotate("", (0.9, 0.4), (0.9, 1.1), arrowprops=arrow)
 for number in range(3):
     y = 2.2 - 0.8 * number
-    axis.annotate("", (5.75, y), (4.15, 1.2), arrowprops={**arrow, "arrowstyle": "<|-|>"})
-    axis.annotate("", (7.45, y), (8.55, 1.4), arrowprops=arrow)
-axis.text(4.75, 2.15, "row numbers out,\nanswers back", ha="center", fontsize=8, color="0.3")
-axis.text(3.45, 0.65, "in the order of the rows", fontsize=8, color="0.3", va="center")
-axis.set(xlim=(0, 10.4), ylim=(-0.3, 2.6))
+    axis.annotate("", (3.75, y), (1.75, 1.4), arrowprops={**arrow, "arrowstyle": "<|-|>"})
+    axis.annotate("", (5.45, y), (6.95, 1.4), arrowprops=arrow)
+axis.text(2.4, 2.1, "row numbers out,\nanswers back", ha="center", fontsize=8, color="0.3")
+axis.text(1.05, 0.75, "in the order of the rows", fontsize=8, color="0.3", va="center")
+axis.set(xlim=(0, 8.8), ylim=(-0.3, 2.6))
 axis.axis("off")
 save(figure, "22b_flow")
 
 # %% [markdown]
-# *Figure: a file of rows leads to the driver. Between the driver and three actors, each with a model, row numbers go out
-# and answers come back; the actors fetch the pictures themselves. Below the driver, answers go into parts, in the order of
-# the rows.*
+# *Figure: between the driver and three actors, each with a model, row numbers go out and answers come back; the actors read
+# the file of rows and the pictures themselves. Below the driver, answers go into parts, in the order of the rows.*
 #
-# Only numbers go out. An actor reads its rows and opens its pictures itself, so the driver stays idle enough to serve
-# hundreds of actors, and no picture is copied between processes.
+# Only numbers go out. An actor reads its rows and opens its pictures itself. So the driver has little to do for a row, and no
+# picture is copied between processes.
 #
 # ## By hand
 #
@@ -132,9 +130,9 @@ except FileNotFoundError as error:
     print(f"{error}; {len((folder / 'answers.txt').read_text().splitlines())} answers written")
 
 # %% [markdown]
-# After row 4, eight rows wait for someone to repair a file and begin again. In a million rows there are many such ones. So
-# a run needs four things: a bad row gets its sentence in place of an answer; batches, for speed; a way to go on; and more
-# than one process.
+# Row 4 and the seven behind it wait until someone has repaired the file and begins again. Among a million rows there are many
+# like row 4. So a run needs four things: a bad row gets its sentence in place of an answer; batches, for speed; a way to go
+# on; and more than one process.
 #
 # ## Rows, whatever is wrong with them
 #
@@ -322,7 +320,7 @@ for found in rows.read(3, 10):
     print(found if isinstance(found, Exception) else f"{found.image.name}: {found.prefix}")
 
 # %% [markdown]
-# The missing picture is not noticed here: paths are opened when they are answered.
+# The missing picture is not noticed here: a picture is opened only when its row is answered.
 #
 # ## One bad row among sixteen
 #
@@ -434,6 +432,8 @@ one_by_one = {i: generate(folder / f"{i}.png", "caption en", model=model) for i 
 assert {record["index"]: record["answer"] for record in records if record["answer"]} == one_by_one
 
 # %% [markdown]
+# Rows 4, 7 and 9 have their reasons, and the others the answers that they get one by one.
+#
 # ## Killed at any moment
 #
 # Who writes the answers? Not the actors: two writers of one file need locks, and a file for each actor needs a merge. The
@@ -581,8 +581,9 @@ def answer_here(
 
 
 # %% [markdown]
-# The proof: a run of twelve rows in parts of five is killed after each possible byte of its second part, and each time it
-# goes on. What stands on the disk in the end is always the same. (Real processes are killed in `tests/test_bulk.py`.)
+# The proof: of a run of twelve rows in parts of five, the second part is cut off after 0, 7, 14, ... bytes, as a kill might
+# leave it. Each time the run goes on from there, and what stands on the disk in the end is the same. (Real processes are
+# killed in `tests/test_bulk.py`.)
 
 
 # %%
@@ -732,8 +733,8 @@ def answer_with_ray(
 
 
 # %% [markdown]
-# The rest is starting Ray quietly. Its object store, where blocks wait, may be small, for what waits there is numbers and
-# short texts.
+# The rest is starting Ray quietly. Its object store, where blocks wait, may be small: only numbers and short texts wait
+# there.
 
 
 # %%
@@ -843,11 +844,12 @@ else:
 # $$ T(A) = t_0 + N \, \max\left(\frac{t}{A},\; d\right) $$
 #
 # More than $t / d$ actors are of no use to one driver. Ray's part of $d$ is for a block, so larger batches make it smaller.
-# We measure $t$ with the pocket model, and the two parts of $d$ with actors that do nothing.
+# We measure $t$ with the pocket model, Ray's part of $d$ with the two actors above, and the time to write here. Where Ray is
+# not installed, its part is left out.
 
 # %%
 begun = time.perf_counter()
-answer_range(rows, 0, 4, from_model)
+answer_range(rows, 0, 4, from_model)  # two ranges without a bad row: six rows
 answer_range(rows, 10, 12, from_model)
 row_seconds = (time.perf_counter() - begun) / 6
 
@@ -858,9 +860,8 @@ written.write(iter(expected))
 write_seconds = (time.perf_counter() - begun) / len(expected)
 driver_seconds = block_seconds / 16 + write_seconds  # in batches of 16
 limit = row_seconds / driver_seconds
-print(
-    f"t: {row_seconds * 1e3:.1f} ms; d: {block_seconds / 16 * 1e3:.3f} ms of Ray and {write_seconds * 1e3:.3f} ms to write"
-)
+of_ray = f"{block_seconds / 16 * 1e3:.3f} ms of Ray and " if block_seconds else ""
+print(f"t: {row_seconds * 1e3:.1f} ms; d: {of_ray}{write_seconds * 1e3:.3f} ms to write")
 print(f"one driver serves {limit:,.0f} actors with the pocket model")
 
 figure, axis = plt.subplots(figsize=(5.6, 2.8))
@@ -973,8 +974,9 @@ def answer_logprobs(
 
 
 # %% [markdown]
-# With the mask `whole` these are the log-probabilities that `generate` returns. With the other two they are lower: the
-# model has never read like that. Of twelve scenes we draw the one where it shows most.
+# With the mask `whole` these are the log-probabilities that `generate` returns: natural logarithms, whose unit is the *nat*.
+# With the other two, most tokens stay as likely as they were. But a token of which the model is not sure may fall far, since
+# the model has never read like that. Of twelve scenes we draw the one where it shows most.
 
 # %%
 shown, lowest = None, 0.0
@@ -986,26 +988,21 @@ for seed in range(12):
     if sum(under["causal"]) < lowest:
         shown, lowest = (tokens, under), sum(under["causal"])
 tokens, under = shown
-assert sum(under["whole"]) > max(sum(under["picture"]), sum(under["causal"]))
+assert sum(under["whole"]) > sum(under["picture"]) > sum(under["causal"])
 
 figure, axis = plt.subplots(figsize=(8.4, 3.1))
 for mask, colour, marker in zip(PREFIX_MASKS, (ANSWER, PROMPT, GREY), "osx"):
-    axis.plot(under[mask], marker=marker, ms=4, color=colour, lw=1)
-place = int(np.argmin(under["causal"]))
-axis.annotate("causal", (place, under["causal"][place]), xytext=(8, 0), textcoords="offset points", color="0.4")
-place = int(np.argmin(under["picture"]))
-where = {"xytext": (-8, -4), "textcoords": "offset points", "ha": "right"}
-axis.annotate("picture only", (place, under["picture"][place]), color="#9a6700", **where)
-axis.annotate("whole prefix", (0, under["whole"][0]), xytext=(0, 6), textcoords="offset points", color=ANSWER)
+    axis.plot(under[mask], marker=marker, ms=4, color=colour, lw=1, label=mask)
+axis.legend(loc="lower left", frameon=False)
 pieces = [model.processor.tokenizer.decode([token], skip_special_tokens=False) for token in tokens]
 axis.set_xticks(range(len(tokens)), pieces, rotation=45, ha="right", fontsize=8)
-axis.set(ylabel="log-probability", ylim=(None, 0.08 * -min(under["causal"])))
+axis.set(ylabel="log-probability, in nats", ylim=(None, 0.08 * -min(under["causal"])))
 save(figure, "22b_prefix")
 print({mask: round(sum(values), 2) for mask, values in under.items()})
 
 # %% [markdown]
-# *Figure: the log-probability of each token of a caption, under three masks. Under the whole prefix all lie near zero; with
-# the picture alone open, and under a causal mask, some tokens fall far below.*
+# *Figure: the log-probability of each token of a caption, under three masks. Most tokens lie at zero under all of them. One
+# is a little lower under the whole prefix, far lower with the picture alone open, and lowest under a causal mask.*
 #
 # ## Asking from outside
 #
@@ -1204,7 +1201,6 @@ def _tokens_of(model: PaliGemma, texts: Sequence[str]) -> list[int]:
 def greedy(image: Image.Image, prompt: str, mask: str, most: int = 12) -> tuple[list[int], list[float]]:
     """The answer of an engine with this mask: slow, without a cache, but plain."""
     tokens = []
-    vocabulary = range(model.config.text.vocab_size)
     batch = model.processor.prepare([image], [prompt])
     start = batch.input_ids.shape[1]
     with torch.no_grad():
@@ -1214,7 +1210,6 @@ def greedy(image: Image.Image, prompt: str, mask: str, most: int = 12) -> tuple[
             types = prefix_types(ids, start, model.config.image_token_id, mask)
             hidden_states = model.hidden_states(ids, features, torch.ones_like(ids), types)
             tokens.append(int(model.logits(hidden_states[:, -1]).argmax()))
-    assert tokens[0] in vocabulary
     return tokens, answer_logprobs(model, image, prompt, tokens, mask)
 
 
@@ -1256,7 +1251,8 @@ for mask in PREFIX_MASKS:
 server.shutdown()
 
 # %% [markdown]
-# The test names each of the three. On the command line it is `sigma-book compare --url http://host:8000/v1 --model DIR`.
+# The comparison names the right mask each time. On the command line it is
+# `sigma-book compare --url http://host:8000/v1 --model DIR`.
 #
 # ## The bill
 #
@@ -1271,7 +1267,7 @@ assert square / sent > 500
 print(f"{sent:.0f} bytes for a row; {square:,} with pictures: {square / sent:,.0f} times")
 
 # %% [markdown]
-# And the time for a million pictures, from the rate of this machine:
+# And the time for a million pictures, by the formula and the times measured here:
 
 # %%
 for actors in (1, 8, 64):

@@ -97,9 +97,9 @@ axis.axis("off")
 save(figure, "22c_request")
 
 # %% [markdown]
-# *Figure: a request leads to its messages, to the one of the user, and there to two parts: a text, which is the prompt,
-# and an image_url, which is the picture. Below, struck through, what the form also allows and PaliGemma has not: n: 2,
-# tools, system, assistant, a second picture.*
+# *Figure: a request leads to its messages, to the one of the user, and there to two parts: a text, which is the prompt, and
+# an image_url, which is the picture. Below, struck through, what the form also allows and this service refuses: n: 2, tools,
+# system, assistant, a second picture.*
 #
 # ## The trusting version
 #
@@ -145,8 +145,8 @@ assert read_naive(json.dumps(pirate).encode()) == ("caption en", scene)  # five 
 #
 # ## The formula
 #
-# A picture is bytes, and JSON is text. A **data URL** spells three bytes (24 bits) in four of 64 letters and signs (6 bits
-# each), and fills up the last four:
+# A picture is bytes, and JSON is text. A **data URL** holds the bytes in *base64*: three bytes (24 bits) are spelled in four
+# of 64 letters and signs (6 bits each), and a short last group is filled up:
 #
 # $$ n \text{ bytes} \to 4 \lceil n / 3 \rceil \text{ letters} $$
 
@@ -158,8 +158,9 @@ print(f"{len(scene):,} bytes of picture are {4 * math.ceil(len(scene) / 3):,} le
 # %% [markdown]
 # ## One shape for everything that goes wrong
 #
-# Programs read errors too. Clients of OpenAI's service know one shape, a sentence with a kind, a field and a short code,
-# so all of ours have it: those of FastAPI as well, which have shapes of their own.
+# Programs read errors too. First of all they read a number, the *status* of an HTTP answer: 200 is an answer, 400 a wrong
+# request, 413 one that is too large, 429 one that came when there was no room, and 500 or more a fault of the server. Clients
+# of OpenAI's service also know one shape, a sentence with a kind, a field and a short code, so all of our errors have it.
 #
 # One detail: a request may hold half a character (JSON can spell it), and an error that quotes it could not be written
 # in UTF-8. `PlainJson` spells such things out in ASCII.
@@ -240,8 +241,9 @@ json.dumps(error_body(ApiError(400, "max_tokens is 0: expected 1 to 2048", param
 # %% [markdown]
 # ## The form of a question
 #
-# **pydantic** checks JSON against Python classes. Strictly: a "5" is not a 5. Fields that change nothing in an answer may
-# say what they like; fields that would change it may only say what is the case anyway; unknown ones are mistakes.
+# **pydantic** checks JSON against Python classes, here strictly: the text "5" is not the number 5. A field that changes
+# nothing in an answer may hold anything. A field that would change it may only ask for what is done anyway. An unknown field
+# is a mistake.
 # %%
 # | export
 class _Strict(BaseModel):
@@ -404,9 +406,9 @@ for asked in ({"n": 2}, {"response_format": {"type": "json_object"}}, {"colour":
 # %% [markdown]
 # ## Where a picture may come from
 #
-# From the request itself, and from nowhere else. A server that fetches what a URL names can be sent to its own
-# neighbours, to pages that only it may see. A server that opens what a path names can be sent to its own secrets. An
-# operator may open one folder; then a path must *end* in that folder, after all `..` and links have been followed.
+# From the request itself. A server that fetches what a URL names can be sent to its own neighbours, to pages that only it may
+# see. A server that opens what a path names can be sent to its own secrets. There is one exception: an operator may open one
+# folder. Then a path must *end* in that folder, after all `..` and links have been followed.
 #
 # And a picture can be a bomb: a small file that says "I am 60,000 by 60,000". So its size is read, which costs
 # nothing, before it is unpacked.
@@ -484,7 +486,7 @@ def open_picture(content: bytes, max_pixels: int) -> Image.Image:
 
 
 # %% [markdown]
-# Here is such a bomb. PNG has three parts: sizes, squeezed pixels, end.
+# Here is such a bomb. The smallest PNG has three parts: its sizes, packed pixels, an end.
 
 # %%
 sizes = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
@@ -725,14 +727,15 @@ for rank, colour in enumerate((ANSWER, PROMPT, GREY)):
     axis.bar(np.arange(len(content)) + 0.28 * (rank - 1), chances[:, rank], width=0.26, color=colour)
 for place, entry in enumerate(content):
     second = entry["top_logprobs"][1]["token"].strip()
-    axis.text(place, 1.06, second, ha="center", va="bottom", fontsize=8, color="0.4")
+    axis.text(place, 1.06, second, ha="center", va="bottom", fontsize=8, color="#9a6700")
 axis.set_xticks(range(len(content)), [entry["token"].strip() for entry in content])
 axis.set(ylabel="probability", ylim=(0, 1.02))
 save(figure, "22c_logprobs")
 
 # %% [markdown]
-# *Figure: three bars for each token of an answer, the likeliest tokens there. The first reaches nearly one at most places.
-# Below stands the token that was taken, above, in grey, the second likeliest.*
+# *Figure: three bars for each token of an answer: green for the likeliest token there, orange for the second, grey for the
+# third. The first reaches nearly one at most places. Below stands the token that was taken; above, in dark orange, the second
+# likeliest.*
 #
 # ## The bill
 #
@@ -745,10 +748,11 @@ print(f"{text} letters of answer, {sent:,} bytes of stream: {sent / text:.0f} by
 print(
     f"the question: {len(json.dumps(question('caption en'))):,} bytes, {len(scene):,} of them the picture before spelling"
 )
-assert sent > 20 * text
+print(f"a token every 5 milliseconds: {sent / len(lines) / 0.005 / 1000:.0f} kB a second")
+assert sent > 20 * text and sent / len(lines) / 0.005 < 100e3
 
 # %% [markdown]
-# It is the price of a form that everybody speaks. A token every few milliseconds is still only some kilobytes a second.
+# It is the price of a form that everybody speaks. Even at 200 tokens a second a stream takes less than 100 kB a second.
 #
 # ## Your turn
 #

@@ -101,11 +101,15 @@ scene = encoded.getvalue()
 # ## The picture
 #
 # A model answers a call. A *service* answers whoever finds its address: the patient and the hasty, the broken and the
-# hostile, one or a thousand of them. Between the address and the engine of chapter 21c stand four places, and at each
-# of them a request can be turned away with a number that says why.
+# hostile, one or a thousand of them. On its way a request passes five places, and at each of them it can be turned away with
+# a number that says why, its status (chapter 22c). From 500 on the server is at fault; below, the request is, or its moment.
 
 # %%
-stations = [("door", "401 413\n408 503", PROMPT), ("shape", "400 404", PROMPT), ("picture", "400 429", PICTURE)]
+stations = [
+    ("door", "401 408 413\n429 503", PROMPT),
+    ("shape", "400 404", PROMPT),
+    ("picture", "400 413\n429", PICTURE),
+]
 stations += [("queue", "429", GREY), ("rows", "504 500", ANSWER)]
 figure, axis = plt.subplots(figsize=(8.4, 1.9))
 axis.text(-0.9, 0.5, "request", ha="center", va="center")
@@ -117,15 +121,19 @@ for place, (name, codes, colour) in enumerate(stations):
     axis.text(x + 0.5, -0.45, codes, ha="center", va="center", fontsize=9, color="0.3")
     for start, end in (((x - 0.5, 0.5), (x - 0.1, 0.5)), ((x + 0.5, 0.15), (x + 0.5, -0.2))):
         axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "0.4"})
-axis.plot([6.9, 7.4, 7.4, -0.9, -0.9], [0.85, 0.85, 1.15, 1.15, 0.75], color=ANSWER, lw=1.5)
+axis.plot([6.9, 6.9, -0.9], [0.81, 1.15, 1.15], color=ANSWER, lw=1.5)
+axis.annotate(
+    "", (-0.9, 0.65), (-0.9, 1.16), arrowprops={"arrowstyle": "-|>", "color": ANSWER, "lw": 1.5, "shrinkA": 0}
+)
 axis.text(3.3, 1.25, "tokens, one by one", ha="center", va="bottom", color=ANSWER, fontsize=9)
 axis.set(xlim=(-1.5, 7.8), ylim=(-0.8, 1.6))
 axis.axis("off")
 save(figure, "23_way")
 
 # %% [markdown]
-# *Figure: a request passes five boxes from left to right: door, shape, picture, queue, rows. Under each stand the
-# numbers with which it may be turned away there. A line leads from the last box back to the beginning: the tokens.*
+# *Figure: a request passes five boxes from left to right: the door, where key and size of the body are checked; its shape,
+# the form of chapter 22c; the picture, unpacked; the queue; and the rows that the engine answers together. Under each stand
+# the numbers with which it may be turned away there. An arrow leads from the last box back to the request: the tokens.*
 #
 # ## An answer over a wire, by hand
 #
@@ -170,8 +178,8 @@ assert said == generate(scene, "caption en", model=model)
 said
 
 # %% [markdown]
-# It works, and it is not a service. Somebody connects and says nothing. The next client waits behind him, for as long
-# as he likes.
+# It works, and it is not a service. Let somebody connect and say nothing: the next client waits for as long as that one
+# likes.
 
 # %%
 silent = socket.create_connection(listener.getsockname())
@@ -186,12 +194,12 @@ listener.close()
 
 # %% [markdown]
 # That was the mildest of visitors. Others send a body without an end, or a picture of a kilobyte that unpacks to ten
-# gigabytes, or ask for a billion tokens; an honest one closes the page after the second word, and the loop above would
-# say the rest to nobody.
+# gigabytes, or ask for a billion tokens; an honest one closes the page before the answer is there, and the loop above
+# computes it for nobody.
 #
-# Reading HTTP with care is work that others have done: **uvicorn** holds the connections, **FastAPI** finds the function
-# for a path. Both run on one *event loop*: one thread that goes from connection to connection and never waits for
-# any of them. What we write is what they leave open.
+# Reading HTTP with care is work that others have done: **uvicorn** holds the connections, **FastAPI** finds the function for
+# a path. Both run on one *event loop*: a thread that goes from connection to connection and never waits for any of them. What
+# we write is what they leave open.
 #
 # ## How long does one wait?
 #
@@ -203,12 +211,15 @@ listener.close()
 #
 # $$ W \approx \frac{Q}{C} = \frac{Q}{R}\,S $$
 #
-# seconds for a row, and of $\lambda$ requests a second the share $1 - C/\lambda$ is told at once to come back later: status
-# 429, with the seconds to wait in `Retry-After`. A short no is kinder than a long maybe.
+# seconds for a row. If $\lambda > C$ requests come in a second, the share $1 - C/\lambda$ of them is told at once to come
+# back later: status 429, with the seconds to wait in `Retry-After`. A short no is kinder than a long maybe.
 #
 # Rows are a choice of the same kind. More of them answer more requests a second, and each request lasts longer, since it
-# shares every step with the others and waits while a newcomer's prompt is read. An operator who promises that nobody waits
-# twice as long as alone takes two rows and no queue at all: `--max-rows 2 --queue 0`.
+# shares every step with the others and waits while a newcomer's prompt is read. An operator to whom a short wait matters most
+# takes few rows and no queue: `--max-rows 2 --queue 0`.
+#
+# Let us try the formula. Four rows take a request every 25 ticks, and one comes every 12. Of each row we note when it will be
+# free, and of each request that was let in when it will get a row.
 
 
 # %%
@@ -258,14 +269,14 @@ class ServerConfig:
     max_new_tokens : int, optional
         Longest answer that may be asked for; the model's context by default.
     max_waiting : int, optional
-        Requests that are answered or wait for it, those whose picture is still unpacked included; more are sent away.
-        By default the rows and the queue of the engine.
+        Requests under way at a time, from the unpacking of the picture to the end of the answer; more are sent away.
+        By default as many as the engine has rows and places in its queue.
     body_seconds : float
-        In which a body must have come.
+        Seconds within which a body must arrive.
     deadline : float
         Seconds from the whole body to the last token.
     api_keys : tuple of str
-        Any of these opens the door; none: it stands open.
+        Any of these opens the door; where there is none, the door is open to all.
     cors_origins : tuple of str
         Other sites whose pages may ask.
     image_root : Path, optional
@@ -276,7 +287,7 @@ class ServerConfig:
     Raises
     ------
     ValueError, FileNotFoundError
-        If a number is out of its range, an origin is none, or the folder is not there.
+        If a number is out of its range, one of `cors_origins` is not an origin, or the folder is missing.
     """
 
     model_name: str
@@ -309,9 +320,10 @@ class ServerConfig:
 # %% [markdown]
 # ## Numbers for whoever watches
 #
-# **Prometheus** is a program that reads numbers from services every few seconds and keeps them. It asks `/metrics`, and
-# gets lines of text: a name, a value. A *counter* only grows; a *histogram* counts how many values were below each of
-# some limits, from which "99 of 100 were faster than ..." can be read later, over any time and any number of servers.
+# **Prometheus** is a program that reads numbers from services every few seconds and keeps them. It asks `/metrics`, and gets
+# lines of text: a name, a value. A *counter* only grows; a *gauge* goes up and down, as the length of the queue does; a
+# *histogram* counts how many values were below each of some limits, from which "99 of 100 were faster than ..." can be read
+# later, over any time and any number of servers.
 # %%
 # | export
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -364,16 +376,17 @@ def _batch_rows(stats: EngineStats) -> HistogramMetricFamily:
 # %% [markdown]
 # ## The door
 #
-# Every request passes it, on its way in and out. FastAPI calls such a thing *middleware*: it is called with the request,
-# a function that gives the next piece of the body, and a function that takes the next piece of the answer.
+# Every request passes it, on its way in and out. FastAPI calls such a thing *middleware*. By the standard ASGI it is called
+# with three things: `scope`, the head of the request; `receive`, a function that gives the next piece of the body; and
+# `send`, one that takes the next piece of the answer.
 #
 # The body is the dangerous part. The door takes it in itself, and counts: a body that says it is too large is refused
 # before it is read, one that turns out too large as soon as it is, one that does not come is given up. All bodies
 # together have a limit too, or a hundred clients with a body each below the limit would fill the memory. And a server that
 # is full says so here, while a no is cheap.
 #
-# An API key is compared as a digest, in a time that does not depend on how much of it was right; whoever measures the
-# time of many guesses learns nothing.
+# An API key is compared by its *digest*, 32 bytes that SHA-256 makes of any text. The comparison takes a time that does not
+# depend on how much of the key was right, so whoever measures the time of many guesses learns nothing.
 #
 # The log gets one line for each request: when, how long, how many tokens. The prompt is somebody's question, and the
 # picture somebody's picture: neither is written, unless the operator asks for prompts.
@@ -649,8 +662,8 @@ async def cancelled_when_gone(request: Request, reply: Reply) -> AsyncIterator[N
 # ## What is answered where
 #
 # `begin` is the way of every question: look at its size, unpack the picture in a thread of its own (the loop has other
-# clients), shrink it to the square that the model sees (a waiting request then holds some kilobytes, not a photograph),
-# and hand it to the engine, which says no if its queue is full.
+# clients), shrink it to the square that the model sees (a waiting request then holds that, and not a photograph), and hand it
+# to the engine, which says no if its queue is full.
 #
 # What differs is only the form of the answer: whole or as *server-sent events*, lines that begin with `data:` and come
 # one by one; a chat completion, plain JSON, boxes in pixels, or a picture with the boxes drawn.
@@ -910,7 +923,7 @@ async def _docs() -> Response:
 # ## The application
 #
 # `create_app` connects paths with functions. The page at `/docs` is made by FastAPI from the types above; its script comes
-# from this server and not from somebody else's, so it works in a cellar.
+# from this server and not from somebody else's, so it works without a network.
 # %%
 # | export
 def create_app(
@@ -1140,7 +1153,7 @@ def in_a_loop(work) -> list:
     return results
 
 
-# one that is told to come back was not answered
+# only answers count, not the requests that were told to come back
 capacity = max(sum(status == 200 for status, _ in in_a_loop(closed_loop(8, 1.5))) / 1.5 for _ in range(2))
 shares = (0.2, 0.5, 0.8, 1.2, 1.6, 2.0)
 measured = [in_a_loop(steady(share * capacity, 1.5)) for share in shares]
@@ -1167,19 +1180,20 @@ for axis in (upper, lower):
 save(figure, "23_load")
 
 # %% [markdown]
-# *Figure: above, the time to an answer against the rate of requests, as two lines for the middle and the slowest
-# twentieth: both rise around the server's capacity and level off beyond it. Below, the share sent away: none well below
-# the capacity, then more and more, over the dotted line of the formula.*
+# *Figure: above, the time to an answer against the rate of requests. Half of the answers are faster than the solid line, 19
+# of 20 faster than the dashed one. Both rise around the server's capacity and level off beyond it. Below, the share sent
+# away: none well below the capacity, then more and more, above the dotted line of the formula.*
 #
-# Left of the grey line the server has time. Right of it, the wait levels off: it has reached what four waiting requests
-# take, and the rest is told to come back. More are sent away than the formula says, because a no costs something too:
-# its request was read, by a processor that also plays the clients here.
+# Far left of the grey line the server has time. Near it, requests already share the rows and wait for each other. Right of
+# it, the wait levels off: it has reached what four waiting requests take, and the rest is told to come back. More are sent
+# away than the formula says. One likely reason: a no costs something too, since its request was read, by a processor that
+# also plays the clients here.
 #
 # ## A careful end
 #
-# A server is stopped many times in its life, for each new version. `stop` is what the command does on a signal: new
-# requests get a 503, `/health/ready` says no, so that whoever spreads the requests sends them elsewhere; those under way
-# are finished. Then the process ends.
+# A server is stopped many times in its life, for each new version. `stop` is what the command does on a signal: new requests
+# get a 503; `/health/ready` says no, so that whoever spreads the requests sends them elsewhere; those under way are finished.
+# Then the process ends.
 
 # %%
 running = []
@@ -1218,7 +1232,7 @@ print(
 print(f"{waiting} waiting pictures {waiting * side * side * 3 / 1e6:.1f} MB, bodies at most 256 MB")
 
 # %% [markdown]
-# That is why `--max-length` exists: answers to pictures are short, and rows for 8,192 tokens are room for nothing.
+# That is why `--max-length` exists: answers about pictures are short, and most of a row for 8,192 tokens would stay empty.
 #
 # ## Your turn
 #

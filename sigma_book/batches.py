@@ -53,10 +53,10 @@ def collate(
     examples : sequence of Example
         At least one.
     max_length : int, optional
-        Most tokens in a row: picture, prompt and answer together.
+        The most tokens in a row: picture, prompt and answer together.
     truncate : bool
         Cut what is longer, in place of refusing it. Prompt and answer may each have half of the room for text, and what
-        the other leaves. Both lose their ends; a cut answer is not followed by the end token.
+        the other leaves. What is cut loses its end; a cut answer is not followed by the end token.
 
     Raises
     ------
@@ -149,7 +149,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     Parameters
     ----------
     count : int
-        Of examples.
+        How many examples there are.
     seed, epoch : int
         0 or more.
 
@@ -217,7 +217,7 @@ class Batches:
     skipped : path, optional
         A JSONL file, {"where", "reason"} in each line. It is added to, and what stands there from before is counted.
     max_length : int, optional
-        Most tokens in a row: the model's context.
+        The most tokens in a row: the model's context.
     truncate : bool
         Cut rows that are longer, and count them; see `collate`.
     start : dict, optional
@@ -339,6 +339,7 @@ class Batches:
 
 
 def _as_it_is(made: "_Made") -> "_Made":
+    """What the loader does to a batch: nothing, it is one already."""
     return made
 
 
@@ -462,7 +463,7 @@ class Survey:
     picture_tokens : int
         Tokens of a row before the prompt.
     prompt_tokens, answer_tokens : numpy.ndarray
-        Of the rows that can be read.
+        Lengths of the rows that can be read.
     max_length : int or None
         The context that rows must fit into.
     too_long : tuple

@@ -116,9 +116,8 @@ class SlotCache:
         Wiped, because a mask gives hidden columns weight 0, and 0 times nan is nan.
         """
         last = len(self.lengths) - 1
-        freed, moved = (
-            min(self.lengths[index] + 1, self.columns) for index in (row, last)
-        )  # + 1: of a step that failed
+        # one column more than a row holds, since a step that failed may have written it
+        freed, moved = (min(self.lengths[index] + 1, self.columns) for index in (row, last))
         for buffer in (self.key, self.value):
             if row != last:
                 buffer[row, :, :moved] = buffer[last, :, :moved]
@@ -283,7 +282,7 @@ class QueueFull(RuntimeError):
     requests : int
         How many are answered or wait for it.
     retry_after : float
-        Seconds after which one is likely to be over.
+        Seconds in which a full queue is likely to be worked off.
     """
 
     def __init__(self, requests: int, retry_after: float):
@@ -580,6 +579,7 @@ class Engine:
                 raise RuntimeError("the engine is closed and takes no more requests")
             requests = len(self._waiting) + len(self._reading) + len(self._running)
             if requests >= self.max_rows + self.queue_size:
+                # each of `max_rows` rows takes a new request every `_held` seconds
                 raise QueueFull(requests, max(0.1, self._held * max(1, self.queue_size) / self.max_rows))
 
     def close(self, finish: bool = True, timeout: float | None = None) -> None:

@@ -1,6 +1,6 @@
 """What to learn from: data.
 
-How does a stranger's file become examples to learn from, without being read whole?
+How does a stranger's file become examples to learn from, without ever being held in memory whole?
 
 Tangled from chapters/15_data.py: edit there, then run python -m sigma_book.tangle.
 """
@@ -45,7 +45,7 @@ class Example:
     prefix : str
         What is asked.
     suffix : str
-        What to answer; empty where the file has only a question, which no batch for learning takes.
+        What to answer. Empty where the file has only a question; a batch for learning refuses that.
     where : str
         Where it stands, such as `train.jsonl, line 17`: for messages, and no two alike in a file.
     answers : tuple of str
@@ -120,10 +120,10 @@ def _read_object(raw: bytes) -> dict:
     return value
 
 
-_BYTES_AT_ONCE = 1 << 24
+_BYTES_AT_ONCE = 1 << 24  # 16 MiB: as much of a file is read in one go
 
 
-_LONGEST_ENTRY = 1 << 26
+_LONGEST_ENTRY = 1 << 26  # 64 MiB: an entry of a JSON array that has no end by then is taken for broken
 
 
 _MARK = b"\xef\xbb\xbf"  # some editors begin a UTF-8 file with it
@@ -533,7 +533,7 @@ def _image_row(images: Table, find: _Find, image_id) -> dict:
 
 @dataclass(frozen=True)
 class _InstanceSource:
-    """COCO instances: an example for each picture and each category on it."""
+    """COCO instances: an example for each picture and each category in it."""
 
     images: Table
     annotations: Table
@@ -642,8 +642,8 @@ def read_mask(segmentation: object, height: int, width: int) -> np.ndarray:
 
 
 def _runs_of_text(text: str) -> list[int]:
-    """Runs from COCO's text: six bits in a letter, five of them a number's; from the fourth run on, the difference to the
-    run two before."""
+    """Runs from COCO's text. A letter holds five bits of a number, the lowest first, and one that says whether more follow.
+    From the fourth run on, the number is the difference to the run two before."""
     runs, place = [], 0
     while place < len(text):
         value, shift, more = 0, 0, True
@@ -716,7 +716,7 @@ def read_examples(
     encode_mask: Callable[[torch.Tensor, Box], Sequence[int]] | None = None,
     per_image: bool = False,
 ) -> Examples:
-    """Open a file of examples; nothing but places in the file is held in memory.
+    """Open a file of examples; only ids and places in the file are held in memory, no rows.
 
     | form | file | prefix | suffix |
     |---|---|---|---|

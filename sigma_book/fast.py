@@ -75,7 +75,8 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(hidden_states, self.packed, self.bias, "none", [], "")
+        nothing_behind = ("none", [], "")  # no activation after the product
+        return torch.ops.mkldnn._linear_pointwise(hidden_states, self.packed, self.bias, *nothing_behind)
 
 
 class FusedAttention(nn.Module):
@@ -124,7 +125,7 @@ class FusedVisionAttention(nn.Module):
         return self.out_proj(merge_heads(attention(query, key, value)))  # (B, T, D)
 
 
-SMALLEST = 1e-30  # the least step of a scale, so that a row of zeros stays one
+SMALLEST = 1e-30  # the smallest step, so that a row of zeros stays one
 PART_ROWS = 1024  # quantized at once, so that the float32 copies stay small
 
 
@@ -248,7 +249,7 @@ class Int8Linear(nn.Module):
     def _multiply(self, scaled: torch.Tensor) -> torch.Tensor:
         if self.library == "fbgemm":
             multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-            pieces = [multiply(scaled, 1.0, 128, packed) for packed in self.packed]
+            pieces = [multiply(scaled, 1.0, 128, packed) for packed in self.packed]  # step 1.0, and 128 stands for 0
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
         codes = scaled.add_(128).round_().to(torch.uint8)
         return torch.ops.onednn.qlinear_pointwise(
@@ -506,7 +507,7 @@ class Preparation:
             return {}
         if owner not in self._group or kind != "weight":
             return {name: tensor}
-        model.get_submodule(owner).weight = None  # now it waits for no weight
+        model.get_submodule(owner).weight = None  # so that `load_model` waits for none
         group = self._group[owner]
         plain = [model.get_submodule(part) for part in self._groups[group]]
         fits = tensor.shape[1] % GROUP == 0 and sum(linear.out_features for linear in plain) % 16 == 0
@@ -562,7 +563,7 @@ class Preparation:
 
 
 def _give_back_freed_memory() -> None:
-    """The C library keeps freed blocks for later, and after so many short-lived copies that is a tenth of the model."""
+    """The C library keeps freed blocks for later, and after so many short-lived copies they are a good part of the model."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc has it
     if trim is not None:
         trim(0)

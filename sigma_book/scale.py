@@ -293,16 +293,16 @@ class CopyLoss(nn.Module):
 def copy_loss(model: PaliGemma, ranks: Ranks) -> Callable[[Batch], torch.Tensor]:
     """The loss of a model that each rank holds whole; its backward pass leaves the mean of all ranks in each `.grad`.
 
-    Weights are those of rank 0 afterwards. Frozen weights are neither sent back nor forth.
+    Weights are those of rank 0 afterwards. In a step, only gradients of weights that learn are sent.
     """
     ranks.copy = DistributedDataParallel(CopyLoss(model), forward_sync_buffers=False, gradient_as_bucket_view=True)
     return lambda batch: ranks.copy(batch)  # `Ranks.leave` lets go of it
 
 
 def never_empty(batch: Batch) -> Batch:
-    """A batch with a label at least: one that teaches nothing gets any, so that its loss is a number, of weight 0.
+    """The batch; if it has no label, with one made up, so that its loss is a number. That loss has the weight 0.
 
-    A rank without rows must go through the same motions, or the others would wait for it.
+    A rank without labels has to take part in the step, or the others would wait for it.
     """
     if answer_tokens(batch):
         return batch
@@ -632,7 +632,7 @@ def _cut_numel(parameter: torch.Tensor, ranks: int) -> int:
 def _groups(model: PaliGemma) -> list[tuple[list[nn.Parameter], int]]:
     """What FSDP gathers together, and how often in a step: all that is in no block, once; then each block.
 
-    A block is gathered once on the way forth, and once more if a gradient comes back to it, or to the block behind it:
+    A block is gathered once forwards, and once more if a gradient comes back to it, or to the block behind it:
     FSDP fetches ahead, without asking whether that is needed.
     """
     blocks, tower = blocks_of(model), len(model.vision_tower.encoder.layers)

@@ -95,14 +95,14 @@ class ServerConfig:
     max_new_tokens : int, optional
         Longest answer that may be asked for; the model's context by default.
     max_waiting : int, optional
-        Requests that are answered or wait for it, those whose picture is still unpacked included; more are sent away.
-        By default the rows and the queue of the engine.
+        Requests under way at a time, from the unpacking of the picture to the end of the answer; more are sent away.
+        By default as many as the engine has rows and places in its queue.
     body_seconds : float
-        In which a body must have come.
+        Seconds within which a body must arrive.
     deadline : float
         Seconds from the whole body to the last token.
     api_keys : tuple of str
-        Any of these opens the door; none: it stands open.
+        Any of these opens the door; where there is none, the door is open to all.
     cors_origins : tuple of str
         Other sites whose pages may ask.
     image_root : Path, optional
@@ -113,7 +113,7 @@ class ServerConfig:
     Raises
     ------
     ValueError, FileNotFoundError
-        If a number is out of its range, an origin is none, or the folder is not there.
+        If a number is out of its range, one of `cors_origins` is not an origin, or the folder is missing.
     """
 
     model_name: str

@@ -113,7 +113,7 @@ class Part:
     cache_bytes : int
         Keys and values that are written or read.
     between_bytes : int
-        What the steps between products read and write.
+        What the work between products reads and writes.
     product_bytes : int
         What goes into the products and comes out, the stored matrices apart.
     curved : int
@@ -173,13 +173,15 @@ def vision_bill(config: PaliGemmaConfig, pictures: int, precision: str, exact: i
     maps += matrix_bytes(inner, width, few, exact) + matrix_bytes(width, inner, few, exact)
     vectors = layers * (4 * width + inner + width + 4 * width)  # biases, and two norms with two vectors each
     vectors += pixels * width + width + patches * width + 2 * width  # patch map, positions, last norm
-    passes = layers * (2 * 2 + 2 * 3 + 2) * width + 2 * layers * inner + 5 * width + 2 * pixels
+    passes = layers * (2 * 2 + 2 * 3 + 2) * width + 2 * layers * inner  # norms, sums, heads; GELU
+    passes += 5 * width + 2 * pixels  # positions added (3) and the last norm (2); pixels laid out as patches
     return Part(
         name="vision",
         products=products,
         attention=attention,
         weight_bytes=layers * maps + exact * vectors,
         between_bytes=exact * rows * passes,
+        # of attention: queries, keys and values go in, one result comes out
         product_bytes=exact * (sum(product.numbers for product in products) + layers * rows * 4 * width),
         curved=rows * inner * layers,
         tower_blocks=layers,
@@ -202,10 +204,14 @@ def _decoder_bill(
         attention += [Product(length, head_dim, columns, heads), Product(length, columns, head_dim, heads)]
     maps = sum(count * matrix_bytes(o, i, precision, exact) for i, o, count in shapes)
     norms = (4 if text.four_norms else 2) * layers + 1
-    passes = 7 * norms * width + layers * (6 * width + 9 * (asking + answering) + 2 * asking + 5 * inner)
+    passes = 7 * norms * width + 6 * width  # and at the entrance: looked up, scaled, pictures put in, 2 each
+    # in a block: two sums of 3, rotation of queries and keys, heads laid out anew, GELU (2) and gate times up (3)
+    passes += layers * (6 * width + 9 * (asking + answering) + 2 * asking + 5 * inner)
     scores = batch * text.num_attention_heads * length * sum(seen)
     capped = text.attn_logit_softcapping is not None
-    a_score = 14 * exact + 3 if capped else 6 + exact  # the mask is laid out for each group, made numbers, and read
+    # bytes: with a cap the scores themselves, and 3 of the mask; else the mask alone, laid out for each group, made
+    # numbers, and read
+    a_score = 14 * exact + 3 if capped else 6 + exact
     per_token = 2 * text.num_key_value_heads * head_dim * exact
     return Part(
         name=name,
@@ -213,7 +219,8 @@ def _decoder_bill(
         attention=tuple(attention),
         weight_bytes=layers * maps + exact * norms * width,
         cache_bytes=batch * per_token * (length * layers + sum(seen)),  # written once, read once
-        between_bytes=exact * rows * (passes + 6 * width) + a_score * scores,
+        between_bytes=exact * rows * passes + a_score * scores,
+        # of attention: queries go in, results come out; keys and values are on the cache's line
         product_bytes=exact * (sum(product.numbers for product in products) + 2 * layers * rows * asking),
         curved=rows * inner * layers,
         decoder_blocks=layers,
@@ -458,9 +465,9 @@ class Machine:
     begin : float
         Seconds that each number which comes out of a product with one row takes besides.
     stream : float
-        Bytes a second that steps between products read and write.
+        Bytes a second that the work between products reads and writes.
     copy : float
-        Bytes a second, read and written, of copying more than a cache holds.
+        Bytes a second, read and written, of copying more than a cache holds; no prediction uses it.
     curve : float
         Seconds for each number that passes a GELU.
     score : float
@@ -472,7 +479,7 @@ class Machine:
     busy_block : float
         The same of the decoder, while weights rush by.
     measured : bool
-        False: from published peaks, so what it predicts is the least a run can take.
+        False: from published peaks, so it predicts a run that reaches them.
     """
 
     name: str
@@ -503,7 +510,7 @@ class Machine:
         """How long a part takes.
 
         Each product takes its operations over the rate for its rows, or, with one row, its bytes over bandwidth and
-        a little for each number that comes out. Attention runs at the peak, or as fast as the cache is read. Steps
+        a little for each number that comes out. Attention runs at the peak, or as fast as the cache is read. Work
         between products, GELU and empty blocks come on top, since they wait for each other. Without measured rates
         the whole part takes the longer of operations over peak and bytes over bandwidth.
         """
@@ -527,66 +534,6 @@ class Machine:
             return part.tower_blocks * self.tower_block
         share = min(1.0, part.weight_bytes / part.decoder_blocks / 2**25)
         return part.decoder_blocks * (self.decoder_block + share * (self.busy_block - self.decoder_block))
-
-
-def measure_machine(make_map: Callable | None = None, name: str = "this machine", weight_bytes: float = 4.0) -> Machine:
-    """Time what this processor can do, in some seconds.
-
-    Parameters
-    ----------
-    make_map : callable, optional
-        As in `product_rates`: a linear map in another precision.
-    name : str
-    weight_bytes : float
-        Of a weight in those maps.
-    """
-    inner, outer = 2048, 8192
-    with torch.no_grad():
-        rates = product_rates((1, 2, 3, 4, 8, 16, 32, 64, 256, 512), inner, outer, make_map)
-        wide, narrow = (2 * inner * outer / rate for rate in rates[0][1:])  # seconds of one row
-        begin = min(max(0.0, (wide - narrow) / (outer - inner)), 0.5 * narrow / inner)
-        numbers = torch.randn(256, 8192)
-        passing = median_seconds(lambda: numbers * numbers)
-        bending = median_seconds(lambda: F.gelu(numbers, approximate="tanh"))
-        heads = torch.randn(1, 16, 256, 72)
-        looking = median_seconds(lambda: F.scaled_dot_product_attention(heads, heads, heads))
-        peak = max(max(row[1:]) for row in rates)
-        large, other = torch.zeros(2, 2**25)
-        copying = median_seconds(lambda: other.copy_(large))
-        return Machine(
-            name=name,
-            peak=peak,
-            read=weight_bytes * inner * outer / (narrow - inner * begin),
-            stream=3 * numbers.nbytes / passing,
-            copy=2 * large.nbytes / copying,
-            begin=begin,
-            curve=max(0.0, bending - passing * 2 / 3) / numbers.numel(),
-            score=max(0.0, looking / (16 * 256**2) - 4 * 72 / peak),
-            rates=rates,
-            tower_block=_tower_block_seconds(),
-            decoder_block=_decoder_block_seconds(2**13),
-            busy_block=_decoder_block_seconds(2**24),
-            measured=True,
-        )
-
-
-def median_machine(looks: Sequence[Machine]) -> Machine:
-    """Of several measurements of one machine, the median of each number."""
-    numbers = (
-        "peak",
-        "read",
-        "stream",
-        "copy",
-        "begin",
-        "curve",
-        "score",
-        "tower_block",
-        "decoder_block",
-        "busy_block",
-    )
-    middle = {key: statistics.median(getattr(look, key) for look in looks) for key in numbers}
-    rates = [tuple(map(statistics.median, zip(*rows))) for rows in zip(*(look.rates for look in looks))]
-    return replace(looks[0], rates=tuple((int(rows), wide, narrow) for rows, wide, narrow in rates), **middle)
 
 
 def _tower_block_seconds() -> float:
@@ -624,6 +571,67 @@ def _decoder_block_seconds(passing_bytes: int) -> float:
         block(token, angles, mask, cache)
         times.append(time.perf_counter() - started - sum(away))
     return statistics.median(times[1:])
+
+
+def measure_machine(make_map: Callable | None = None, name: str = "this machine", weight_bytes: float = 4.0) -> Machine:
+    """Time what this processor can do, in some seconds.
+
+    Parameters
+    ----------
+    make_map : callable, optional
+        As in `product_rates`: a linear map in another precision.
+    name : str
+    weight_bytes : float
+        Of a weight in those maps.
+    """
+    inner, outer = 2048, 8192
+    with torch.no_grad():
+        rates = product_rates((1, 2, 3, 4, 8, 16, 32, 64, 256, 512), inner, outer, make_map)
+        wide, narrow = (2 * inner * outer / rate for rate in rates[0][1:])  # seconds of one row
+        # the difference of the two equations; noise must not make it negative, nor more than half of the time
+        begin = min(max(0.0, (wide - narrow) / (outer - inner)), 0.5 * narrow / inner)
+        numbers = torch.randn(256, 8192)
+        passing = median_seconds(lambda: numbers * numbers)
+        bending = median_seconds(lambda: F.gelu(numbers, approximate="tanh"))
+        heads = torch.randn(1, 16, 256, 72)
+        looking = median_seconds(lambda: F.scaled_dot_product_attention(heads, heads, heads))
+        peak = max(max(row[1:]) for row in rates)
+        large, other = torch.zeros(2, 2**25)
+        copying = median_seconds(lambda: other.copy_(large))
+        return Machine(
+            name=name,
+            peak=peak,
+            read=weight_bytes * inner * outer / (narrow - inner * begin),
+            stream=3 * numbers.nbytes / passing,
+            copy=2 * large.nbytes / copying,
+            begin=begin,
+            curve=max(0.0, bending - passing * 2 / 3) / numbers.numel(),  # GELU passes two numbers, not three
+            score=max(0.0, looking / (16 * 256**2) - 4 * 72 / peak),  # without its two products over 72 numbers
+            rates=rates,
+            tower_block=_tower_block_seconds(),
+            decoder_block=_decoder_block_seconds(2**13),
+            busy_block=_decoder_block_seconds(2**24),
+            measured=True,
+        )
+
+
+def median_machine(looks: Sequence[Machine]) -> Machine:
+    """Of several measurements of one machine, the median of each number."""
+    numbers = (
+        "peak",
+        "read",
+        "stream",
+        "copy",
+        "begin",
+        "curve",
+        "score",
+        "tower_block",
+        "decoder_block",
+        "busy_block",
+    )
+    middle = {key: statistics.median(getattr(look, key) for look in looks) for key in numbers}
+    rates = [tuple(map(statistics.median, zip(*rows))) for rows in zip(*(look.rates for look in looks))]
+    return replace(looks[0], rates=tuple((int(rows), wide, narrow) for rows, wide, narrow in rates), **middle)
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def answer_loss(model: PaliGemma, batch: Batch) -> torch.Tensor:
 
 def answer_tokens(batch: Batch) -> int:
     """How many tokens the mean of `answer_loss` is taken over."""
-    return int((batch.labels[:, 1:] != -100).sum())
+    return int((batch.labels[:, 1:] != -100).sum())  # no place stands before the first, to be asked for it
 
 
 class Alone:
@@ -196,7 +196,7 @@ class Progress:
     notes : list of dict
         What was found at intervals.
     scale : dict, optional
-        Of the loss, in float16.
+        The state of the scaler, in float16.
     """
 
     rows: list[list[float]] = field(default_factory=list)
@@ -440,7 +440,7 @@ PARTS = {  # how the names of their parameters begin
     "projector": ("multi_modal_projector.",),
     "decoder": ("language_model.", "lm_head."),
 }
-METHODS = ("full", "lora", "qlora")
+METHODS = ("full", "lora", "qlora")  # the last two are built in chapters 18 and 19
 
 
 @dataclass(frozen=True)
@@ -456,7 +456,7 @@ class TrainingConfig:
     batch_size, accumulate : int
         Examples in a batch, and batches in a step.
     learning_rate : float, optional
-        The peak, for all parts that have none of their own. By default 1e-5, the paper's for transfers at 224 pixels;
+        The peak, for all parts that have none of their own. By default 1e-5, PaliGemma's for VQAv2 at 224 pixels;
         with lora and qlora 2e-4 (Dettmers et al. 2023, "QLoRA", appendix B).
     vision_rate, projector_rate, decoder_rate : float, optional
         The peak for one part.
@@ -529,7 +529,7 @@ class TrainingConfig:
             "clip",
         ):
             value = getattr(self, name)
-            least = 0 if name in ("warmup", "weight_decay") else math.ulp(0)
+            least = 0 if name in ("warmup", "weight_decay") else math.ulp(0)  # the smallest number above 0
             if value is not None and not (math.isfinite(value) and value >= least):
                 raise ValueError(
                     f"{name} is {value!r}: expected a number {'of 0 or more' if least == 0 else 'above 0'}"

@@ -951,22 +951,25 @@ def test_pictures_may_be_remembered(tiny_model, pictures):
 
 
 def throughput(model, pictures, clients: int, requests: int, most: int, rows: int = 16) -> tuple[float, float]:
-    """Tokens a second: one call after the other, and with so many clients that each wait for their answer."""
+    """Tokens a second: one call after the other, and with so many clients that each wait for their answer.
+
+    The clients share one list of requests, so that all of them are at work until it is empty.
+    """
     asked = [(pictures[n % len(pictures)], "caption en") for n in range(requests)]
     start, tokens = time.perf_counter(), 0
     for picture, prompt in asked:
         tokens += len(alone(model, picture, prompt, max_new_tokens=most).tokens)
     single = tokens / (time.perf_counter() - start)
     with closing(Engine(model, max_rows=rows, max_length=512)) as engine:
-        start, counted = time.perf_counter(), []
+        start, counted, left = time.perf_counter(), [], iter(range(requests))
 
-        def client(number: int) -> None:
-            for picture, prompt in asked[number::clients]:
+        def client() -> None:
+            for picture, prompt in (asked[number] for number in left):
                 heard = Heard()
                 engine.submit(picture, prompt, heard, max_new_tokens=most)
                 counted.append(len(heard.wait().tokens))
 
-        threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+        threads = [threading.Thread(target=client) for _ in range(clients)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -977,14 +980,14 @@ def throughput(model, pictures, clients: int, requests: int, most: int, rows: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "most", "times"), [("captions", 40, 1.3), ("answers of 40 tokens", 40, 3.0)])
+@pytest.mark.parametrize(("what", "most", "times"), [("captions", 40, 2.0), ("answers of 40 tokens", 40, 3.0)])
 def test_sixteen_clients(pictures, what, most, times):
-    """Captions of scenes have ten tokens, so half of their time goes into reading prompts, where company saves little."""
+    """Captions of scenes have ten tokens, so most of their time goes into reading prompts, where company saves less."""
     model = load()
     if what != "captions":
         model.stop_ids = [model.config.text.vocab_size]  # nothing stops it
     throughput(model, pictures, 16, 16, most=most)
-    single, together = throughput(model, pictures, 16, 96, most=most)
+    single, together = throughput(model, pictures, 16, 192, most=most)
     print(
         f"pocket, {what}: {single:.0f} tokens/s one by one, {together:.0f} with 16 clients: {together / single:.1f} times"
     )
