@@ -250,7 +250,8 @@ def test_ten_steps_equal_transformers(doubles):
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0).item()
-        assert progress.losses[step] == pytest.approx(loss.item(), rel=1e-8)  # rounding grows step by step, and differs by processor
+        # rounding grows from step to step: 3e-10 after nine on a processor with AVX2 alone
+        assert progress.losses[step] == pytest.approx(loss.item(), rel=1e-8)
         assert progress.rows[step][2] == pytest.approx(norm, rel=1e-8)
         optimizer.step()
     mine, named = ours.state_dict(), {our_name(name): tensor for name, tensor in theirs.state_dict().items()}
