@@ -72,8 +72,8 @@ class Heard:
         if event.finish is not None:
             self.over.set()
 
-    def wait(self) -> "Heard":
-        assert self.over.wait(PATIENCE), "no last event"
+    def wait(self, patience: float = PATIENCE) -> "Heard":
+        assert self.over.wait(patience), "no last event"
         return self
 
     @property
@@ -967,7 +967,7 @@ def throughput(model, pictures, clients: int, requests: int, most: int, rows: in
             for picture, prompt in (asked[number] for number in left):
                 heard = Heard()
                 engine.submit(picture, prompt, heard, max_new_tokens=most)
-                counted.append(len(heard.wait().tokens))
+                counted.append(len(heard.wait(20 * PATIENCE).tokens))
 
         threads = [threading.Thread(target=client) for _ in range(clients)]
         for thread in threads:

@@ -441,7 +441,8 @@ def count_lines(folder: Path) -> int:
 def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, "it ended before it could be killed"
+        if process.poll() is not None:
+            pytest.fail(f"it ended before it could be killed: {process.communicate()[1][-3000:]!r}")
         assert time.monotonic() < end, "it did not begin in time"
         time.sleep(0.05)
 

@@ -310,7 +310,8 @@ def test_what_is_lost_at_full_width(capsys):
     sizes = {"model_type": "paligemma", "text_config": text, "vision_config": vision, "image_token_index": 8191}
     ids = torch.arange(2, 258)[None]
     given = (ids, None, torch.ones_like(ids), torch.zeros_like(ids))
-    for quantize, most_error, least_agreement in (("int8", 0.03, 0.93), ("int4", 0.25, 0.6)):
+    of_bytes = 0.03 if int8_levels() == 127 else 0.05  # with seven bits a weight's step is twice as wide
+    for quantize, most_error, least_agreement in (("int8", of_bytes, 0.93), ("int4", 0.25, 0.6)):
         torch.manual_seed(0)
         model = PaliGemma(PaliGemmaConfig.from_dict(sizes)).requires_grad_(False)
         for parameter in model.parameters():
