@@ -1205,7 +1205,7 @@ axis.annotate("predicted", (millions[-1], foreseen[-1]), (6, 0), textcoords="off
 axis.loglog(millions, idle, color=GREY, ls="--")
 axis.annotate("empty blocks", (millions[-1], idle[-1]), (6, 0), textcoords="offset points", va="center")
 axis.loglog(millions, seen, "o", color=ANSWER)
-axis.annotate("measured", (millions[4], seen[4]), (8, -9), textcoords="offset points")
+axis.annotate("measured", (millions[4], seen[4]), (-6, 8), textcoords="offset points", ha="right")
 axis.set(xlabel="million weights read in a step", ylabel="milliseconds", xlim=(None, millions[-1] * 6))
 axis.set_yticks([1, 2, 5, 10, 20, 50], [1, 2, 5, 10, 20, 50])
 axis.minorticks_off()
