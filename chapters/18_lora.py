@@ -51,7 +51,6 @@ from sigma_book.training import learning_rate_factor
 from sigma_book.world import COLOURS, SHAPES, TASKS, Scene, ask, caption, draw_scene, make_scene
 
 use_style()
-torch.set_num_threads(1)  # such small products gain little from a second one, and lose much on a busy machine
 _ = torch.manual_seed(0)
 
 # %% [markdown]

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import socket
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -34,7 +35,7 @@ from sigma_book.processor import file_beside, load_image
 __all__ = [
     "ANSWER_FORMS",
     "PREFIX_MASKS",
-    "QUIET_RAY",
+    "RAY_SETTINGS",
     "AnswerParts",
     "BulkActor",
     "BulkConfig",
@@ -530,11 +531,12 @@ def answer_with_ray(
             ) from error
 
 
-QUIET_RAY = {
+RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_DATA_LOG_LEVEL": "CRITICAL",
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_worker_niceness": "0",
 }
 
 
@@ -547,25 +549,42 @@ def ray_running():
     Raises
     ------
     RuntimeError
-        If Ray is not installed.
+        If Ray is not installed, or does not start.
     """
-    for name, value in QUIET_RAY.items():
+    for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
         import ray
         import ray.data.exceptions
     except ImportError as error:
         raise RuntimeError(f"many actors and replicas need Ray: {_EXTRA}") from error
-    ours, quiet = not ray.is_initialized(), {"log_to_driver": False, "logging_level": "ERROR"}
-    if ours and "RAY_ADDRESS" in os.environ:
-        ray.init(**quiet)
-    elif ours:
-        ray.init("local", include_dashboard=False, object_store_memory=100 * 2**20, **quiet)
+    ours = not ray.is_initialized()
+    if ours:
+        _start(ray)
     try:
         yield ray
     finally:
         if ours:
             ray.shutdown()
+
+
+def _start(ray, chances: int = 3) -> None:
+    """Join the cluster that `RAY_ADDRESS` names, or start one here; on a busy machine that may take longer than Ray waits."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address and re.fullmatch(r"[^/]+:\d+", address):  # Ray itself would try for many minutes
+        try:
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), port), timeout=20).close()
+        except OSError as error:
+            raise RuntimeError(f"nothing answers at RAY_ADDRESS, {address} ({_one_sentence(error)})") from error
+    here = {} if address else {"address": "local", "include_dashboard": False, "object_store_memory": 100 * 2**20}
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR", **here)
+    except Exception as error:  # a plain Exception, if its processes are not up within half a minute
+        ray.shutdown()
+        if chances == 1 or "timed out" not in str(error):
+            raise RuntimeError(f"Ray did not start: {_one_sentence(error)}") from error
+        _start(ray, chances - 1)
 
 
 def processors() -> int:

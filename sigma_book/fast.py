@@ -184,21 +184,27 @@ def int8_libraries() -> list[str]:
 
 def pack_for_fbgemm(codes: torch.Tensor, steps: torch.Tensor) -> list[torch.ScriptObject]:
     """Codes and steps, as `quantize_rows` gives them, in FBGEMM's own layout: a byte a weight, at most 16,384 rows each."""
-    before, pieces = torch.backends.quantized.engine, []
-    torch.backends.quantized.engine = "fbgemm"  # whose layout `linear_prepack` makes
-    try:
-        for some, step in zip(codes.split(PIECE_ROWS), steps.double().split(PIECE_ROWS), strict=True):
-            zeros = torch.zeros(len(some), dtype=torch.int64)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*deprecated.*")
-                weight = torch._empty_per_channel_affine_quantized(
-                    some.shape, scales=step, zero_points=zeros, axis=0, dtype=torch.qint8
-                )
-            weight.set_(some.untyped_storage(), some.storage_offset(), some.shape, some.stride())  # no copy
-            pieces.append(torch.ops.quantized.linear_prepack(weight, None))
-    finally:
-        torch.backends.quantized.engine = before
-    return pieces
+    pieces = zip(codes.split(PIECE_ROWS), steps.double().split(PIECE_ROWS), strict=True)
+    with _ENGINE_LOCK, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deprecated.*")
+        before = torch.backends.quantized.engine
+        torch.backends.quantized.engine = "fbgemm"  # whose layout `linear_prepack` makes
+        try:
+            return [_pack_piece(*piece) for piece in pieces]
+        finally:
+            torch.backends.quantized.engine = before
+
+
+_ENGINE_LOCK = threading.Lock()  # torch's engine is a setting of the whole process
+
+
+def _pack_piece(codes: torch.Tensor, steps: torch.Tensor) -> torch.ScriptObject:
+    zeros = torch.zeros(len(codes), dtype=torch.int64)
+    weight = torch._empty_per_channel_affine_quantized(
+        codes.shape, scales=steps, zero_points=zeros, axis=0, dtype=torch.qint8
+    )
+    weight.set_(codes.untyped_storage(), codes.storage_offset(), codes.shape, codes.stride())  # no copy
+    return torch.ops.quantized.linear_prepack(weight, None)
 
 
 class Int8Linear(nn.Module):

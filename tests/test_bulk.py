@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sigma_book import generate
+from sigma_book import bulk, generate
 from sigma_book.bulk import (
     AnswerParts,
     BulkConfig,
@@ -509,6 +510,43 @@ def test_the_driver_is_killed_twice_and_no_row_is_lost_or_there_twice(form, shel
     assert [record["index"] for record in records] == list(range(600))
     assert [record["answer"] for record in records] == answers_one_by_one(lines, shelf, tiny_model)
     assert len(list((tmp_path / "out").glob(f"part-*.{form}"))) == 9
+
+
+class SlowRay:
+    """Fails as Ray does on a busy machine, so many times."""
+
+    def __init__(self, failures: int, words: str):
+        self.failures, self.words, self.started = failures, words, 0
+
+    def init(self, **settings) -> None:
+        self.started += 1
+        if self.started <= self.failures:
+            raise Exception(f"The current node {self.words}\nduring startup.")
+
+    def shutdown(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("failures", "words", "tries", "starts"),
+    [(0, "", 1, True), (2, "timed out", 3, True), (3, "timed out", 3, False), (1, "fell", 1, False)],
+)
+def test_ray_gets_three_chances_to_start(failures, words, tries, starts):
+    ray = SlowRay(failures, words)
+    if starts:
+        bulk._start(ray)
+    else:
+        with pytest.raises(RuntimeError, match=f"Ray did not start: The current node {words} during startup"):
+            bulk._start(ray)
+    assert ray.started == tries
+
+
+def test_an_address_where_no_ray_is(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(RuntimeError, match="nothing answers at RAY_ADDRESS, 127.0.0.1:"):
+            bulk._start(SlowRay(0, ""))
 
 
 def read_parts_torn(folder: Path) -> list:

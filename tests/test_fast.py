@@ -123,6 +123,10 @@ def test_eight_bits_are_whole_numbers_multiplied(shape, bias, library):
         torch.testing.assert_close(layer(given).double(), expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
 
 
+needs_both = pytest.mark.skipif(len(int8_libraries()) < 2, reason="this torch has one library for bytes")
+
+
+@needs_both
 @pytest.mark.parametrize("rows", [1, 16, 17, 300, 2 * PIECE_ROWS + 5])
 def test_both_libraries_say_the_same_to_the_bit(rows):
     """Heights up to, at and beyond a piece of FBGEMM's; one token, several, and a prompt."""
@@ -336,6 +340,7 @@ def test_on_a_gpu(tiny_folder, pictures, quantize):
     assert generate(pictures, "caption en", model=model, max_new_tokens=16) == answers
 
 
+@needs_both
 def test_bytes_held(folder):
     """Every weight of tower, decoder and head in a byte or less; the table of look-ups is a window into the file."""
     for quantize in ("int8", "int4"):
@@ -564,6 +569,7 @@ def test_torchao_makes_maps_for_accelerators(monkeypatch):
         torchao_map(torch.nn.Linear(64, 48), "int4")
 
 
+@needs_both
 def test_without_kernels_it_still_answers(tiny_folder, monkeypatch, pictures):
     expected = generate(pictures, PROMPTS, model=load(tiny_folder, device="cpu"), max_new_tokens=8)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
@@ -578,6 +584,7 @@ def test_without_kernels_it_still_answers(tiny_folder, monkeypatch, pictures):
     int8_levels.cache_clear()
 
 
+@needs_both
 def test_a_torch_without_fbgemm_answers_the_same(tiny_folder, monkeypatch, pictures):
     """A later torch may come without the tensors that FBGEMM packs; oneDNN gives the same numbers to the bit."""
     expected = generate(pictures, PROMPTS, model=load(tiny_folder, device="cpu", quantize="int8"), max_new_tokens=8)
