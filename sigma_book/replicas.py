@@ -17,7 +17,7 @@ from sigma_book.bulk import claims, processors, ray_running
 from sigma_book.generation import whole_number
 from sigma_book.paligemma import PaliGemma
 from sigma_book.server import ServerConfig, create_app
-from sigma_book.serving import STATIC, explainer
+from sigma_book.serving import STATIC, explainer, remembering
 
 NAME = "sigma-book"
 
@@ -87,7 +87,8 @@ class Replica:
 def _make_app(threads: int, make_model: Callable[[], PaliGemma], config: ServerConfig, engine: dict) -> FastAPI:
     torch.set_num_threads(threads)
     model = make_model()
-    return create_app(Engine(model, **engine), config, explain=explainer(model), static=STATIC)
+    answering = Engine(model, **engine, encode_images=remembering(model))
+    return create_app(answering, config, explain=explainer(model), static=STATIC)
 
 
 @contextmanager

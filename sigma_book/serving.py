@@ -7,19 +7,22 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import torch
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sigma_book.batching import Engine
+from sigma_book.fast import FastPaliGemma, PictureCache
 from sigma_book.paligemma import PaliGemma
 from sigma_book.protocol import ApiError, error_body
 from sigma_book.server import JsonLines, ServerConfig, create_app
 from sigma_book.why import explain, looks_as_json
 
-__all__ = ["CarefulProtocol", "GracefulServer", "explainer", "read_api_keys", "serve"]
+__all__ = ["CarefulProtocol", "GracefulServer", "explainer", "read_api_keys", "remembering", "serve"]
 
 KEYS_VARIABLE = "SIGMA_BOOK_API_KEYS"
 STATIC = Path(__file__).parent / "static"
@@ -172,7 +175,8 @@ def serve(
     """
     with _listen(host, port) as listener:
         model = make_model()
-        engine = Engine(model, max_rows=max_rows, max_length=max_length, queue_size=queue_size)
+        sizes = {"max_rows": max_rows, "max_length": max_length, "queue_size": queue_size}
+        engine = Engine(model, **sizes, encode_images=remembering(model))
         try:
             _log_to_stderr()
             _allow_many_connections()
@@ -181,6 +185,13 @@ def serve(
         finally:
             engine.close(finish=False)
     logger.info("stopped")
+
+
+def remembering(model: PaliGemma) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What encodes pictures for a model that is served: it does not change, so the features of the last pictures stay true."""
+    if isinstance(model, FastPaliGemma):  # has such a memory already
+        return model.encode_images
+    return partial(PictureCache().encode, model.encode_images)
 
 
 def explainer(model: PaliGemma) -> Callable:

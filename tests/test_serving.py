@@ -12,10 +12,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
-from sigma_book import generate
+from sigma_book import generate, load
 from sigma_book.cli import main
-from sigma_book.serving import read_api_keys
+from sigma_book.serving import read_api_keys, remembering
 
 # A request waits and is answered for (rows + queue) / capacity seconds under load: few of both keep that short.
 ROWS, QUEUE = (int(number) for number in os.environ.get("SIGMA_BOOK_LOAD_ROWS", "2,0").split(","))
@@ -144,6 +145,19 @@ def test_keys_of_the_environment_are_asked_for(serve, tiny_folder, picture_file)
     time.sleep(0.1)
     assert [line["prompt"] for line in process.log() if "prompt" in line] == ["secret words"]
     assert "k1" not in json.dumps(process.log())
+
+
+def test_a_second_question_on_a_picture_skips_the_tower(tiny_folder, pictures, monkeypatch):
+    model, encoded = load(tiny_folder), []
+    encode = model.encode_images
+    monkeypatch.setattr(model, "encode_images", lambda given: encoded.extend(given) or encode(given))
+    pixels = model.processor.prepare([pictures[0], pictures[1], pictures[0]], ["x"] * 3).pixel_values
+    remember = remembering(model)
+    for rows in ([0], [1, 2], [2, 0, 1]):
+        torch.testing.assert_close(remember(pixels[rows]), encode(pixels[rows]), rtol=1e-5, atol=1e-5)
+    assert len(encoded) == 2
+    ready = load(tiny_folder, compile=True)  # has a memory of its own
+    assert remembering(ready) == ready.encode_images
 
 
 # Load
