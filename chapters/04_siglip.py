@@ -40,6 +40,7 @@ from matplotlib.patches import FancyBboxPatch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sigma_book import load
+from sigma_book.pocket import Muon
 from sigma_book.processor import pixels
 from sigma_book.style import ANSWER, GREY, PICTURE, PROMPT, check, save, use_style
 from sigma_book.world import Scene, caption, draw_scene, make_scene
@@ -580,7 +581,8 @@ assert before < 0.1
 
 # %% [markdown]
 # Two optimizers. Muon makes each step of a matrix equally strong in all directions, and teaches the blocks several
-# times faster here than AdamW does; AdamW takes the rest. In a batch, two red stars may meet: then both captions match
+# times faster here than AdamW does; AdamW takes the rest. (It is PyTorch's Muon; chapter 17 has it multiply in float32.) In a
+# batch, two red stars may meet: then both captions match
 # both pictures, and `matches` says so.
 
 # %%
@@ -588,7 +590,7 @@ matrices = [parameter for parameter in tower.encoder.parameters() if parameter.n
 others = [parameter for parameter in tower.parameters() if all(parameter is not matrix for matrix in matrices)]
 others += [*word_vectors.parameters()]
 optimizers = [
-    torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),
+    Muon(matrices, lr=0.02, weight_decay=0.0),
     torch.optim.AdamW([{"params": others, "lr": 3e-3}, {"params": [log_scale, offset], "lr": 1e-2}]),
 ]
 steps = 160

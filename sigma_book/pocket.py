@@ -9,13 +9,14 @@ import io
 import json
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from sigma_book.gemma import GemmaConfig
 from sigma_book.generation import generate_answers
@@ -37,6 +38,7 @@ __all__ = [
     "SEGS",
     "SPECIAL",
     "EyeTeacher",
+    "Muon",
     "Packer",
     "answer_text",
     "evaluate_pocket",
@@ -254,6 +256,23 @@ def _waves(positions: torch.Tensor, width: int, step: float, base: float) -> tor
     return torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
+class _InFloat32(TorchFunctionMode):
+    """While this is open, whoever asks for bfloat16 gets a copy in float32."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.bfloat16:
+            return args[0].float().clone()
+        return function(*args, **(kwargs or {}))
+
+
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon, its products in float32 in place of bfloat16."""
+
+    def step(self, closure: Callable | None = None):
+        with _InFloat32():
+            return super().step(closure)
+
+
 def optimizers_for(blocks: list[nn.Module], modules: nn.Module, matrix_rate: float, rate: float) -> list:
     """Muon for the matrices of the blocks, AdamW for all else that may learn.
 
@@ -267,7 +286,7 @@ def optimizers_for(blocks: list[nn.Module], modules: nn.Module, matrix_rate: flo
     rest = [parameter for parameter in learning if id(parameter) not in chosen]
     optimizers = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=matrix_rate, weight_decay=0.01))
+        optimizers.append(Muon(matrices, lr=matrix_rate, weight_decay=0.01))
     return optimizers
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
 import sigma_book
@@ -15,6 +17,7 @@ from sigma_book.paligemma import PaliGemma
 from sigma_book.pocket import (
     POCKET,
     EyeTeacher,
+    Muon,
     Packer,
     answer_text,
     evaluate_pocket,
@@ -41,6 +44,56 @@ def processor() -> Processor:
 @pytest.fixture(scope="module")
 def fresh() -> PaliGemma:
     return new_pocket(seed=3).eval()
+
+
+class Dtypes(TorchDispatchMode):
+    """Notes the kinds of numbers that products are taken of."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.seen |= {given.dtype for given in args}
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [{}, {"nesterov": False}, {"weight_decay": 0.3, "momentum": 0.5}])
+def test_muon_is_pytorchs_without_bfloat16(settings):
+    """Five steps of tall, wide and square matrices. bfloat16 has 8 binary digits, and the products of a step are a chain of 15:
+    some percent of each update, and PyTorch's own update in float64 (its source, its coefficients) to the rounding of float32.
+    """
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((40, 24), (24, 56), (32, 32))]
+    gradients = [[torch.randn_like(matrix) for matrix in start] for _ in range(5)]
+    ended = {}
+    for kind in (Muon, torch.optim.Muon, Exact):
+        matrices = [
+            nn.Parameter(matrix.clone().to(torch.float64 if kind is Exact else torch.float32)) for matrix in start
+        ]
+        optimizer = kind(matrices, lr=0.1, **settings)
+        with Dtypes() as dtypes:
+            for step in gradients:
+                for matrix, gradient in zip(matrices, step, strict=True):
+                    matrix.grad = gradient.to(matrix.dtype)
+                optimizer.step()
+        ended[kind] = [matrix.detach().double() for matrix in matrices]
+        expected = {Muon: torch.float32, torch.optim.Muon: torch.bfloat16, Exact: torch.float64}[kind]
+        assert dtypes.seen == {expected}
+    for ours, theirs, exact, first in zip(ended[Muon], ended[torch.optim.Muon], ended[Exact], start):
+        moved = (exact - first).norm()
+        assert (ours - exact).norm() < 1e-4 * moved
+        assert 1e-3 * moved < (theirs - exact).norm() < 0.1 * moved
+
+
+class Exact(torch.optim.Muon):
+    """PyTorch's, in the numbers of its parameters."""
+
+    def step(self, closure=None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+            return super().step(closure)
 
 
 def test_the_tokenizer_is_made_again_byte_for_byte(tmp_path):
