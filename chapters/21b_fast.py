@@ -1024,6 +1024,9 @@ for name, make in {
     print(f"{name:7}: {token_time(make(PaliGemma(config))):5.1f} ms for a token")
 
 # %% [markdown]
+# Four bits are fewer bytes than eight, and may take longer all the same: their kernel makes a bfloat16 of each weight before it
+# multiplies. A processor that has no units for bfloat16 loses more time with that than it saves in reading.
+#
 # `sigma-book bench --size 3b --random --quantize int8 --against transformers` takes the whole model and asks the library that
 # everyone uses too. README has the table.
 #
@@ -1139,8 +1142,9 @@ def compile_step(model: FastPaliGemma, mode: str | None = None) -> None:
 
 # %% [markdown]
 # `load(..., compile=True)` does all of this chapter but the rounding: it lays out and fuses the maps, and on a GPU it compiles
-# the step too. On a CPU it does not: compiling takes many seconds, and a large model spends its time reading weights, which no
-# compiler shortens. Exercise 2 counts when it pays.
+# the step too. On a CPU it does not: a large model spends its time reading weights, which no compiler shortens. For the pocket
+# model, compiling took 9.5 s on two cores, and an answer then 0.14 s in place of 0.10: it never pays (2026-11-30, AVX2, a slow
+# test of `tests/test_fast.py`). Exercise 2 counts when it would.
 #
 # ## A look inside: what is lost
 #

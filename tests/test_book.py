@@ -92,7 +92,7 @@ def test_a_chapter_opens_as_the_house_says(path):
 
 def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"NO_COLOR": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:schemathesis", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
 
 
