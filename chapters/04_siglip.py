@@ -582,8 +582,7 @@ assert before < 0.1
 # %% [markdown]
 # Two optimizers. Muon makes each step of a matrix equally strong in all directions, and teaches the blocks several
 # times faster here than AdamW does; AdamW takes the rest. (It is PyTorch's Muon; chapter 17 has it multiply in float32.) In a
-# batch, two red stars may meet: then both captions match
-# both pictures, and `matches` says so.
+# batch, two red stars may meet: then both captions match both pictures, and `matches` says so.
 
 # %%
 matrices = [parameter for parameter in tower.encoder.parameters() if parameter.ndim == 2]
