@@ -1,6 +1,7 @@
 """`pytest --nbmake` runs the chapters: each becomes a notebook in a temporary folder, and nbmake's own item runs it."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 # before torch is there: two workers with all threads each stand in their own way
@@ -11,6 +12,27 @@ import jupytext
 import pytest
 
 CHECKOUT = Path(__file__).parent
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """A test marked `alone` measures time: it waits until the other workers are between two tests, and they wait for it."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    of_all_workers = item.config._tmp_path_factory.getbasetemp().parent
+    with _in_turn(of_all_workers, alone=item.get_closest_marker("alone") is not None):
+        return (yield)
+
+
+@contextmanager
+def _in_turn(folder: Path, alone: bool):
+    import fcntl
+
+    with (folder / "door").open("w") as door, (folder / "room").open("w") as room:
+        fcntl.flock(door, fcntl.LOCK_EX)  # whoever waits for an empty room lets nobody in before
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        yield
 
 
 def pytest_collect_file(file_path: Path, parent):
@@ -44,6 +66,9 @@ class ChapterFile(pytest.File):
         notebook.metadata.setdefault(
             "kernelspec", {"name": "python3", "display_name": "Python 3", "language": "python"}
         )
+        # the kernel need not look through everything once more before it ends: that takes two seconds
+        last = [cell for cell in notebook.cells if cell.cell_type == "code"][-1]
+        last.metadata["nbmake"] = {"post_cell_execute": ["import gc; gc.freeze()"]}
         path = folder / f"{self.path.stem}.ipynb"
         jupytext.write(notebook, path)
         item = chapter_item().from_parent(

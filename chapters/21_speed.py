@@ -391,6 +391,7 @@ class InferenceBill:
     precision : str
     exact : int
         Bytes of a number that is not in few bits.
+    head_precision : str
     pictures : int
         N, of all rows together.
     vision, projector, prefill, head : Part
@@ -403,6 +404,7 @@ class InferenceBill:
     new_tokens: int
     precision: str
     exact: int
+    head_precision: str
     pictures: int
     vision: Part
     projector: Part
@@ -431,7 +433,7 @@ class InferenceBill:
         text = self.config.text
         parts = self.vision.weight_bytes + self.projector.weight_bytes + self.prefill.weight_bytes
         rows = text.vocab_size * text.hidden_size * self.exact
-        second = self.precision in ("int8", "int4") or not text.tie_word_embeddings
+        second = self.head_precision == "int8" or not text.tie_word_embeddings
         return parts + rows + (self.head.weight_bytes if second else 0)
 
     @property
@@ -466,6 +468,7 @@ def inference_bill(
     *,
     pictures: int | None = None,
     exact: int | None = None,
+    head: str | None = None,
 ) -> InferenceBill:
     """Count what an answer costs before it is given.
 
@@ -484,6 +487,8 @@ def inference_bill(
         N, of all rows together; one for each row by default.
     exact : int, optional
         Bytes of numbers that are not in few bits: 4 beside int8, int4 and nf4, unless you say 2.
+    head : str, optional
+        The precision of the head, if it has one of its own.
 
     Raises
     ------
@@ -509,7 +514,7 @@ def inference_bill(
         )
     exact = EXACT_BYTES[precision] if exact is None else exact
     text, width = config.text, config.vision.hidden_size
-    few = OUTSIDE.get(precision, precision)
+    few = head or OUTSIDE.get(precision, precision)
     rows = pictures * config.num_image_tokens
     project, score = Product(rows, width, text.hidden_size), Product(batch, text.hidden_size, text.vocab_size)
     capped = 0 if text.final_logit_softcapping is None else 6 * score.outer * batch
@@ -521,6 +526,7 @@ def inference_bill(
         new_tokens,
         precision,
         exact,
+        few,
         pictures,
         vision=vision_bill(config, pictures, precision, exact),
         projector=Part(

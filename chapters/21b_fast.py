@@ -26,6 +26,8 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from functools import cache
 
 import torch
@@ -342,17 +344,33 @@ def int8_libraries() -> list[str]:
 def pack_for_fbgemm(codes: torch.Tensor, steps: torch.Tensor) -> list[torch.ScriptObject]:
     """Codes and steps, as `quantize_rows` gives them, in FBGEMM's own layout: a byte a weight, at most 16,384 rows each."""
     pieces = zip(codes.split(PIECE_ROWS), steps.double().split(PIECE_ROWS), strict=True)
-    with _ENGINE_LOCK, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*deprecated.*")
-        before = torch.backends.quantized.engine
-        torch.backends.quantized.engine = "fbgemm"  # whose layout `linear_prepack` makes
-        try:
-            return [_pack_piece(*piece) for piece in pieces]
-        finally:
-            torch.backends.quantized.engine = before
+    with _FBGEMM:
+        return [_pack_piece(*piece) for piece in pieces]
 
 
-_ENGINE_LOCK = threading.Lock()  # torch's engine is a setting of the whole process
+class _EngineForPacking:
+    """While threads pack, torch's engine, a setting of the whole process, is FBGEMM, whose layout `linear_prepack` makes."""
+
+    def __init__(self):
+        self._lock, self._threads, self._undo = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._threads += 1
+            if self._threads == 1:
+                self._undo.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", message=".*deprecated.*")
+                self._undo.callback(setattr, torch.backends.quantized, "engine", torch.backends.quantized.engine)
+                torch.backends.quantized.engine = "fbgemm"
+
+    def __exit__(self, *failure) -> None:
+        with self._lock:
+            self._threads -= 1
+            if self._threads == 0:
+                self._undo.close()
+
+
+_FBGEMM = _EngineForPacking()
 
 
 def _pack_piece(codes: torch.Tensor, steps: torch.Tensor) -> torch.ScriptObject:
@@ -562,6 +580,164 @@ for name, module in (("eight", small), ("four", rough)):
 assert error > 0.05  # of four, the last one
 
 # %% [markdown]
+# ## A head that knows how far off it is
+#
+# In float32 the head is a fifth of what a token reads: two gigabytes, to find *one* of 257,216 tokens, the one with the largest
+# score. In eight bits it is half a gigabyte. But then each score is off by a little, and the wrong token may win by a hair. We
+# can have both, small and right, if we know how far off a score can be.
+#
+# Take a row $w$ of the head, and $\hat w$, what eight bits made of it. The score of hidden state $x$ is the dot product
+# $x \cdot w$. Rounding moves it by $x \cdot (w - \hat w)$, and no dot product is larger than the product of the two lengths
+# (the inequality of Cauchy and Schwarz):
+#
+# $$ |x \cdot w - x \cdot \hat w| \;\le\; \|x\| \, \|w - \hat w\| $$
+#
+# The second length does not depend on $x$. It is computed once, when the model is loaded: one number for each row. So each
+# rounded score comes with a *reach*, and the true score lies within it.
+#
+# By hand: three tokens have the rounded scores 5.0, 4.8 and 3.0, each with a reach of 0.3. We look up the first row in full
+# precision, and its true score is 4.9. Who may still beat that? The second may have up to 5.1, so its row is looked up too. The
+# third has 3.3 at most, and needs no look-up.
+
+# %%
+rounded, reach, to_beat = torch.tensor([5.0, 4.8, 3.0]), 0.3, 4.9
+assert (rounded + reach >= to_beat).tolist() == [True, True, False]
+
+# %% [markdown]
+# One thing is left. The kernel rounds $x$ too. So we hand it two rows: $x$ as rounded, and what the rounding left over, which is
+# rounded in its turn, with a step 254 times smaller. Two rows read the weights once, so they cost hardly more than one. What is
+# still lost of $x$ is at most half of the second step in each of its $D$ numbers: no longer than
+# $\|x\| \sqrt D \, / \, (127 \cdot 508)$.
+
+
+# %%
+# | export
+FLOAT_SUM = 1e-5  # what the order of float32 sums may change, as a share of both lengths
+LARGE_HEAD = 2**25  # bytes; a smaller head fits into caches, and there is no reading to save
+
+
+def wants_shortlist(weight: torch.Tensor) -> bool:
+    """Whether a head is to be a `ShortlistHead`: large, in float32, on a CPU whose torch multiplies bytes."""
+    plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.device.type == "cpu"
+    if not plain or weight.dtype != torch.float32 or weight.nbytes < LARGE_HEAD:
+        return False
+    try:
+        return bool(int8_libraries())
+    except RuntimeError:
+        return False
+
+
+def reach_of_rows(weight: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """How far off a score from rounded rows may be, for a hidden state of length 1: (out_features,).
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        (out_features, in_features), float32.
+    codes, steps : torch.Tensor
+        What `quantize_rows` made of it.
+    """
+    of_input = weight.shape[1] ** 0.5 / (127 * 508) + FLOAT_SUM
+    reach = torch.empty(len(weight))
+    for first in range(0, len(weight), PART_ROWS):
+        part = slice(first, first + PART_ROWS)
+        lost = (codes[part] * steps[part, None]).sub_(weight[part]).norm(dim=1)
+        reach[part] = lost + of_input * (lost + weight[part].norm(dim=1))
+    return reach
+
+
+class ShortlistHead(nn.Module):
+    """Scores of the next token from eight bits a weight, and exact ones of every token that could be the best.
+
+    Parameters
+    ----------
+    codes, steps : torch.Tensor
+        As `quantize_rows` gives them for the head, with `int8_levels()`.
+    reach : torch.Tensor
+        (V,), as `reach_of_rows` gives it.
+    table : torch.Tensor
+        (V, D), the head as it was, to look up rows in; a window into a file will do.
+
+    Notes
+    -----
+    The best token is that of the exact scores, always. Of the others those within reach of it are exact too, the rest is
+    off by the rounding of the weights.
+    """
+
+    def __init__(self, codes: torch.Tensor, steps: torch.Tensor, reach: torch.Tensor, table: torch.Tensor):
+        super().__init__()
+        self.rounded = Int8Linear(codes, steps)
+        self.register_buffer("reach", reach, persistent=False)
+        self.register_buffer("table", table, persistent=False)
+
+    def rough(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states (B, D) to rounded scores (B, V), and how far off each may be (B, V)."""
+        step = hidden_states.abs().amax(1, keepdim=True).div_(127).clamp_(min=SMALLEST)  # (B, 1)
+        coarse = (hidden_states / step).round_().mul_(step)
+        of_coarse, of_rest = self.rounded(torch.cat([coarse, hidden_states - coarse])).chunk(2)
+        return of_coarse + of_rest, hidden_states.norm(dim=1, keepdim=True) * self.reach
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states (B, D) to scores (B, V)."""
+        scores, reach = self.rough(hidden_states)
+        to_beat = self._exact(hidden_states, scores.argmax(1))  # (B,)
+        rows, tokens = (reach.add_(scores) >= to_beat[:, None]).nonzero(as_tuple=True)
+        if len(tokens) > len(self.table):  # nearly all are alike: there is no short list
+            return self.all_exact(hidden_states)
+        scores[rows, tokens] = self._exact(hidden_states[rows], tokens)
+        return scores
+
+    def _exact(self, hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """For each hidden state (N, D) the score of one token: (N,)."""
+        parts = zip(hidden_states.split(PART_ROWS), tokens.split(PART_ROWS), strict=True)
+        return torch.cat([(states * self.table[which]).sum(1) for states, which in parts])
+
+    def all_exact(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states (..., D) to scores (..., V), all of them exact: this reads the whole table."""
+        rows = hidden_states.flatten(0, -2).T  # (D, N); this way round a few rows take a third of the time
+        parts = self.table.split(PIECE_ROWS if self.table.dtype != rows.dtype else len(self.table))
+        scores = torch.cat([part.to(rows.dtype) @ rows for part in parts])  # (V, N)
+        return scores.T.contiguous().unflatten(0, hidden_states.shape[:-1])
+
+
+# %%
+codes, steps = quantize_rows(weight, levels)
+short_head = ShortlistHead(codes, steps, reach_of_rows(weight, codes, steps), weight)
+hidden = torch.randn(1, 2048)
+exact, found = F.linear(hidden, weight)[0], short_head(hidden)[0]
+assert found.argmax() == exact.argmax()
+
+rounded, reach = (of_row[0] for of_row in short_head.rough(hidden))
+assert ((rounded - exact).abs() < reach).all()
+to_beat = exact[rounded.argmax()]
+listed = (rounded + reach >= to_beat).sum().item()
+print(
+    f"{listed} of {len(weight):,} rows looked up; largest error {((rounded - exact).abs() / reach).max():.2f} of the reach"
+)
+
+order = rounded.argsort(descending=True)[:40]
+figure, axis = plt.subplots(figsize=(6.4, 2.6))
+axis.errorbar(range(40), rounded[order], yerr=reach[order], fmt="none", ecolor=GREY, elinewidth=1)
+axis.plot(range(40), rounded[order], "_", color=GREY, ms=5)
+axis.plot(range(40), exact[order], "o", color=PICTURE, ms=3)
+axis.axhline(to_beat, color=PROMPT, lw=1)
+axis.annotate("to beat", (39, to_beat), xytext=(0, 4), textcoords="offset points", color=PROMPT, ha="right")
+axis.set(xlabel="tokens, best rounded score first", ylabel="score")
+save(figure, "21b_shortlist")
+
+# %% [markdown]
+# *Figure: the 40 tokens with the best rounded scores. Grey: the rounded score and its reach; blue: the true score, well within
+# it. Only tokens whose reach crosses the line may be the best.*
+#
+# The bound is careful: it allows for the worst direction that the error could have, and the errors we see are a tenth of it. So
+# the list has some more tokens than it needs. That costs little, and in return nothing is left to chance: the best token is the
+# true one.
+#
+# The pocket model has no use for it: 1,856 rows of 192 numbers lie in a cache, where they are read soon enough.
+#
+# What is not exact: the scores of tokens far from the best. So this head is used where the best token is all that is asked
+# for. Sampling, beams, and grammars (chapters 13, 14) look at other scores too, and get the product with the whole table.
+#
 # ## A memory for pictures
 #
 # The tower sees no prompt. The same picture gives the same features, whatever is asked about it. So features are kept under
@@ -751,12 +927,25 @@ class FastPaliGemma(PaliGemma):
         return self.picture_cache.encode(super().encode_images, pixel_values)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        logits, softcap = self.head(hidden_states), self.config.text.final_logit_softcapping
+        head = self.head.all_exact if isinstance(self.head, ShortlistHead) else self.head
+        return self._softcapped(head(hidden_states))
+
+    def next_token_logits(self, hidden_states: torch.Tensor, best_only: bool = False) -> torch.Tensor:
+        return self._softcapped(self.head(hidden_states[:, -1])) if best_only else self.logits(hidden_states[:, -1])
+
+    def _softcapped(self, logits: torch.Tensor) -> torch.Tensor:
+        softcap = self.config.text.final_logit_softcapping
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
-    def decode(self, token_ids: torch.Tensor, attention_mask: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
+    def decode(
+        self,
+        token_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        caches: list[KVCache],
+        best_only: bool = False,
+    ) -> torch.Tensor:
         if self.compiled_step is None:
-            return super().decode(token_ids, attention_mask, caches)
+            return super().decode(token_ids, attention_mask, caches, best_only)
         return self.compiled_step(*step_inputs(self, token_ids, attention_mask, caches))
 
     def train(self, mode: bool = True) -> "FastPaliGemma":
@@ -777,7 +966,8 @@ class FastPaliGemma(PaliGemma):
 # ## Filling it, tensor by tensor
 #
 # `load_model` hands over one tensor at a time (chapter 12). Each is quantized at once and let go; when the last part of a
-# fused map is there, the map is packed. The full model is never in memory as a whole.
+# fused map is there, the map is packed. The full model is never in memory as a whole. Packing is work for one core and takes
+# longer than all the rest, so it runs beside it, on as many cores as torch has threads, up to four.
 
 
 # %%
@@ -806,13 +996,15 @@ class Preparation:
         "int8": tower, decoder and head in eight bits. "int4": the decoder in four, the rest in eight. None: all in
         the dtype they come in.
     reopen : callable, optional
-        Gives the embedding once more, as the file has it, memory-mapped: look-ups read from that, and what was read
-        to make the head is let go.
+        Gives a tensor, by our name, once more as the file has it, memory-mapped: rows of the embedding are looked up
+        in that, and what was read to make the head is let go.
     """
 
-    def __init__(self, quantize: str | None = None, reopen: Callable[[], torch.Tensor] | None = None):
+    def __init__(self, quantize: str | None = None, reopen: Callable[[str], torch.Tensor] | None = None):
         self.quantize, self.reopen = quantize, reopen
-        self.maps: dict[str, nn.Module] = {}  # done, without biases
+        self.maps: dict[str, nn.Module] = {}  # without biases; filled by `finish`
+        self._packers = ThreadPoolExecutor(min(4, torch.get_num_threads()))  # each map is packed by one core
+        self._packing: dict[str, Future] = {}
         self._parts: dict[str, tuple[torch.Tensor, ...]] = {}  # weights that wait for others
         self._group: dict[str, str] = {}  # plain map to prepared map
         self._groups: dict[str, list[str]] = {}
@@ -825,12 +1017,12 @@ class Preparation:
         owner, _, kind = name.rpartition(".")
         is_table = owner == "language_model.embed_tokens"
         if owner == "lm_head" or (is_table and model.config.text.tie_word_embeddings):
-            self.maps["head"] = self._build([self._shrink(owner, tensor, in_four=False)])
+            self._start_head(name, tensor)
         if owner == "lm_head":
             model.lm_head = nn.Identity()
             return {}
         if is_table and self.reopen is not None:
-            model.language_model.embed_tokens = ExactEmbedding(self.reopen(), tensor.dtype)
+            model.language_model.embed_tokens = ExactEmbedding(self.reopen(name), tensor.dtype)
             return {}
         if owner not in self._group or kind != "weight":
             return {name: tensor}
@@ -841,17 +1033,32 @@ class Preparation:
         in_four = self.quantize == "int4" and owner.startswith("language_model") and fits
         self._parts[owner] = self._shrink(owner, tensor, in_four)
         if all(part in self._parts for part in self._groups[group]):
-            self.maps[group] = self._build([self._parts.pop(part) for part in self._groups[group]])
+            self._start(group, self._build, [self._parts.pop(part) for part in self._groups[group]])
         return {}
 
-    def _shrink(self, owner: str, weight: torch.Tensor, in_four: bool) -> tuple[torch.Tensor, ...]:
+    def _start(self, group: str, make: Callable[..., nn.Module], *given) -> None:
+        """Make a map in the background; not too many at a time, for what they are made of waits in memory."""
+        under_way = [future for future in self._packing.values() if not future.done()]
+        if len(under_way) > self._packers._max_workers:
+            wait(under_way, return_when=FIRST_COMPLETED)
+        self._packing[group] = self._packers.submit(make, *given)
+
+    def _start_head(self, name: str, weight: torch.Tensor) -> None:
+        owner = name.rpartition(".")[0]
+        if self.quantize is not None or not wants_shortlist(weight):
+            self._start("head", self._build, [self._shrink(owner, weight)])
+            return
+        codes, steps = _named(owner, quantize_rows, weight, int8_levels())
+        table = weight if self.reopen is None else self.reopen(name)
+        self._start("head", ShortlistHead, codes, steps, reach_of_rows(weight, codes, steps), table)
+
+    def _shrink(self, owner: str, weight: torch.Tensor, in_four: bool = False) -> tuple[torch.Tensor, ...]:
         """The weight in fewer bits, at once: the full one is freed before the next is read."""
         if self.quantize is None or weight.device.type != "cpu":
             return (weight,)
-        try:
-            return quantize_groups(weight) if in_four else quantize_rows(weight, int8_levels())
-        except ValueError as error:
-            raise ValueError(f"{owner}: {error}") from error
+        if in_four:
+            return _named(owner, quantize_groups, weight)
+        return _named(owner, quantize_rows, weight, int8_levels())
 
     def _build(self, parts: list[tuple[torch.Tensor, ...]]) -> nn.Module:
         first, *steps = (list(kind) for kind in zip(*parts))
@@ -865,6 +1072,8 @@ class Preparation:
 
     def finish(self, model: PaliGemma) -> FastPaliGemma:
         """Put the prepared blocks in the places of the plain ones, once all tensors were handed over."""
+        self.maps = {group: future.result() for group, future in self._packing.items()}
+        self._packers.shutdown()
         for group, parts in self._groups.items():
             biases = [model.get_submodule(part).bias for part in parts]
             if biases[0] is not None:
@@ -891,6 +1100,14 @@ class Preparation:
 
 # %%
 # | export
+def _named(owner: str, quantize: Callable, *given) -> tuple[torch.Tensor, ...]:
+    """What `quantize` gives; its complaint names the map."""
+    try:
+        return quantize(*given)
+    except ValueError as error:
+        raise ValueError(f"{owner}: {error}") from error
+
+
 def _give_back_freed_memory() -> None:
     """The C library keeps freed blocks for later, and after so many short-lived copies they are a good part of the model."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc has it

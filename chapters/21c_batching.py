@@ -468,8 +468,11 @@ class RunningBatch:
         """How many tokens each row in use holds."""
         return self.caches[0].lengths
 
-    def read(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, list[KVCache]]:
-        """Read prompts of one row each: scores (B, V) for their first tokens, and caches to join from."""
+    def read(self, batches: Sequence[Batch], best_only: bool = False) -> tuple[torch.Tensor, list[KVCache]]:
+        """Read prompts of one row each: scores (B, V) for their first tokens, and caches to join from.
+
+        With `best_only`, only the best scores must be exact.
+        """
         longest = max(batch.input_ids.shape[1] for batch in batches)
         pads = [(longest - batch.input_ids.shape[1], 0) for batch in batches]
         pad_id, device = self.model.config.pad_token_id, self.model.device
@@ -477,7 +480,7 @@ class RunningBatch:
         mask = torch.cat([F.pad(batch.attention_mask, pad) for batch, pad in zip(batches, pads)]).to(device)
         features = self.encode_images(torch.cat([batch.pixel_values for batch in batches]).to(device))
         caches = self.model.language_model.new_caches(len(batches), longest)
-        return self.model.prefill(ids, features, mask, caches), caches
+        return self.model.prefill(ids, features, mask, caches, best_only), caches
 
     def join(self, filled: list[KVCache], row: int, length: int) -> None:
         """A row of what was read takes the place behind the rows in use."""
@@ -489,10 +492,10 @@ class RunningBatch:
         for cache in self.caches:
             cache.leave(row)
 
-    def step(self, tokens: Sequence[int], first: int = 0) -> torch.Tensor:
+    def step(self, tokens: Sequence[int], first: int = 0, best_only: bool = False) -> torch.Tensor:
         """Feed one token to each of the rows from `first` on, and give the scores (B, V) for the ones after.
 
-        If it raises, the rows are as they were.
+        If it raises, the rows are as they were. `best_only` as for `read`.
         """
         before = list(self.lengths)
         device = self.model.device
@@ -504,7 +507,7 @@ class RunningBatch:
             for cache in self.caches:
                 cache.first = first
             hidden_states = self.model.language_model(self.model.embed(ids), positions, masks, self.caches)  # (B, 1, D)
-            return self.model.logits(hidden_states[:, -1])
+            return self.model.next_token_logits(hidden_states, best_only)
         except BaseException:
             for cache in self.caches:
                 cache.lengths = list(before)
@@ -712,7 +715,7 @@ class _Request:
     @property
     def plain(self) -> bool:
         """Whether the best score decides."""
-        return self.sampling.greedy and self.sampling.repetition_penalty == 1 and self.allow is None
+        return self.sampling.takes_best and self.allow is None
 
     def choose(self, scores: torch.Tensor) -> int:
         """The next token, from scores (1, V)."""
@@ -757,6 +760,11 @@ class _Request:
 
 # %%
 # | export
+def _best_only(requests: Sequence[_Request]) -> bool:
+    """Whether nobody asks for more than the best token."""
+    return all(request.plain and not request.top for request in requests)
+
+
 def _pick_tokens(requests: Sequence[_Request], logits: torch.Tensor) -> list[Event | Exception]:
     """The next token of each row of scores (B, V), still without text; or what went wrong with this row."""
     scores, finite = logits.float(), logits.isfinite().all(-1).tolist()
@@ -1081,7 +1089,7 @@ class Engine:
         """Read prompts together; whoever is not over with the first token gets a row."""
         start = time.perf_counter()
         try:
-            logits, filled = self._batch.read([request.batch for request in requests])
+            logits, filled = self._batch.read([request.batch for request in requests], _best_only(requests))
         except Exception as error:
             if len(requests) > 1:
                 for request in requests:  # one of them is at fault: each by itself
@@ -1110,7 +1118,7 @@ class Engine:
         start = time.perf_counter()
         tokens = [request.tokens[-1] for request in self._running]
         try:
-            logits = self._batch.step(tokens)
+            logits = self._batch.step(tokens, best_only=_best_only(self._running))
         except Exception:  # some row is at fault: each by itself
             picked = [self._step_alone(row, token) for row, token in enumerate(tokens)]
         else:
@@ -1125,7 +1133,8 @@ class Engine:
     def _step_alone(self, row: int, token: int) -> Event | Exception:
         """A step of one row, after one of all rows has failed."""
         try:
-            return _pick_tokens([self._running[row]], self._batch.step([token], first=row))[0]
+            alone = [self._running[row]]
+            return _pick_tokens(alone, self._batch.step([token], row, _best_only(alone)))[0]
         except Exception as error:
             return error
 

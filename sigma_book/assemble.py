@@ -32,7 +32,6 @@ __all__ = ["POCKET", "base_folder", "generate", "load", "read_settings"]
 
 POCKET = Path(__file__).parent / "pocket_model"
 ROWS_AT_ONCE = 32  # longer lists are answered in several batches; a beam counts as a row
-EMBEDDING = "language_model.embed_tokens.weight"
 WATCHED = ("*.json", "*.safetensors", "tokenizer.model")  # the files that make a model
 
 _kept: dict[str, tuple[object, PaliGemma]] = {}  # the pocket model and the last other one, for `generate`
@@ -121,7 +120,7 @@ def load(
         processor = Processor.from_folder(folder)
         if in_few_bits or (compile and adapter is None):
             on_cpu = pick_device(device).type == "cpu"
-            ready = Preparation(quantize, (lambda: open_tensor(folder, EMBEDDING)) if on_cpu else None)
+            ready = Preparation(quantize, (lambda name: open_tensor(folder, name)) if on_cpu else None)
             model = ready.finish(load_model(folder, device, dtype, ready))
         else:
             model = load_model(folder, device, dtype, nf4_on_arrival() if quantize else None)

@@ -88,7 +88,7 @@ class Ours:
         self.clock.watch(self.model.multi_modal_projector, "forward", "projector")
         self.clock.watch(self.model, "prefill", "prefill")
         self.clock.watch(self.model, "decode", "step")
-        self.clock.watch(self.model, "logits", "head")
+        self.clock.watch(self.model, "next_token_logits", "head")
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
 
     def turn(self, number: int) -> dict:

@@ -12,6 +12,8 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from functools import cache
 
 import torch
@@ -26,7 +28,9 @@ from sigma_book.paligemma import PaliGemma
 from sigma_book.rope import rotate
 
 __all__ = [
+    "FLOAT_SUM",
     "GROUP",
+    "LARGE_HEAD",
     "PART_ROWS",
     "PIECE_ROWS",
     "SMALLEST",
@@ -41,6 +45,7 @@ __all__ = [
     "PackedLinear",
     "PictureCache",
     "Preparation",
+    "ShortlistHead",
     "compile_step",
     "dense_map",
     "int8_levels",
@@ -50,9 +55,11 @@ __all__ = [
     "prepare",
     "quantize_groups",
     "quantize_rows",
+    "reach_of_rows",
     "static_step",
     "step_inputs",
     "torchao_map",
+    "wants_shortlist",
 ]
 
 
@@ -185,17 +192,33 @@ def int8_libraries() -> list[str]:
 def pack_for_fbgemm(codes: torch.Tensor, steps: torch.Tensor) -> list[torch.ScriptObject]:
     """Codes and steps, as `quantize_rows` gives them, in FBGEMM's own layout: a byte a weight, at most 16,384 rows each."""
     pieces = zip(codes.split(PIECE_ROWS), steps.double().split(PIECE_ROWS), strict=True)
-    with _ENGINE_LOCK, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*deprecated.*")
-        before = torch.backends.quantized.engine
-        torch.backends.quantized.engine = "fbgemm"  # whose layout `linear_prepack` makes
-        try:
-            return [_pack_piece(*piece) for piece in pieces]
-        finally:
-            torch.backends.quantized.engine = before
+    with _FBGEMM:
+        return [_pack_piece(*piece) for piece in pieces]
 
 
-_ENGINE_LOCK = threading.Lock()  # torch's engine is a setting of the whole process
+class _EngineForPacking:
+    """While threads pack, torch's engine, a setting of the whole process, is FBGEMM, whose layout `linear_prepack` makes."""
+
+    def __init__(self):
+        self._lock, self._threads, self._undo = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._threads += 1
+            if self._threads == 1:
+                self._undo.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", message=".*deprecated.*")
+                self._undo.callback(setattr, torch.backends.quantized, "engine", torch.backends.quantized.engine)
+                torch.backends.quantized.engine = "fbgemm"
+
+    def __exit__(self, *failure) -> None:
+        with self._lock:
+            self._threads -= 1
+            if self._threads == 0:
+                self._undo.close()
+
+
+_FBGEMM = _EngineForPacking()
 
 
 def _pack_piece(codes: torch.Tensor, steps: torch.Tensor) -> torch.ScriptObject:
@@ -337,6 +360,94 @@ class Int4Linear(nn.Module):
         return output.view(*hidden_states.shape[:-1], self.out_width).to(hidden_states.dtype)
 
 
+FLOAT_SUM = 1e-5  # what the order of float32 sums may change, as a share of both lengths
+LARGE_HEAD = 2**25  # bytes; a smaller head fits into caches, and there is no reading to save
+
+
+def wants_shortlist(weight: torch.Tensor) -> bool:
+    """Whether a head is to be a `ShortlistHead`: large, in float32, on a CPU whose torch multiplies bytes."""
+    plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.device.type == "cpu"
+    if not plain or weight.dtype != torch.float32 or weight.nbytes < LARGE_HEAD:
+        return False
+    try:
+        return bool(int8_libraries())
+    except RuntimeError:
+        return False
+
+
+def reach_of_rows(weight: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """How far off a score from rounded rows may be, for a hidden state of length 1: (out_features,).
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        (out_features, in_features), float32.
+    codes, steps : torch.Tensor
+        What `quantize_rows` made of it.
+    """
+    of_input = weight.shape[1] ** 0.5 / (127 * 508) + FLOAT_SUM
+    reach = torch.empty(len(weight))
+    for first in range(0, len(weight), PART_ROWS):
+        part = slice(first, first + PART_ROWS)
+        lost = (codes[part] * steps[part, None]).sub_(weight[part]).norm(dim=1)
+        reach[part] = lost + of_input * (lost + weight[part].norm(dim=1))
+    return reach
+
+
+class ShortlistHead(nn.Module):
+    """Scores of the next token from eight bits a weight, and exact ones of every token that could be the best.
+
+    Parameters
+    ----------
+    codes, steps : torch.Tensor
+        As `quantize_rows` gives them for the head, with `int8_levels()`.
+    reach : torch.Tensor
+        (V,), as `reach_of_rows` gives it.
+    table : torch.Tensor
+        (V, D), the head as it was, to look up rows in; a window into a file will do.
+
+    Notes
+    -----
+    The best token is that of the exact scores, always. Of the others those within reach of it are exact too, the rest is
+    off by the rounding of the weights.
+    """
+
+    def __init__(self, codes: torch.Tensor, steps: torch.Tensor, reach: torch.Tensor, table: torch.Tensor):
+        super().__init__()
+        self.rounded = Int8Linear(codes, steps)
+        self.register_buffer("reach", reach, persistent=False)
+        self.register_buffer("table", table, persistent=False)
+
+    def rough(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states (B, D) to rounded scores (B, V), and how far off each may be (B, V)."""
+        step = hidden_states.abs().amax(1, keepdim=True).div_(127).clamp_(min=SMALLEST)  # (B, 1)
+        coarse = (hidden_states / step).round_().mul_(step)
+        of_coarse, of_rest = self.rounded(torch.cat([coarse, hidden_states - coarse])).chunk(2)
+        return of_coarse + of_rest, hidden_states.norm(dim=1, keepdim=True) * self.reach
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states (B, D) to scores (B, V)."""
+        scores, reach = self.rough(hidden_states)
+        to_beat = self._exact(hidden_states, scores.argmax(1))  # (B,)
+        rows, tokens = (reach.add_(scores) >= to_beat[:, None]).nonzero(as_tuple=True)
+        if len(tokens) > len(self.table):  # nearly all are alike: there is no short list
+            return self.all_exact(hidden_states)
+        scores[rows, tokens] = self._exact(hidden_states[rows], tokens)
+        return scores
+
+    def _exact(self, hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """For each hidden state (N, D) the score of one token: (N,)."""
+        parts = zip(hidden_states.split(PART_ROWS), tokens.split(PART_ROWS), strict=True)
+        return torch.cat([(states * self.table[which]).sum(1) for states, which in parts])
+
+    def all_exact(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states (..., D) to scores (..., V), all of them exact: this reads the whole table."""
+        rows = hidden_states.flatten(0, -2).T  # (D, N); this way round a few rows take a third of the time
+        parts = self.table.split(PIECE_ROWS if self.table.dtype != rows.dtype else len(self.table))
+        scores = torch.cat([part.to(rows.dtype) @ rows for part in parts])  # (V, N)
+        return scores.T.contiguous().unflatten(0, hidden_states.shape[:-1])
+
+
 class PictureCache:
     """Features of the last pictures, found again by what the pictures show.
 
@@ -442,12 +553,25 @@ class FastPaliGemma(PaliGemma):
         return self.picture_cache.encode(super().encode_images, pixel_values)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        logits, softcap = self.head(hidden_states), self.config.text.final_logit_softcapping
+        head = self.head.all_exact if isinstance(self.head, ShortlistHead) else self.head
+        return self._softcapped(head(hidden_states))
+
+    def next_token_logits(self, hidden_states: torch.Tensor, best_only: bool = False) -> torch.Tensor:
+        return self._softcapped(self.head(hidden_states[:, -1])) if best_only else self.logits(hidden_states[:, -1])
+
+    def _softcapped(self, logits: torch.Tensor) -> torch.Tensor:
+        softcap = self.config.text.final_logit_softcapping
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
-    def decode(self, token_ids: torch.Tensor, attention_mask: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
+    def decode(
+        self,
+        token_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        caches: list[KVCache],
+        best_only: bool = False,
+    ) -> torch.Tensor:
         if self.compiled_step is None:
-            return super().decode(token_ids, attention_mask, caches)
+            return super().decode(token_ids, attention_mask, caches, best_only)
         return self.compiled_step(*step_inputs(self, token_ids, attention_mask, caches))
 
     def train(self, mode: bool = True) -> "FastPaliGemma":
@@ -485,13 +609,15 @@ class Preparation:
         "int8": tower, decoder and head in eight bits. "int4": the decoder in four, the rest in eight. None: all in
         the dtype they come in.
     reopen : callable, optional
-        Gives the embedding once more, as the file has it, memory-mapped: look-ups read from that, and what was read
-        to make the head is let go.
+        Gives a tensor, by our name, once more as the file has it, memory-mapped: rows of the embedding are looked up
+        in that, and what was read to make the head is let go.
     """
 
-    def __init__(self, quantize: str | None = None, reopen: Callable[[], torch.Tensor] | None = None):
+    def __init__(self, quantize: str | None = None, reopen: Callable[[str], torch.Tensor] | None = None):
         self.quantize, self.reopen = quantize, reopen
-        self.maps: dict[str, nn.Module] = {}  # done, without biases
+        self.maps: dict[str, nn.Module] = {}  # without biases; filled by `finish`
+        self._packers = ThreadPoolExecutor(min(4, torch.get_num_threads()))  # each map is packed by one core
+        self._packing: dict[str, Future] = {}
         self._parts: dict[str, tuple[torch.Tensor, ...]] = {}  # weights that wait for others
         self._group: dict[str, str] = {}  # plain map to prepared map
         self._groups: dict[str, list[str]] = {}
@@ -504,12 +630,12 @@ class Preparation:
         owner, _, kind = name.rpartition(".")
         is_table = owner == "language_model.embed_tokens"
         if owner == "lm_head" or (is_table and model.config.text.tie_word_embeddings):
-            self.maps["head"] = self._build([self._shrink(owner, tensor, in_four=False)])
+            self._start_head(name, tensor)
         if owner == "lm_head":
             model.lm_head = nn.Identity()
             return {}
         if is_table and self.reopen is not None:
-            model.language_model.embed_tokens = ExactEmbedding(self.reopen(), tensor.dtype)
+            model.language_model.embed_tokens = ExactEmbedding(self.reopen(name), tensor.dtype)
             return {}
         if owner not in self._group or kind != "weight":
             return {name: tensor}
@@ -520,17 +646,32 @@ class Preparation:
         in_four = self.quantize == "int4" and owner.startswith("language_model") and fits
         self._parts[owner] = self._shrink(owner, tensor, in_four)
         if all(part in self._parts for part in self._groups[group]):
-            self.maps[group] = self._build([self._parts.pop(part) for part in self._groups[group]])
+            self._start(group, self._build, [self._parts.pop(part) for part in self._groups[group]])
         return {}
 
-    def _shrink(self, owner: str, weight: torch.Tensor, in_four: bool) -> tuple[torch.Tensor, ...]:
+    def _start(self, group: str, make: Callable[..., nn.Module], *given) -> None:
+        """Make a map in the background; not too many at a time, for what they are made of waits in memory."""
+        under_way = [future for future in self._packing.values() if not future.done()]
+        if len(under_way) > self._packers._max_workers:
+            wait(under_way, return_when=FIRST_COMPLETED)
+        self._packing[group] = self._packers.submit(make, *given)
+
+    def _start_head(self, name: str, weight: torch.Tensor) -> None:
+        owner = name.rpartition(".")[0]
+        if self.quantize is not None or not wants_shortlist(weight):
+            self._start("head", self._build, [self._shrink(owner, weight)])
+            return
+        codes, steps = _named(owner, quantize_rows, weight, int8_levels())
+        table = weight if self.reopen is None else self.reopen(name)
+        self._start("head", ShortlistHead, codes, steps, reach_of_rows(weight, codes, steps), table)
+
+    def _shrink(self, owner: str, weight: torch.Tensor, in_four: bool = False) -> tuple[torch.Tensor, ...]:
         """The weight in fewer bits, at once: the full one is freed before the next is read."""
         if self.quantize is None or weight.device.type != "cpu":
             return (weight,)
-        try:
-            return quantize_groups(weight) if in_four else quantize_rows(weight, int8_levels())
-        except ValueError as error:
-            raise ValueError(f"{owner}: {error}") from error
+        if in_four:
+            return _named(owner, quantize_groups, weight)
+        return _named(owner, quantize_rows, weight, int8_levels())
 
     def _build(self, parts: list[tuple[torch.Tensor, ...]]) -> nn.Module:
         first, *steps = (list(kind) for kind in zip(*parts))
@@ -544,6 +685,8 @@ class Preparation:
 
     def finish(self, model: PaliGemma) -> FastPaliGemma:
         """Put the prepared blocks in the places of the plain ones, once all tensors were handed over."""
+        self.maps = {group: future.result() for group, future in self._packing.items()}
+        self._packers.shutdown()
         for group, parts in self._groups.items():
             biases = [model.get_submodule(part).bias for part in parts]
             if biases[0] is not None:
@@ -566,6 +709,14 @@ class Preparation:
     def _of(self, block: str) -> dict[str, nn.Module]:
         names = [name for name in self.maps if name.startswith(f"{block}.")]
         return {name.rpartition(".")[2]: self.maps.pop(name) for name in names}
+
+
+def _named(owner: str, quantize: Callable, *given) -> tuple[torch.Tensor, ...]:
+    """What `quantize` gives; its complaint names the map."""
+    try:
+        return quantize(*given)
+    except ValueError as error:
+        raise ValueError(f"{owner}: {error}") from error
 
 
 def _give_back_freed_memory() -> None:

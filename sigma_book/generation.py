@@ -144,6 +144,11 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature < 1e-6
 
+    @property
+    def takes_best(self) -> bool:
+        """Whether the best score decides as it is."""
+        return self.greedy and self.repetition_penalty == 1
+
 
 def whole_number(name: str, value: object, *, least: int, most: int | None = None) -> int:
     """The value, if it is a whole number in its range.
@@ -295,7 +300,8 @@ def generate_tokens(
     rows, prompt_length = batch.input_ids.shape
     limits = answer_limits(batch.attention_mask, max_new_tokens, model.config.text.max_position_embeddings)
     generators = row_generators(sampling.seed, rows)
-    logits, seen, mask, caches = _read_prompts(model, batch, max(limits))
+    best_only = sampling.takes_best and allow is None
+    logits, seen, mask, caches = _read_prompts(model, batch, max(limits), best_only)
     answers: list[list[int]] = [[] for _ in range(rows)]
     live = list(range(rows))
 
@@ -325,11 +331,11 @@ def generate_tokens(
         over = torch.ones_like(tokens, dtype=torch.bool)
         over[live] = False
         tokens = tokens.masked_fill(over, model.config.pad_token_id)
-        logits = model.decode(tokens[:, None], mask[:, : prompt_length + step + 1], caches)
+        logits = model.decode(tokens[:, None], mask[:, : prompt_length + step + 1], caches, best_only)
 
 
 def _read_prompts(
-    model: PaliGemma, batch: Batch, most_new_tokens: int
+    model: PaliGemma, batch: Batch, most_new_tokens: int, best_only: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[KVCache]]:
     """Read a batch once: scores (B, V), seen tokens (B, V), the mask of all columns to come (B, S), filled caches."""
     batch = batch.to(model.device)
@@ -339,7 +345,7 @@ def _read_prompts(
     mask = batch.attention_mask.new_ones(rows, room)  # (B, S): columns of the answer are never padding
     mask[:, :prompt_length] = batch.attention_mask
     features = model.encode_images(batch.pixel_values)  # (N, P, D)
-    logits = model.prefill(batch.input_ids, features, batch.attention_mask, caches)  # (B, V)
+    logits = model.prefill(batch.input_ids, features, batch.attention_mask, caches, best_only)  # (B, V)
     return logits, seen_tokens(batch.input_ids, batch.attention_mask, logits.shape[-1]), mask, caches
 
 

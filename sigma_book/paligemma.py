@@ -286,6 +286,14 @@ class PaliGemma(nn.Module):
         )
         return tied_logits(hidden_states, weight, self.config.text.final_logit_softcapping)
 
+    def next_token_logits(self, hidden_states: torch.Tensor, best_only: bool = False) -> torch.Tensor:
+        """Hidden states (B, T, D) to the scores (B, V) for the token behind the last place.
+
+        `best_only` says that only the best token will be taken. Here it changes nothing; a model that was prepared for
+        speed (chapter 21b) then rounds the scores that cannot be the best.
+        """
+        return self.logits(hidden_states[:, -1])
+
     def hidden_states(
         self,
         input_ids: torch.Tensor,
@@ -354,13 +362,23 @@ class PaliGemma(nn.Module):
         image_features: torch.Tensor | None,
         attention_mask: torch.Tensor,
         caches: list[KVCache],
+        best_only: bool = False,
     ) -> torch.Tensor:
-        """Read prompts (B, T), padded on the left, and give the scores (B, V) for the first new token."""
+        """Read prompts (B, T), padded on the left, and give the scores (B, V) for the first new token.
+
+        `best_only` is that of `next_token_logits`.
+        """
         prefix = torch.zeros_like(input_ids)
         hidden_states = self.hidden_states(input_ids, image_features, attention_mask, prefix, caches)
-        return self.logits(hidden_states[:, -1])
+        return self.next_token_logits(hidden_states, best_only)
 
-    def decode(self, token_ids: torch.Tensor, attention_mask: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
+    def decode(
+        self,
+        token_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        caches: list[KVCache],
+        best_only: bool = False,
+    ) -> torch.Tensor:
         """Take one new token for each row and give the scores (B, V) for the one after it.
 
         Parameters
@@ -371,6 +389,8 @@ class PaliGemma(nn.Module):
             (B, S) of all columns including the new one.
         caches : list of KVCache
             As `prefill` filled them; they grow by one column.
+        best_only : bool
+            That of `next_token_logits`.
         """
         column = caches[0].length  # of the new token
         masks = {}
@@ -380,7 +400,7 @@ class PaliGemma(nn.Module):
                 masks[window] = step_mask(attention_mask, cache.columns(column + 1))
         positions = attention_mask.long().sum(-1, keepdim=True)  # (B, 1)
         hidden_states = self.language_model(self.embed(token_ids), positions, masks, caches)
-        return self.logits(hidden_states[:, -1])
+        return self.next_token_logits(hidden_states, best_only)
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -511,8 +511,11 @@ def test_the_rule_of_reading(tiny_model, pictures):
     calls, gate = [], Gate()
     engine = Engine(tiny_model, max_rows=6, prefill_tokens=36)
     read, step = engine._batch.read, engine._batch.step
-    engine._batch.read = lambda batches: (calls.append([b.input_ids.shape[1] for b in batches]), read(batches))[1]
-    engine._batch.step = lambda tokens, first=0: (calls.append(len(tokens)), step(tokens, first))[1]
+    engine._batch.read = lambda batches, *rest: (
+        calls.append([b.input_ids.shape[1] for b in batches]),
+        read(batches, *rest),
+    )[1]
+    engine._batch.step = lambda tokens, *rest, **named: (calls.append(len(tokens)), step(tokens, *rest, **named))[1]
     engine.submit(pictures[0], "x", gate, max_new_tokens=1)
     assert gate.reached.wait(PATIENCE)
     heard = [Heard() for _ in range(30)]
@@ -980,6 +983,7 @@ def throughput(model, pictures, clients: int, requests: int, most: int, rows: in
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize(("what", "most", "times"), [("captions", 40, 2.0), ("answers of 40 tokens", 40, 3.0)])
 def test_sixteen_clients(pictures, what, most, times):
     """Captions of scenes have ten tokens, so most of their time goes into reading prompts, where company saves less."""
@@ -1010,6 +1014,7 @@ def model_of_300_million() -> PaliGemma:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_sixteen_clients_of_300_million(pictures):
     """Reported, not promised: in float32 the arithmetic of this processor is the limit, not the memory."""
     model = model_of_300_million()

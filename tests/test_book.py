@@ -91,8 +91,8 @@ def test_a_chapter_opens_as_the_house_says(path):
 
 
 def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"NO_COLOR": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:schemathesis", *arguments]
+    environment = os.environ | {"NO_COLOR": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # some take seconds to load
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "nbmake.pytest_plugin", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
 
 
@@ -129,6 +129,37 @@ def test_chapters_run_against_this_checkout_or_say_so(small_book):
     done = run_pytest(small_book, "--nbmake", "chapters")
     assert done.returncode == 1
     assert "pip install -e ." in done.stdout
+
+
+@pytest.mark.slow
+def test_one_who_measures_time_is_alone(small_book):
+    """Two workers, three files: the others run beside each other, and never beside the one that is marked."""
+    (small_book / "pytest.ini").write_text("[pytest]\nmarkers =\n    alone: measures time\n")
+    body = (
+        "import time\nfrom pathlib import Path\nimport pytest\n\n\n{mark}\n@pytest.mark.parametrize('turn', range(4))\n"
+    )
+    body += "def test_time(turn):\n    start = time.time()\n    time.sleep(0.4)\n"
+    body += "    with Path({log!r}).open('a') as file:\n        file.write(f'{name} {{start}} {{time.time()}}\\n')\n"
+    log = str(small_book / "log")
+    for name in ("first", "alone", "second"):
+        mark = "@pytest.mark.alone" if name == "alone" else ""
+        (small_book / f"test_{name}.py").write_text(body.format(mark=mark, log=log, name=name))
+    done = run_pytest(small_book, "-p", "xdist.plugin", "-n", "2", "--dist", "loadfile")
+    assert done.returncode == 0, done.stdout
+    spans = [
+        (name, float(start), float(end)) for name, start, end in map(str.split, Path(log).read_text().splitlines())
+    ]
+    assert len(spans) == 12
+
+    def meet(*names: str) -> int:
+        return sum(
+            one[1] < other[2] and other[1] < one[2]
+            for one in spans
+            for other in spans
+            if (one[0], other[0]) in (names, names[::-1]) and one is not other
+        )
+
+    assert meet("alone", "first") == meet("alone", "second") == 0
 
 
 def test_jupyterlab_opens_chapters_as_notebooks():

@@ -413,6 +413,7 @@ def test_without_the_extra_a_sentence_names_it(package, shelf, tiny_folder, tmp_
     assert "pip install 'sigma-book[scale]'" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow  # chapter 22b runs Ray too, with actors that pretend
 def test_two_actors_answer_as_one_process_does(shelf, tiny_folder, tiny_model, tmp_path):
     """Real Ray, with every kind of poison among the rows; then the same command again, which asks nobody."""
     lines = mixed_rows(60)

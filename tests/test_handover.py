@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from sigma_book import generate, load
 from sigma_book.assemble import POCKET
 from sigma_book.bulk import PREFIX_MASKS, EngineReport, answer_logprobs, ask_engine, compare_engine, prefix_types
+from sigma_book.cli import main
 from sigma_book.fleet import compare, export_model
 from sigma_book.lora import LoraConfig, add_lora, save_adapter
 from sigma_book.paligemma import PaliGemma
@@ -355,24 +356,15 @@ def test_our_server_passes_and_a_faulty_one_is_caught(mask, which, start_server,
     assert report.distances[mask] < 1e-3
 
 
-def test_the_command_says_so_and_exits(start_server, tiny_folder):
+def test_the_command_says_so_and_exits(start_server, tiny_folder, capsys):
     for mask, code in (("whole", 0), ("causal", 2)):
         server = start_server(with_fault(load(tiny_folder, device="cpu"), mask), api_keys=("secret",))
-        command = [
-            sys.executable,
-            "-m",
-            "sigma_book.cli",
-            "compare",
-            "--url",
-            f"{server.url}/v1",
-            "--model",
-            str(tiny_folder),
-        ]
-        command += ["--key", "secret", "--questions", "4", "--device", "cpu"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == code, done.stderr
-        assert len(re.findall(r"^(?:whole|picture|causal) +\d", done.stdout, re.MULTILINE)) == 3
-        assert ("from left to right" in done.stderr) == (mask == "causal")
+        arguments = ["compare", "--url", f"{server.url}/v1", "--model", str(tiny_folder)]
+        arguments += ["--key", "secret", "--questions", "4", "--device", "cpu"]
+        assert main(arguments) == code
+        said = capsys.readouterr()
+        assert len(re.findall(r"^(?:whole|picture|causal) +\d", said.out, re.MULTILINE)) == 3
+        assert ("from left to right" in said.err) == (mask == "causal")
 
 
 def test_an_engine_with_other_weights_is_not_taken_for_one_with_a_fault(start_server, make_tiny, tiny_model, tmp_path):

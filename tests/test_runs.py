@@ -88,7 +88,8 @@ def test_peft_reads_what_a_run_wrote(data, tiny_folder, tmp_path):
     assert json.loads((final / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_folder)
 
 
-@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "qlora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_a_killed_run_ends_with_the_same_adapter(method, data, tiny_folder, tmp_path):
     """One kill -9 with dropout on, so that the random numbers must go on as well."""
 

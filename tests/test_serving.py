@@ -272,5 +272,6 @@ def test_twice_the_load_for_a_minute(serve, questions):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_twice_the_load_for_ten_minutes(serve, questions):
     check_load(run_load(serve, questions, 600.0, rows=ROWS, queue=QUEUE))

@@ -128,6 +128,11 @@ def test_few_bits(voice):
     decoder = [m.weight for name, m in maps.items() if name.startswith("language_model")]
     four = byte - sum(w.numel() + 4 * len(w) - w.numel() // 2 - 4 * len(w) * (w.shape[1] // 32) for w in decoder)
     assert inference_bill(model.config, 1, 30, 9, "int4").weights_held == four
+    short = inference_bill(model.config, 1, 30, 9, head="int8")  # chapter 21b's ShortlistHead beside a float32 table
+    assert short.head.weight_bytes == short.step()[1].weight_bytes == table.numel() + 4 * len(table)
+    assert short.weights_held == whole + (
+        short.head.weight_bytes if model.config.text.tie_word_embeddings else -3 * table.numel() + 4 * len(table)
+    )
     inside = [weight.numel() for weight in decoder]
     four = whole - sum(4 * count - nf4_bytes(count) for count in inside)
     assert inference_bill(model.config, 1, 30, 9, "nf4").weights_held == four
