@@ -68,7 +68,8 @@ def load(
         `sigma_book.lora` adds it to them.
     compile : bool
         Make the model ready to answer, at the cost that it cannot learn: on the CPU its maps are laid out for the
-        kernels and fused, on a GPU the decoding step is compiled too. An adapter is merged.
+        kernels and fused, and a large head is read in eight bits where the best token decides, which stays the best of
+        the full scores; on a GPU the decoding step is compiled too. An adapter is merged.
 
     Returns
     -------

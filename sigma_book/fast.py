@@ -607,7 +607,7 @@ class Preparation:
     ----------
     quantize : str, optional
         "int8": tower, decoder and head in eight bits. "int4": the decoder in four, the rest in eight. None: all in
-        the dtype they come in.
+        the dtype they come in, with a `ShortlistHead` if `wants_shortlist`.
     reopen : callable, optional
         Gives a tensor, by our name, once more as the file has it, memory-mapped: rows of the embedding are looked up
         in that, and what was read to make the head is let go.

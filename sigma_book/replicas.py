@@ -12,12 +12,11 @@ from functools import partial
 import torch
 from fastapi import FastAPI
 
-from sigma_book.batching import Engine
 from sigma_book.bulk import claims, processors, ray_running
 from sigma_book.generation import whole_number
 from sigma_book.paligemma import PaliGemma
-from sigma_book.server import ServerConfig, create_app
-from sigma_book.serving import STATIC, explainer, remembering
+from sigma_book.server import ServerConfig
+from sigma_book.serving import app_for
 
 NAME = "sigma-book"
 
@@ -84,11 +83,9 @@ class Replica:
         await self._app.state.service.live()
 
 
-def _make_app(threads: int, make_model: Callable[[], PaliGemma], config: ServerConfig, engine: dict) -> FastAPI:
+def _make_app(threads: int, make_model: Callable[[], PaliGemma], config: ServerConfig, sizes: dict) -> FastAPI:
     torch.set_num_threads(threads)
-    model = make_model()
-    answering = Engine(model, **engine, encode_images=remembering(model))
-    return create_app(answering, config, explain=explainer(model), static=STATIC)
+    return app_for(make_model(), config, sizes)
 
 
 @contextmanager
@@ -124,8 +121,8 @@ def replicas_running(
     RuntimeError
         If Ray is not installed, or the replicas do not start.
     """
-    engine = {"max_rows": max_rows, "max_length": max_length, "queue_size": queue_size}
-    make_app = partial(_make_app, max(1, processors() // shared.replicas), make_model, config, engine)
+    sizes = {"max_rows": max_rows, "max_length": max_length, "queue_size": queue_size}
+    make_app = partial(_make_app, max(1, processors() // shared.replicas), make_model, config, sizes)
     with ray_running():
         try:
             from ray import serve

@@ -22,7 +22,7 @@ from sigma_book.protocol import ApiError, error_body
 from sigma_book.server import JsonLines, ServerConfig, create_app
 from sigma_book.why import explain, looks_as_json
 
-__all__ = ["CarefulProtocol", "GracefulServer", "explainer", "read_api_keys", "remembering", "serve"]
+__all__ = ["CarefulProtocol", "GracefulServer", "app_for", "explainer", "read_api_keys", "remembering", "serve"]
 
 KEYS_VARIABLE = "SIGMA_BOOK_API_KEYS"
 STATIC = Path(__file__).parent / "static"
@@ -174,17 +174,21 @@ def serve(
         If the port is taken.
     """
     with _listen(host, port) as listener:
-        model = make_model()
         sizes = {"max_rows": max_rows, "max_length": max_length, "queue_size": queue_size}
-        engine = Engine(model, **sizes, encode_images=remembering(model))
+        app = app_for(make_model(), config, sizes, explaining)
         try:
             _log_to_stderr()
             _allow_many_connections()
-            app = create_app(engine, config, explain=explainer(model) if explaining else None, static=STATIC)
             GracefulServer(app, host, port, grace).run(sockets=[listener])
         finally:
-            engine.close(finish=False)
+            app.state.service.engine.close(finish=False)
     logger.info("stopped")
+
+
+def app_for(model: PaliGemma, config: ServerConfig, sizes: dict, explaining: bool = True) -> FastAPI:
+    """The whole application over a model: an engine of these sizes, a memory for pictures, and the page."""
+    engine = Engine(model, **sizes, encode_images=remembering(model))
+    return create_app(engine, config, explain=explainer(model) if explaining else None, static=STATIC)
 
 
 def remembering(model: PaliGemma) -> Callable[[torch.Tensor], torch.Tensor]:

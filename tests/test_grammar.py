@@ -86,7 +86,7 @@ def ask_random_models(model, tokenizer, pictures, seeds) -> None:
 
 
 def test_random_models(smallest, tokenizer, pictures):
-    ask_random_models(smallest, tokenizer, pictures, range(100))
+    ask_random_models(smallest, tokenizer, pictures, range(200))
 
 
 @pytest.mark.slow
