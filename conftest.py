@@ -35,6 +35,17 @@ def _in_turn(folder: Path, alone: bool):
         yield
 
 
+def pytest_collection_modifyitems(config, items):
+    """Workers get the long files first, late chapters and then large test files, so that none waits for another at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=_length, reverse=True)
+
+
+def _length(item) -> tuple[str, int]:
+    """What stands for the time that its file takes."""
+    return (item.chapter.name, 0) if hasattr(item, "chapter") else ("", item.path.stat().st_size)
+
+
 def pytest_collect_file(file_path: Path, parent):
     in_book = file_path.suffix == ".py" and file_path.parent.name == "chapters" and file_path.stem[:1].isdigit()
     if in_book and parent.config.getoption("nbmake", default=False):

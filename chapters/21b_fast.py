@@ -623,8 +623,8 @@ def wants_shortlist(weight: torch.Tensor) -> bool:
     if not plain or weight.dtype != torch.float32 or weight.nbytes < LARGE_HEAD:
         return False
     try:
-        return bool(int8_libraries())
-    except RuntimeError:
+        return int8_levels() > 0
+    except RuntimeError:  # no kernels for bytes
         return False
 
 
@@ -1005,7 +1005,8 @@ class Preparation:
     def __init__(self, quantize: str | None = None, reopen: Callable[[str], torch.Tensor] | None = None):
         self.quantize, self.reopen = quantize, reopen
         self.maps: dict[str, nn.Module] = {}  # without biases; filled by `finish`
-        self._packers = ThreadPoolExecutor(min(4, torch.get_num_threads()))  # each map is packed by one core
+        self._cores = min(4, torch.get_num_threads())
+        self._packers = ThreadPoolExecutor(self._cores)  # each map is packed by one core
         self._packing: dict[str, Future] = {}
         self._parts: dict[str, tuple[torch.Tensor, ...]] = {}  # weights that wait for others
         self._group: dict[str, str] = {}  # plain map to prepared map
@@ -1041,7 +1042,7 @@ class Preparation:
     def _start(self, group: str, make: Callable[..., nn.Module], *given) -> None:
         """Make a map in the background; not too many at a time, for what they are made of waits in memory."""
         under_way = [future for future in self._packing.values() if not future.done()]
-        if len(under_way) > self._packers._max_workers:
+        if len(under_way) > self._cores:
             wait(under_way, return_when=FIRST_COMPLETED)
         self._packing[group] = self._packers.submit(make, *given)
 

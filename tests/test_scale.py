@@ -426,6 +426,7 @@ def run_program(tmp_path: Path, ranks: int, *given) -> None:
     assert code == 0 and printed.count("well") == ranks, err
 
 
+@pytest.mark.slow
 def test_each_rank_holds_its_rows_and_computes_in_bfloat16(tiny_folder, tmp_path):
     """What rank 0 holds is what its bill says, to the byte; FSDP gathers and reduces as often as the bill counts."""
     run_program(tmp_path, 2, tiny_folder, "full", "bfloat16")
