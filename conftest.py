@@ -11,13 +11,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import jupytext
 import pytest
 
+try:
+    import fcntl
+except ImportError:  # on Windows tests that measure time have company
+    fcntl = None
+
 CHECKOUT = Path(__file__).parent
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
     """A test marked `alone` measures time: it waits until the other workers are between two tests, and they wait for it."""
-    if not hasattr(item.config, "workerinput"):
+    if not hasattr(item.config, "workerinput") or fcntl is None:
         return (yield)
     of_all_workers = item.config._tmp_path_factory.getbasetemp().parent
     with _in_turn(of_all_workers, alone=item.get_closest_marker("alone") is not None):
@@ -26,8 +31,6 @@ def pytest_runtest_protocol(item, nextitem):
 
 @contextmanager
 def _in_turn(folder: Path, alone: bool):
-    import fcntl
-
     with (folder / "door").open("w") as door, (folder / "room").open("w") as room:
         fcntl.flock(door, fcntl.LOCK_EX)  # whoever waits for an empty room lets nobody in before
         fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)

@@ -20,7 +20,7 @@ import torch
 from sigma_book.assemble import POCKET
 from sigma_book.bench_contenders import Work, machine_facts, make_batch
 from sigma_book.bench_report import bench_lines, draw_bench, draw_growth, growth_lines
-from sigma_book.fast import LARGE_HEAD
+from sigma_book.fast import wants_shortlist
 from sigma_book.generation import generate_tokens, whole_number
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 from sigma_book.processor import Batch, Processor
@@ -263,8 +263,9 @@ def bench(work: Work, *, against: Sequence[str] = (), warmup: int = 1, repeat: i
             f"model's context of {config.text.max_position_embeddings}: ask for fewer"
         )
     precision, exact = work.quantize or work.dtype, getattr(torch, work.dtype).itemsize
-    large = 4 * config.text.vocab_size * config.text.hidden_size >= LARGE_HEAD
-    short = large and work.compile and work.device == "cpu" and precision == "float32"  # chapter 21b's ShortlistHead
+    sizes = config.text.vocab_size, config.text.hidden_size
+    plain = work.compile and work.quantize is None
+    short = plain and wants_shortlist(*sizes, getattr(torch, work.dtype), torch.device(work.device))
     head = "int8" if short else None
     costs = inference_bill(config, work.batch, prompt_length, work.new_tokens, precision, exact=exact, head=head)
     names = ("sigma_book", *against)

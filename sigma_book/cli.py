@@ -19,8 +19,8 @@ from sigma_book import __version__
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for a wrong input, 130 when interrupted."""
     options = build_parser().parse_args(arguments)
-    _import_torch()
     try:
+        _import_torch()
         options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
@@ -43,10 +43,12 @@ def _import_torch() -> None:
     if "torch" in sys.modules:
         return
     gc.disable()
-    import torch  # noqa: F401
+    try:
+        import torch  # noqa: F401
 
-    gc.freeze()
-    gc.enable()
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def _speaker() -> str:

@@ -48,6 +48,7 @@ __all__ = [
     "ShortlistHead",
     "compile_step",
     "dense_map",
+    "input_steps",
     "int8_levels",
     "int8_libraries",
     "map_groups",
@@ -230,6 +231,11 @@ def _pack_piece(codes: torch.Tensor, steps: torch.Tensor) -> torch.ScriptObject:
     return torch.ops.quantized.linear_prepack(weight, None)
 
 
+def input_steps(rows: torch.Tensor) -> torch.Tensor:
+    """The step that each row (N, in) of what goes into a map is rounded with: (N, 1)."""
+    return rows.abs().amax(1, keepdim=True).div_(127).clamp_(min=SMALLEST)
+
+
 class Int8Linear(nn.Module):
     """A frozen linear map of eight bits a weight, which also rounds what goes in to eight bits, token by token.
 
@@ -268,7 +274,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         rows = hidden_states.reshape(-1, self.in_width).float()  # (N, in)
-        step = rows.abs().amax(1, keepdim=True).div_(127).clamp_(min=SMALLEST)  # (N, 1)
+        step = input_steps(rows)  # (N, 1)
         scaled = rows / step  # from -127 to 127; the kernels round it
         output = self._multiply(scaled).mul_(step)  # (N, out)
         if self.bias is not None:
@@ -364,10 +370,9 @@ FLOAT_SUM = 1e-5  # what the order of float32 sums may change, as a share of bot
 LARGE_HEAD = 2**25  # bytes; a smaller head fits into caches, and there is no reading to save
 
 
-def wants_shortlist(weight: torch.Tensor) -> bool:
+def wants_shortlist(vocab_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a head is to be a `ShortlistHead`: large, in float32, on a CPU whose torch multiplies bytes."""
-    plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.device.type == "cpu"
-    if not plain or weight.dtype != torch.float32 or weight.nbytes < LARGE_HEAD:
+    if device.type != "cpu" or dtype != torch.float32 or vocab_size * hidden_size * dtype.itemsize < LARGE_HEAD:
         return False
     try:
         return int8_levels() > 0
@@ -420,7 +425,7 @@ class ShortlistHead(nn.Module):
 
     def rough(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states (B, D) to rounded scores (B, V), and how far off each may be (B, V)."""
-        step = hidden_states.abs().amax(1, keepdim=True).div_(127).clamp_(min=SMALLEST)  # (B, 1)
+        step = input_steps(hidden_states)  # those of the kernel, so that it finds `coarse` whole
         coarse = (hidden_states / step).round_().mul_(step)
         of_coarse, of_rest = self.rounded(torch.cat([coarse, hidden_states - coarse])).chunk(2)
         return of_coarse + of_rest, hidden_states.norm(dim=1, keepdim=True) * self.reach
@@ -659,7 +664,7 @@ class Preparation:
 
     def _start_head(self, name: str, weight: torch.Tensor) -> None:
         owner = name.rpartition(".")[0]
-        if self.quantize is not None or not wants_shortlist(weight):
+        if self.quantize is not None or not wants_shortlist(*weight.shape, weight.dtype, weight.device):
             self._start("head", self._build, [self._shrink(owner, weight)])
             return
         codes, steps = _named(owner, quantize_rows, weight, int8_levels())

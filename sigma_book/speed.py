@@ -244,6 +244,7 @@ class InferenceBill:
     exact : int
         Bytes of a number that is not in few bits.
     head_precision : str
+        Of the head: a dtype, int8, or exact beside nf4.
     pictures : int
         N, of all rows together.
     vision, projector, prefill, head : Part
