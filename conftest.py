@@ -76,20 +76,21 @@ class ChapterFile(pytest.File):
         from nbmake.pytest_items import NotebookFile  # only where nbmake is installed and asked for
 
         folder = Path(self.config._tmp_path_factory.mktemp(self.path.stem, numbered=True))
-        notebook = jupytext.read(self.path, fmt="py:percent")
-        notebook.metadata.setdefault(
-            "kernelspec", {"name": "python3", "display_name": "Python 3", "language": "python"}
-        )
-        # the kernel need not look through everything once more before it ends: that takes two seconds
-        last = [cell for cell in notebook.cells if cell.cell_type == "code"][-1]
-        last.metadata["nbmake"] = {"post_cell_execute": ["import gc; gc.freeze()"]}
-        path = folder / f"{self.path.stem}.ipynb"
-        jupytext.write(notebook, path)
+        path = folder / f"{self.path.stem}.ipynb"  # written when it is this chapter's turn
         item = chapter_item().from_parent(
             NotebookFile.from_parent(self, path=path, nodeid=self.nodeid), filename=str(path)
         )
-        item.chapter, item.notebook = self.path, notebook
+        item.chapter = self.path
         yield item
+
+
+def make_notebook(chapter: Path):
+    notebook = jupytext.read(chapter, fmt="py:percent")
+    notebook.metadata.setdefault("kernelspec", {"name": "python3", "display_name": "Python 3", "language": "python"})
+    # the kernel need not look through everything once more before it ends: that takes two seconds
+    last = [cell for cell in notebook.cells if cell.cell_type == "code"][-1]
+    last.metadata["nbmake"] = {"post_cell_execute": ["import gc; gc.freeze()"]}
+    return notebook
 
 
 def chapter_item() -> type:
@@ -106,6 +107,8 @@ def chapter_item() -> type:
                 raise pytest.UsageError(
                     f"the kernel would import sigma_book from {used}, not from {home}: run `pip install -e .` there"
                 )
+            self.notebook = make_notebook(self.chapter)
+            jupytext.write(self.notebook, self.filename)
             super().runtest()
 
         def repr_failure(self, excinfo, style=None):

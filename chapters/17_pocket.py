@@ -547,7 +547,7 @@ def eye_batches(seed: int, size: int) -> Iterator[tuple[torch.Tensor, torch.Tens
 
 
 # %% [markdown]
-# Thirty seconds of it, here and now. The model is new; we count what patches know before and after.
+# Half a minute of it, here and now. The model is new; we count what patches know before and after.
 
 # %%
 with tempfile.TemporaryDirectory() as work:
@@ -564,9 +564,9 @@ started = time.perf_counter()
 losses = train(
     learning,
     teacher.loss,
-    eye_batches(60_000_000, 32),
+    eye_batches(60_000_000, 16),
     optimizers_for([model.vision_tower.encoder], learning, 0.02, 1e-3),
-    steps=70,
+    steps=60,
     warmup=10,
     label="eyes, a taste",
 )

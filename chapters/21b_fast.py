@@ -1210,11 +1210,11 @@ given = (batch.input_ids, batch.pixel_values, batch.attention_mask, torch.zeros_
 torch.testing.assert_close(ready(*given), pocket(*given), rtol=1e-3, atol=1e-3)
 
 # %% [markdown]
-# And the time of a token? Too small a model spends it on starting kernels (chapter 21), so we take a decoder of four blocks, a
+# And the time of a token? Too small a model spends it on starting kernels (chapter 21), so we take a decoder of two blocks, a
 # quarter as wide as PaliGemma's in its MLP, with random weights.
 
 # %%
-decoder = {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 8}
+decoder = {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 8}
 decoder |= {"num_key_value_heads": 1, "vocab_size": 8192, "tie_word_embeddings": False}
 tiny_tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
 tiny_tower |= {"image_size": 28, "patch_size": 14}
@@ -1376,7 +1376,7 @@ def compile_step(model: FastPaliGemma, mode: str | None = None) -> None:
 
 # %%
 kinds = {"float32": pocket, "8 bits": load(quantize="int8"), "4 bits": load(quantize="int4")}
-scores = {name: evaluate_pocket(model, model.processor, scenes=24) for name, model in kinds.items()}
+scores = {name: evaluate_pocket(model, model.processor, scenes=16) for name, model in kinds.items()}
 print(f"{'share right':12}" + "".join(f"{name:>10}" for name in kinds))
 for task in scores["float32"]:
     print(f"{task:12}" + "".join(f"{scores[name][task]['right']:10.0%}" for name in kinds))

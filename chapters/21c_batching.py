@@ -1320,7 +1320,7 @@ if "SIGMA_BOOK_MODEL" not in os.environ:
 
 # %%
 pictures = [draw_scene(make_scene(number)) for number in range(16)]
-jobs = [(pictures[number % 16], "caption en") for number in range(96)]
+jobs = [(pictures[number % 16], "caption en") for number in range(64)]
 start = time.perf_counter()
 alone = [generate(picture, text, model=model, return_logprobs=True) for picture, text in jobs]
 one_by_one = sum(len(answer.tokens) for answer in alone) / (time.perf_counter() - start)

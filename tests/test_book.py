@@ -104,21 +104,16 @@ def small_book(tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_chapter_that_raises_fails_the_run(small_book):
+def test_chapters_run_when_asked_each_in_a_folder_of_its_own_and_one_that_raises_fails_the_run(small_book):
     cells = "# %% [markdown]\n# # Broken\n\n# %%\nx = 1\n\n# %%\nx / 0  # on purpose\n"
     (small_book / "chapters" / "05_broken.py").write_text(cells)
-    done = run_pytest(small_book, "--nbmake", "chapters/05_broken.py")
-    assert done.returncode == 1
+    cell = "# %%\nfrom pathlib import Path\nPath('left_behind').write_text('x')\n"
+    (small_book / "chapters" / "06_fine.py").write_text(cell)
+    done = run_pytest(small_book, "--nbmake", "chapters")
+    assert done.returncode == 1 and "1 failed, 1 passed" in done.stdout
     assert "05_broken.py, cell 3" in done.stdout
     assert "x / 0  # on purpose" in done.stdout
     assert "ZeroDivisionError" in done.stdout
-
-
-def test_a_chapter_runs_in_a_folder_of_its_own_and_only_when_asked(small_book):
-    cell = "# %%\nfrom pathlib import Path\nPath('left_behind').write_text('x')\n"
-    (small_book / "chapters" / "05_fine.py").write_text(cell)
-    done = run_pytest(small_book, "--nbmake", "chapters")
-    assert done.returncode == 0 and "1 passed" in done.stdout
     assert not list(small_book.rglob("left_behind"))
     assert run_pytest(small_book, "chapters").returncode == 5  # nothing collected
 

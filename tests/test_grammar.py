@@ -82,11 +82,11 @@ def ask_random_models(model, tokenizer, pictures, seeds) -> None:
         for answer in answers:
             assert len(answer.tokens) <= room
             several += check(answer.text, task) > 1
-    assert several > 3  # some answers hold more than one box
+    assert several > len(seeds) / 60  # some answers hold more than one box
 
 
 def test_random_models(smallest, tokenizer, pictures):
-    ask_random_models(smallest, tokenizer, pictures, range(200))
+    ask_random_models(smallest, tokenizer, pictures, range(100))
 
 
 @pytest.mark.slow

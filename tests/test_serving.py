@@ -211,7 +211,7 @@ def resident(process: subprocess.Popen) -> float:
 def run_load(serve, questions: list[dict], seconds: float, rows: int, queue: int) -> dict:
     """What a server does alone, with full rows, and with twice the requests that it can answer."""
     process = serve("--max-rows", rows, "--queue", queue, environment=ONE_THREAD)
-    short = 6.0  # seconds for each of the rest
+    short = 5.0  # seconds for each of the rest
     warm = asyncio.run(in_turn(process.url, questions, rows + queue, short))
     alone = asyncio.run(in_turn(process.url, questions, 1, short))
     full = asyncio.run(in_turn(process.url, questions, rows + queue, short))
@@ -268,7 +268,7 @@ def questions(pictures, pocket, tmp_path):
 
 
 def test_twice_the_load_for_a_minute(serve, questions):
-    check_load(run_load(serve, questions, 60.0, rows=ROWS, queue=QUEUE))
+    check_load(run_load(serve, questions, 40.0, rows=ROWS, queue=QUEUE))  # and four times five seconds before
 
 
 @pytest.mark.slow

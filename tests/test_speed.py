@@ -71,7 +71,10 @@ def prompt_of(model: PaliGemma, batch: int, pictures: int) -> tuple[int, list]:
     return length, [ids, features, ones, torch.zeros_like(ids)]
 
 
-@pytest.mark.parametrize(("tower", "voice", "batch", "pictures"), CASES)
+@pytest.mark.parametrize(
+    ("tower", "voice", "batch", "pictures"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (case[2] == 1)) for case in CASES],
+)
 def test_operations_are_those_that_torch_counts(tower, voice, batch, pictures):
     """Exact: the same integers."""
     model = build(tower, voice)

@@ -59,7 +59,7 @@ def one_row(model, picture, prompt):
     return model.processor.prepare([picture], [prompt])
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3, 0.7])
+@pytest.mark.parametrize("penalty", [1.0, 1.3, pytest.param(0.7, marks=pytest.mark.slow)])
 def test_greedy_one_by_one(both, pictures, penalty):
     model, reference = both
     said = []

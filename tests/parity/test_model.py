@@ -88,6 +88,10 @@ def name(index: int) -> str:
 
 
 every = pytest.mark.parametrize("index", CONFIGURATIONS, ids=name)
+half = pytest.mark.parametrize(  # the other half is slow
+    "index",
+    [pytest.param(index, marks=[pytest.mark.slow] * (index // 4 % 2), id=name(index)) for index in CONFIGURATIONS],
+)
 
 
 def test_the_configurations_hold_what_they_should():
@@ -157,7 +161,7 @@ def margin(logits) -> float:
     return ((best - second).min() / torch.stack(list(logits)).abs().max()).item()
 
 
-@every
+@half
 def test_prefill_and_32_cached_steps(index, make_twins, pad_rows, measured):
     twins = make_twins(CONFIGURATIONS[index])
     generator = torch.Generator().manual_seed(index)
