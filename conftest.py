@@ -109,7 +109,9 @@ def chapter_item() -> type:
                 )
             self.notebook = make_notebook(self.chapter)
             jupytext.write(self.notebook, self.filename)
-            super().runtest()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("MPLBACKEND", "agg")  # figures are saved; nobody looks at those below cells
+                super().runtest()
 
         def repr_failure(self, excinfo, style=None):
             error = excinfo.value

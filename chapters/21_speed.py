@@ -889,7 +889,7 @@ def measure_machine(make_map: Callable | None = None, name: str = "this machine"
     """
     inner, outer = 2048, 8192
     with torch.no_grad():
-        rates = product_rates((1, 2, 3, 4, 8, 16, 32, 64, 256, 512), inner, outer, make_map)
+        rates = product_rates((1, 2, 3, 4, 8, 16, 32, 64, 256), inner, outer, make_map)
         wide, narrow = (2 * inner * outer / rate for rate in rates[0][1:])  # seconds of one row
         # the difference of the two equations; noise must not make it negative, nor more than half of the time
         begin = min(max(0.0, (wide - narrow) / (outer - inner)), 0.5 * narrow / inner)
