@@ -87,7 +87,7 @@ def test_every_turn_has_pictures_of_its_own(tiny_folder):
 def test_other_tokens_are_seen(tiny_folder):
     """The comparison can fail: two contenders that are asked for answers to different turns."""
     work = Work(str(tiny_folder), new_tokens=6)
-    with Child("sigma_book", work) as one, Child("sigma_book", work) as other:
+    with Child("sigma_book", work) as one, Child("transformers", work) as other:
         one.turn(1)
         other.turn(1)
         assert equal_tokens([one, other]) is True

@@ -109,7 +109,7 @@ def test_chapters_run_when_asked_each_in_a_folder_of_its_own_and_one_that_raises
     (small_book / "chapters" / "05_broken.py").write_text(cells)
     cell = "# %%\nfrom pathlib import Path\nPath('left_behind').write_text('x')\n"
     (small_book / "chapters" / "06_fine.py").write_text(cell)
-    done = run_pytest(small_book, "--nbmake", "chapters")
+    done = run_pytest(small_book, "--nbmake", "chapters/05_broken.py", "chapters/06_fine.py")
     assert done.returncode == 1 and "1 failed, 1 passed" in done.stdout
     assert "05_broken.py, cell 3" in done.stdout
     assert "x / 0  # on purpose" in done.stdout

@@ -268,7 +268,7 @@ def questions(pictures, pocket, tmp_path):
 
 
 def test_twice_the_load_for_a_minute(serve, questions):
-    check_load(run_load(serve, questions, 40.0, rows=ROWS, queue=QUEUE))  # and four times five seconds before
+    check_load(run_load(serve, questions, 60.0, rows=ROWS, queue=QUEUE))
 
 
 @pytest.mark.slow
