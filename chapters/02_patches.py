@@ -140,10 +140,10 @@ embed_naive([1.0, -1.0, 0.5], weight=[[1.0, 1.0, 1.0], [2.0, 0.0, 4.0]], bias=[0
 #
 # ## The formula
 #
-# $$ z_p = W x_p + b + e_p, \qquad p = 1 \dots P, \qquad P = \left(\frac{S}{s}\right)^2 $$
+# $$ z_i = W x_i + b + e_i, \qquad i = 0 \dots P - 1, \qquad P = \left(\frac{S}{p}\right)^2 $$
 #
-# $S$ is the picture's side in pixels, $s$ the patch's side; $x_p$ holds the $C s^2$ numbers of patch $p$;
-# $W$ is a $D \times C s^2$ matrix. $e_p$ is new: a vector for the *place* $p$. We come to it below.
+# $S$ is the picture's side in pixels, $p$ the patch's side; $x_i$ holds the $C p^2$ numbers of patch $i$;
+# $W$ is a $D \times C p^2$ matrix. $e_i$ is new: a vector for the *place* $i$. We come to it below.
 #
 # ## All patches at once
 #
@@ -188,7 +188,7 @@ assert torch.equal(patches[0], naive)
 # %% [markdown]
 # ## The same thing by another name
 #
-# Look into any implementation of a vision transformer, and you find no cutting at all. You find a **convolution**: a
+# Look into most implementations of a vision transformer, and you find no cutting at all. You find a **convolution**: a
 # small window of weights that slides over the picture and gives a weighted sum at each stop.
 #
 # When the window is as large as a patch and each step as long as the window, no pixel is seen twice and none is left
@@ -358,8 +358,8 @@ torch.testing.assert_close(pixels_back, patches[0].double(), rtol=0, atol=1e-9)
 
 # %% [markdown]
 # The pocket's tokens have 128 numbers. 588 do not fit in. But patches are not noise: neighbouring pixels are nearly
-# equal, so a few directions say nearly everything. The singular value decomposition finds the best ones. We take them
-# from 200 scenes, keep $D$ of them, and look at what comes back.
+# equal, so a few directions say nearly everything. The best ones are the eigenvectors of $X^\top X$, where each row of $X$
+# is a patch less the mean of all patches. We take them from 200 scenes, keep $D$ of them, and look at what comes back.
 
 # %%
 many = torch.stack([torch.from_numpy(np.array(draw_scene(make_scene(seed)))) for seed in range(200)])
@@ -437,7 +437,7 @@ save(figure, "02_shift")
 # ## A look inside
 #
 # The directions that we kept above are patches themselves, so we can look at them. They are the best alphabet for
-# squares of this world: first brightness, then colours, then edges from one side to the other.
+# squares of this world: first brightness, then edges from one side to the other, then colours, then finer patterns.
 
 # %%
 figure, axes = plt.subplots(2, 8, figsize=(7.4, 2.1))
@@ -449,8 +449,8 @@ for number, axis in enumerate(axes.flat):
 save(figure, "02_alphabet")
 
 # %% [markdown]
-# *Figure: sixteen small squares. The first are even in colour, the next change from left to right or from top to
-# bottom, later ones show stripes and checks.*
+# *Figure: sixteen small squares. The first is even and light. The next two change from top to bottom and from left to
+# right, the fourth and the fifth are even colours. Later ones show corners, stripes and checks.*
 #
 # ## The bill
 #

@@ -121,7 +121,9 @@ safe
 # %% [markdown]
 # ## The naive version
 #
-# For every head and every query, the steps from above. A mask may forbid some pairs.
+# The tensors hold many such rows at once: one for each picture of the batch, and in it one for each *head*, a set of queries,
+# keys and values of its own. (Why there are several, we see below.) For every head and every query, the steps from above.
+# A mask may forbid some pairs.
 
 
 # %%

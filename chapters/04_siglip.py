@@ -83,7 +83,7 @@ save(figure, "04_block")
 #
 # ## LayerNorm, by hand
 #
-# Take one token. Subtract its mean, divide by its standard deviation. Whatever its size was, now it is 1.
+# Take one token. Subtract its mean, divide by its standard deviation. Whatever the spread of its numbers was, now it is 1.
 
 
 # %%
@@ -580,6 +580,9 @@ before = found()
 assert before < 0.1
 
 # %% [markdown]
+# For each number of the model, `backward` finds in which direction the loss rises: its *gradient*. An *optimizer* then moves
+# each number a small step the other way. Chapter 16 takes this apart.
+#
 # Two optimizers. Muon makes each step of a matrix equally strong in all directions, and teaches the blocks several
 # times faster here than AdamW does; AdamW takes the rest. (It is PyTorch's Muon; chapter 17 has it multiply in float32.) In a
 # batch, two red stars may meet: then both captions match both pictures, and `matches` says so.
@@ -698,8 +701,8 @@ plt.show()
 
 # %% [markdown]
 # *Figure: a scene with a dot on a patch of the star; how like that patch all others are, before and after the blocks
-# (red alike, blue opposed).* Before, likeness is a matter of colour and of place. After, the patches of the star
-# stand out against all else.
+# (red alike, blue opposed).* Before, the other patches of the star are hardly more like it than the empty ground is. After,
+# the patches of the star stand out against all else.
 #
 # ## The bill
 #
@@ -743,7 +746,7 @@ assert round(tower_flops(reading) / tower_flops(so400m)) == 25
 f"{tower_flops(so400m):,}"
 
 # %% [markdown]
-# 219 billion for one picture of 224 pixels, two thousand times the pocket's. A picture of 896 pixels has 16 times the
+# 219 billion for one picture of 224 pixels, more than 1,800 times the pocket's. A picture of 896 pixels has 16 times the
 # tokens but costs 25 times as much: there the squared term of attention shows.
 
 # %%

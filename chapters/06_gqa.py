@@ -65,8 +65,8 @@ plt.show()
 #
 # ## First by hand
 #
-# Query head $h$ reads key/value head $\lfloor h / (H / K) \rfloor$. The plain way is to copy each key/value head until
-# there are enough, and use chapter 03.
+# Query head $h$ reads key/value head $\lfloor h / (H / K) \rfloor$. The plain way is a loop: each query head attends, as in
+# chapter 03, with the key/value head that it reads.
 
 
 # %%
@@ -90,8 +90,8 @@ grouped_naive(query, key, value).shape
 #
 # ## The tensor version
 #
-# Copying keys would throw away what sharing saves. There is a way without: the queries of a group ask the *same* keys.
-# So lay them one below the other, as if they were more tokens of a single head.
+# A loop is slow, and to copy keys until there are enough would throw away what sharing saves. There is a way without both: the
+# queries of a group ask the *same* keys. So lay them one below the other, as if they were more tokens of a single head.
 
 
 # %%
@@ -224,7 +224,8 @@ plt.show()
 # %% [markdown]
 # *Figure: three bars, the bytes of keys and values for 8,192 tokens in 16 bits: 1,208 MB with eight heads, 604 with
 # four, 151 with one.*
-# Eight times fewer bytes to keep, and eight times fewer to read for each new word, which is what sets the speed.
+# Eight times fewer bytes to keep, and eight times fewer to read for each new word. With long texts, or many at once, that
+# reading sets the speed (chapter 21).
 #
 # What does it cost? The keys of one head must serve eight ways of asking. Gemma's authors found that worth it for the
 # 2B model, and gave the larger ones more.

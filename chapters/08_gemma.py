@@ -77,8 +77,8 @@ plt.show()
 # *Figure: boxes in a row, from ids to scores: table, 18 blocks, a last norm, and the table again. A dashed line joins the
 # two tables: one and the same.*
 #
-# Four things differ from the eyes: another norm, another way to think, positions by rotation, and a mask. We take them one
-# by one.
+# What differs from the eyes: another norm, another way to think, positions by rotation, shared key/value heads, no biases,
+# and a mask. Heads and positions we know (chapters 05 and 06). We take the others one by one.
 #
 # ## RMSNorm, by hand
 #
@@ -301,7 +301,7 @@ plt.show()
 
 # %% [markdown]
 # *Figure: a straight line, and two curves that leave it and bend to 50 and to 30. Small scores pass almost unchanged,
-# large ones never exceed the cap.* A single score can no longer drown all others.
+# large ones never exceed the cap.* However large a score grows, with a cap of 50 it stands at most 100 above another.
 #
 # One trap: `post_attention_layernorm` means two things. In Gemma 1 it is the norm *before the GeGLU*. In Gemma 2 it
 # is the norm *after attention*. The name is the same; the place is not.
@@ -512,7 +512,8 @@ with torch.no_grad():
 print("the truth:", caption(scene))
 
 # %% [markdown]
-# The first word becomes clear in the last blocks. Before, the vector is still at work on something else.
+# The first word becomes clear in the last blocks. Before, the pocket model's vector still says the line end, the token that it
+# came from: it was a row of the table, and the same table asks what it looks like.
 #
 # ## The bill
 

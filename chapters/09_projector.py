@@ -117,9 +117,9 @@ project_naive([1.0, 2.0, 3.0], weight=[[1.0, 0.0, 0.0], [0.5, 0.5, 0.5]], bias=[
 # %% [markdown]
 # ## The formula
 #
-# $$ z_p = W f_p + b, \qquad W \in \mathbb{R}^{D \times D_v} $$
+# $$ z_i = W f_i + b, \qquad W \in \mathbb{R}^{D \times D_v} $$
 #
-# $f_p$ is the feature of patch $p$, of the tower's width $D_v$; $z_p$ has the decoder's width $D$. Every patch goes
+# $f_i$ is the feature of patch $i$, of the tower's width $D_v$; $z_i$ has the decoder's width $D$. Every patch goes
 # through the same $W$ and $b$.
 #
 # ## All patches at once

@@ -34,7 +34,6 @@ from sigma_book.siglip import SiglipConfig, SiglipVisionTower
 
 
 # %%
-import importlib.util
 import json
 
 import matplotlib.pyplot as plt
@@ -112,7 +111,7 @@ def next_token_scores_naive(tower, projector, decoder, pixel_values, prompt_ids:
 
 
 # %% [markdown]
-# Positions count from 1 in PaliGemma. The picture takes the first ones, so the first word of a prompt stands at
+# Positions count from 1 in PaliGemma. The picture takes the first 256, so the first token of a prompt, `<bos>`, stands at
 # position 257.
 #
 # What is missing: sizes from a file, batches of different lengths, training, the cache, and thrift. One after the
@@ -440,7 +439,8 @@ def loss_naive(logits: list[list[float]], labels: list[int]) -> float:
 loss_naive([[0.0, 0.0], [2.0, 0.0], [0.0, 0.0]], labels=[-100, 1, 0])
 
 # %% [markdown]
-# The first place knows nothing and pays $\log 2$. The second is fairly sure, and right.
+# The first place knows nothing and pays $\log 2$. The second is fairly sure, and right. The logarithm is the natural one; what
+# it counts is called *nats*.
 #
 # ## The formula
 #
@@ -622,7 +622,7 @@ class PaliGemma(nn.Module):
 
 
 # %% [markdown]
-# Its parameters carry the names of real checkpoints, so that chapter 12 can pour weights in without a dictionary.
+# Its parameters carry the names of real checkpoints, so that chapter 12 needs hardly more than to pour the weights in.
 #
 # ## Proof
 #
@@ -709,31 +709,26 @@ loss
 
 # %% [markdown]
 # And against a reference that nobody here wrote: the same weights in `transformers`, which must be handed
-# `token_type_ids`.
-# It is not needed to read this book, so the cell says so when it is missing. `tests/parity` does the same on 48
-# models, step by step, with gradients.
+# `token_type_ids`. `tests/parity` does the same on 48 models, step by step, with gradients.
 
 # %%
-if importlib.util.find_spec("transformers") is None:
-    print("transformers is not installed: pip install transformers shows this proof")
-else:
-    from transformers import PaliGemmaConfig as ReferenceConfig
-    from transformers import PaliGemmaForConditionalGeneration
+from transformers import PaliGemmaConfig as ReferenceConfig
+from transformers import PaliGemmaForConditionalGeneration
 
-    reference = PaliGemmaForConditionalGeneration(ReferenceConfig(**model.config.to_dict())).eval()
-    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    reference.load_state_dict(weights | {"lm_head.weight": model.language_model.embed_tokens.weight})
-    with torch.no_grad():
-        expected = reference(
-            input_ids=ids,
-            pixel_values=pixel_values,
-            attention_mask=mask,
-            token_type_ids=types,
-            position_ids=mask.cumsum(-1).clamp(min=1),  # it does not count them itself
-        ).logits
-    error = (logits - expected)[mask.bool()].abs().max() / expected.abs().max()
-    assert error < 1e-5
-    print(f"largest difference: {error:.1e} of the largest score")
+reference = PaliGemmaForConditionalGeneration(ReferenceConfig(**model.config.to_dict())).eval()
+weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+reference.load_state_dict(weights | {"lm_head.weight": model.language_model.embed_tokens.weight})
+with torch.no_grad():
+    expected = reference(
+        input_ids=ids,
+        pixel_values=pixel_values,
+        attention_mask=mask,
+        token_type_ids=types,
+        position_ids=mask.cumsum(-1).clamp(min=1),  # it does not count them itself
+    ).logits
+error = (logits - expected)[mask.bool()].abs().max() / expected.abs().max()
+assert error < 1e-5
+print(f"largest difference: {error:.1e} of the largest score")
 
 # %% [markdown]
 # ## A look inside

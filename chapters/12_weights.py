@@ -74,7 +74,15 @@ parts = (
 left = 0.0
 for name, width, colour in parts:
     axis.add_patch(plt.Rectangle((left, 0), width - 0.05, 1, color=colour, lw=0))
-    axis.text(left + width / 2, 0.5, name, ha="center", va="center", color="white", fontsize=8)
+    axis.text(
+        left + width / 2,
+        0.5,
+        name,
+        ha="center",
+        va="center",
+        color="black" if colour == PROMPT else "white",
+        fontsize=8,
+    )
     left += width
 axis.set(xlim=(0, left), ylim=(-0.05, 1.05))
 axis.axis("off")
@@ -467,7 +475,8 @@ assert pick_dtype("float32", torch.bfloat16, cpu) == torch.float32
 # ## Loading without a second copy
 #
 # The plain way: build the model with random numbers, read the file into a dictionary, copy from one to the other. At the
-# worst moment everything stands in memory twice, and the random numbers were made for nothing.
+# worst moment everything stands in memory twice, in the function below even three times, and the random numbers were made for
+# nothing.
 
 
 # %%
@@ -764,7 +773,8 @@ def save_model(
     """Write a model as a folder that this code and `transformers` load: the configuration and the weights.
 
     All files are written in a folder beside the wanted one, then moved. A new folder appears whole, or not at all;
-    in one that exists, files of these names are replaced once all the new ones are written, and others stay.
+    in one that exists, files of these names are replaced once all the new ones are written, the weights of a former
+    save go, and other files stay.
 
     Parameters
     ----------
@@ -972,17 +982,17 @@ check(tensor_bytes, (("F32", [2, 3]), 24), (("BF16", [257_216, 2048]), 1_053_556
 def shard_count(sizes: list, most: int) -> int: ...
 
 
-check(shard_count, (([4, 4, 4], 8), 2), (([10, 1], 8), 2), (([1, 1, 1], 8), 1))
+check(shard_count, (([4, 4, 4], 8), 2), (([10, 1], 8), 2), (([5, 5, 5], 8), 3), (([1, 1, 1], 8), 1))
 
 # %% [markdown]
-# **3.** ★★ A float32 whose lower 16 bits are thrown away: what does 1.01 become in bfloat16, cut and not rounded?
+# **3.** ★★ A float32 whose lower 16 bits are thrown away: what does 1.015 become in bfloat16, cut and not rounded?
 
 
 # %%
 def cut_to_bfloat16(number: float) -> float: ...
 
 
-check(cut_to_bfloat16, ((1.0,), 1.0), ((1.01,), 1.0078125))
+check(cut_to_bfloat16, ((1.0,), 1.0), ((1.015,), 1.0078125))
 
 # %% [markdown]
 # Next: the same model, in a file of another program.

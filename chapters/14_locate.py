@@ -636,7 +636,7 @@ for _ in range(300):
 # %% [markdown]
 # ## Which box is which?
 #
-# With two stars, the answer may name the right one first. Boxes must be paired, one to one, before they are compared. The naive
+# With two stars, the answer may begin with either. Boxes must be paired, one to one, before they are compared. The naive
 # way tries every pairing and keeps the one with the largest sum.
 
 
@@ -1314,8 +1314,8 @@ plt.show()
 #
 # ## A look inside
 #
-# What the pocket model (or the one in `SIGMA_BOOK_MODEL`) points at, in three scenes. A number over each picture says how
-# well its boxes fit.
+# What the pocket model (or the one in `SIGMA_BOOK_MODEL`) points at, asked about two things in one scene and one thing in
+# another. A number over each picture says how well its boxes fit.
 
 # %%
 model = load(os.environ.get("SIGMA_BOOK_MODEL"))
@@ -1335,7 +1335,8 @@ save(figure, "14_found")
 plt.show()
 
 # %% [markdown]
-# *Figure: three scenes with the boxes that the model gave, each with its label on a plate.*
+# *Figure: three pictures, the first two of the same scene, with the boxes that the model gave, each with its label on a
+# plate.*
 #
 # Two boxes in one picture are one answer, with
 # ` ; ` between them. Chapter 17 counts how often the boxes are right.

@@ -1362,7 +1362,9 @@ for dtype, (start, end, seen) in runs.items():
 #
 # ## Remember less, compute again
 #
-# The backward pass needs what the forward pass computed: the *activations*. They are kept for all blocks at once. One can
+# To compute a loss, from the first block to the last, is the *forward pass*. To find its gradients, from the last block back to
+# the first, is the *backward pass*; the part of PyTorch that does it is called *autograd*. The backward pass needs what the
+# forward pass computed: the *activations*. They are kept for all blocks at once. One can
 # keep only what goes into each block, and compute the inside again when its turn comes. It costs one more forward pass.
 # (It is called activation checkpointing, and has nothing to do with the checkpoints above.)
 

@@ -117,7 +117,7 @@ lora_naive([1.0, 2.0, 3.0, 4.0], identity, down, up, scale=0.5)
 # Each row of the product is a multiple of the one row A. That is what *rank one* means: the update can act in one
 # direction only. With a width of $r$ it can act in $r$ directions.
 #
-# What is left out is the order of work. We never built the sixteen numbers: first down, then up.
+# The sixteen numbers are printed only to be looked at. `lora_naive` never builds them: it goes first down, then up.
 #
 # ## The formula
 #
@@ -293,7 +293,7 @@ torch.testing.assert_close(lora.lora_A.grad, 2 * lora.lora_B.T @ full.grad, rtol
 
 # %% [markdown]
 # The reference that nobody here wrote is PEFT itself: `tests/parity/test_lora.py` takes twenty steps of AdamW with both from
-# the same start, in float64, and finds the same weights to fourteen digits.
+# the same start, in float64, and finds weights less than 1e-8 apart.
 #
 # ## Which matrices
 #
@@ -839,7 +839,8 @@ save(figure, "18_words")
 
 # %% [markdown]
 # *Figure: four small pictures with arrows or pink things. Under each stand two captions: before the lesson, in grey, known
-# words in place of the new ones; after it, in green, captions with "arrow" or "pink".*
+# words in place of the new ones; after it, in green, captions with "arrow" or "pink". Not each of them is right yet: a plural
+# may be missing, or the shape may be another.*
 
 # %% [markdown]
 # ## What was forgotten

@@ -321,7 +321,7 @@ save(figure, "19_error")
 def dynamic_levels() -> torch.Tensor:
     """The 256 levels of bitsandbytes' 8-bit "dynamic" numbers, sorted, float32.
 
-    Seven decades, 1e-6 to 1; each finer than the one below it: 1, 2, 4, ... 64 levels of either sign; then 0 and 1.
+    Seven decades, 1e-7 to 1; each finer than the one below it: 1, 2, 4, ... 64 levels of either sign; then 0 and 1.
 
     References
     ----------
@@ -771,8 +771,8 @@ axis.set(xlabel="GB to teach the 3B model, without activations", xlim=(0, 56))
 save(figure, "19_bill")
 
 # %% [markdown]
-# *Figure: three bars. Full fine-tuning takes over forty-five gigabytes, of which the optimizer's part is half; LoRA and
-# QLoRA are short bars, nearly all of it weights.*
+# *Figure: three bars. Full fine-tuning takes over forty-five gigabytes, of which the optimizer's part is half. LoRA and QLoRA
+# are short bars; most of each is weights, in QLoRA's about three quarters.*
 #
 # Against full fine-tuning QLoRA saves more than nine tenths, and LoRA had saved most of that. What QLoRA adds is the step
 # from seven gigabytes to four, before the activations. The promise of 75 % holds for the matrices, nearly; of a whole

@@ -734,8 +734,9 @@ ceiling = np.maximum.accumulate(precision[::-1])[::-1]  # the best precision fro
 grid = np.linspace(0, 1, 101)
 area = np.mean([max([p for r, p in zip(recall, ceiling) if r >= level], default=0.0) for level in grid])
 figure, axis = plt.subplots(figsize=(4.8, 2.7))
-axis.step([0, *recall], [ceiling[0], *ceiling], where="pre", color=PICTURE)
-axis.fill_between([0, *recall], [ceiling[0], *ceiling], step="pre", color=PICTURE, alpha=0.15, lw=0)
+stair = [0, *recall[:-1]], [ceiling[0], *ceiling[:-1]]  # the last box finds nothing
+axis.step(*stair, where="pre", color=PICTURE)
+axis.fill_between(*stair, step="pre", color=PICTURE, alpha=0.15, lw=0)
 for r, p, (_, hit) in zip(recall, precision, sure):
     axis.plot(r, p, marker="o" if hit else "x", color=ANSWER if hit else PROMPT)
 axis.annotate("hit", (recall[0], precision[0]), xytext=(4, -14), textcoords="offset points", fontsize=8)

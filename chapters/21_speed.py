@@ -1009,7 +1009,8 @@ for name, foreseen, seen in zip(("tower", "prefill", "step"), predicted(small), 
 # A GPU's maker publishes the same two numbers: operations a second of its tensor units on 16-bit numbers, and bytes a
 # second of its memory. With them the same bill gives the same kind of prediction. These are **computed, not measured**:
 # the time that the plain model takes on a card that reaches both peaks. Code that fuses operations moves fewer bytes and
-# can be faster. Nothing in this book was run on a GPU.
+# can be faster. The units of the older cards, T4 and V100, know float16 and not bfloat16, which such a card computes in
+# float32. Nothing in this book was run on a GPU.
 
 
 # %%
@@ -1031,6 +1032,8 @@ class Gpu:
         Bytes.
     source : str
         Where the maker says so.
+    bfloat16 : bool
+        Whether its tensor units know bfloat16, as all do since Ampere. Without them it is computed in float32.
     """
 
     name: str
@@ -1040,6 +1043,7 @@ class Gpu:
     bandwidth: float
     memory: float
     source: str
+    bfloat16: bool = True
 
 
 _ADA = "NVIDIA Ada GPU Architecture, V2.01, appendices"
@@ -1101,8 +1105,17 @@ GPUS = (
         24e9,
         "NVIDIA L4 Tensor Core GPU, datasheet (half of its figure with sparsity)",
     ),
-    Gpu("T4", ("T4",), 65e12, 8.1e12, 320e9, 16e9, "NVIDIA T4 Tensor Core GPU, product page"),
-    Gpu("V100 SXM2", ("V100", "SXM2"), 125e12, 15.7e12, 900e9, 16e9, "NVIDIA V100 Tensor Core GPU, datasheet"),
+    Gpu("T4", ("T4",), 65e12, 8.1e12, 320e9, 16e9, "NVIDIA T4 Tensor Core GPU, product page", bfloat16=False),
+    Gpu(
+        "V100 SXM2",
+        ("V100", "SXM2"),
+        125e12,
+        15.7e12,
+        900e9,
+        16e9,
+        "NVIDIA V100 Tensor Core GPU, datasheet",
+        bfloat16=False,
+    ),
     Gpu("RTX 4090", ("RTX 4090",), 165.2e12, 82.6e12, 1008e9, 24e9, _ADA),
     Gpu("RTX 3090", ("RTX 3090",), 71e12, 35.6e12, 936e9, 24e9, "NVIDIA Ampere GA102 GPU Architecture, table 9"),
 )
@@ -1121,7 +1134,8 @@ def gpu_machine(name: str, dtype: str = "bfloat16") -> Machine:
         if "laptop" in spelled:  # other chips under the same number
             break
         if all(re.search(rf"\b{word.lower()}\b", spelled) for word in card.words):
-            peak = card.plain if dtype == "float32" else card.tensor
+            on_tensor_units = dtype == "float16" or (dtype == "bfloat16" and card.bfloat16)
+            peak = card.tensor if on_tensor_units else card.plain
             return Machine(f"{card.name}, computed", peak, card.bandwidth, card.bandwidth, card.bandwidth)
     raise ValueError(
         f"no published peaks of {name!r} are known here: expected one of {', '.join(g.name for g in GPUS)}"

@@ -590,6 +590,10 @@ def told_logprobs(events: list[Event], names: TokenNames, top: int) -> dict:
 # %% [markdown]
 # An answer is told whole, or as a stream of *server-sent events*: lines that begin with `data:`, one for each piece, an
 # empty line behind each, and `[DONE]` at the end.
+#
+# The stream is written with `async` and `await`. Such a function may stop at each `await` and let others go on, in the same
+# thread, until what it waits for is there. What goes from one to the next is an *event loop*; chapter 23 needs it for many
+# connections.
 
 
 # %%

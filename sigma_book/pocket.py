@@ -43,6 +43,7 @@ __all__ = [
     "answer_text",
     "evaluate_pocket",
     "eye_batches",
+    "first_scenes",
     "named_pairs",
     "new_pocket",
     "optimizers_for",
@@ -560,7 +561,7 @@ def evaluate_pocket(model: PaliGemma, processor: Processor, scenes: int = 2000, 
     Parameters
     ----------
     scenes : int
-        How many; their seeds begin at `seed`, where no training scene lies.
+        How many; their seeds begin at `seed`, where no training scene lies (see `first_scenes`).
 
     Returns
     -------
@@ -644,6 +645,11 @@ def train_pocket(out: str | Path, seed: int = 0, scale: float = 1.0) -> dict:
     return results
 
 
+def first_scenes(seed: int) -> tuple[int, int]:
+    """Where the scenes of the two stages begin; reports and exam have those from 80 to 98 million, which no stage reaches."""
+    return 10_000_000 + 1_000_000_000 * seed, 20_000_000 + 1_000_000_000 * seed
+
+
 def teach_eyes(model: PaliGemma, processor: Processor, steps: int, seed: int, log: Path | None = None) -> list[float]:
     """Stage 1: tower and projector learn what each patch shows, in the words of the decoder. Gives the losses."""
     teacher = EyeTeacher(model)
@@ -656,7 +662,7 @@ def teach_eyes(model: PaliGemma, processor: Processor, steps: int, seed: int, lo
     def report(_: int) -> str:
         return ", ".join(f"{name} {share:.1%}" for name, share in teacher.accuracy(held_out).items())
 
-    batches = eye_batches(10_000_000 * (seed + 1), 64)
+    batches = eye_batches(first_scenes(seed)[0], 64)
     losses = train(
         learning, teacher.loss, batches, optimizers, steps=steps, log=log, label="eyes", report=report, report_every=200
     )
@@ -669,7 +675,7 @@ def teach_speech(model: PaliGemma, processor: Processor, steps: int, seed: int, 
     model.vision_tower.requires_grad_(False)
     optimizers = optimizers_for(list(model.language_model.layers), model, 0.01, 1e-3)
     stages = [(steps // 50, 2), (steps // 25, 3)]
-    batches = pack_batches(processor, 20_000_000 + 10_000_000 * seed, 8, stages, named=steps // 4)
+    batches = pack_batches(processor, first_scenes(seed)[1], 8, stages, named=steps // 4)
     first = processor.tokenizer.token_id(LOCS[0])
     locs = range(first, first + len(LOCS))
     losses = train(

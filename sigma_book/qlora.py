@@ -113,7 +113,7 @@ def dequantize_blocks(codes: torch.Tensor, largest: torch.Tensor, shape: tuple[i
 def dynamic_levels() -> torch.Tensor:
     """The 256 levels of bitsandbytes' 8-bit "dynamic" numbers, sorted, float32.
 
-    Seven decades, 1e-6 to 1; each finer than the one below it: 1, 2, 4, ... 64 levels of either sign; then 0 and 1.
+    Seven decades, 1e-7 to 1; each finer than the one below it: 1, 2, 4, ... 64 levels of either sign; then 0 and 1.
 
     References
     ----------

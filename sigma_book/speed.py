@@ -658,6 +658,8 @@ class Gpu:
         Bytes.
     source : str
         Where the maker says so.
+    bfloat16 : bool
+        Whether its tensor units know bfloat16, as all do since Ampere. Without them it is computed in float32.
     """
 
     name: str
@@ -667,6 +669,7 @@ class Gpu:
     bandwidth: float
     memory: float
     source: str
+    bfloat16: bool = True
 
 
 _ADA = "NVIDIA Ada GPU Architecture, V2.01, appendices"
@@ -728,8 +731,17 @@ GPUS = (
         24e9,
         "NVIDIA L4 Tensor Core GPU, datasheet (half of its figure with sparsity)",
     ),
-    Gpu("T4", ("T4",), 65e12, 8.1e12, 320e9, 16e9, "NVIDIA T4 Tensor Core GPU, product page"),
-    Gpu("V100 SXM2", ("V100", "SXM2"), 125e12, 15.7e12, 900e9, 16e9, "NVIDIA V100 Tensor Core GPU, datasheet"),
+    Gpu("T4", ("T4",), 65e12, 8.1e12, 320e9, 16e9, "NVIDIA T4 Tensor Core GPU, product page", bfloat16=False),
+    Gpu(
+        "V100 SXM2",
+        ("V100", "SXM2"),
+        125e12,
+        15.7e12,
+        900e9,
+        16e9,
+        "NVIDIA V100 Tensor Core GPU, datasheet",
+        bfloat16=False,
+    ),
     Gpu("RTX 4090", ("RTX 4090",), 165.2e12, 82.6e12, 1008e9, 24e9, _ADA),
     Gpu("RTX 3090", ("RTX 3090",), 71e12, 35.6e12, 936e9, 24e9, "NVIDIA Ampere GA102 GPU Architecture, table 9"),
 )
@@ -748,7 +760,8 @@ def gpu_machine(name: str, dtype: str = "bfloat16") -> Machine:
         if "laptop" in spelled:  # other chips under the same number
             break
         if all(re.search(rf"\b{word.lower()}\b", spelled) for word in card.words):
-            peak = card.plain if dtype == "float32" else card.tensor
+            on_tensor_units = dtype == "float16" or (dtype == "bfloat16" and card.bfloat16)
+            peak = card.tensor if on_tensor_units else card.plain
             return Machine(f"{card.name}, computed", peak, card.bandwidth, card.bandwidth, card.bandwidth)
     raise ValueError(
         f"no published peaks of {name!r} are known here: expected one of {', '.join(g.name for g in GPUS)}"

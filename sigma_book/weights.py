@@ -554,7 +554,8 @@ def save_model(
     """Write a model as a folder that this code and `transformers` load: the configuration and the weights.
 
     All files are written in a folder beside the wanted one, then moved. A new folder appears whole, or not at all;
-    in one that exists, files of these names are replaced once all the new ones are written, and others stay.
+    in one that exists, files of these names are replaced once all the new ones are written, the weights of a former
+    save go, and other files stay.
 
     Parameters
     ----------

@@ -77,6 +77,13 @@ def test_a_module_imports_only_from_earlier_chapters():
         earlier.add(module)
 
 
+def test_each_figure_is_one_that_a_chapter_draws_or_the_readme_shows():
+    told = "".join(path.read_text() for path in [*CHAPTERS, CHECKOUT / "README.md"])
+    kept = sorted((CHECKOUT / "figures").glob("*.png"))
+    assert len(kept) > 90
+    assert not [path.name for path in kept if f'"{path.stem}"' not in told and path.name not in told]
+
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_a_chapter_opens_as_the_house_says(path):
     chapter = tangle.read_chapter(path)

@@ -15,12 +15,15 @@ import sigma_book
 from sigma_book.locate import parse
 from sigma_book.paligemma import PaliGemma
 from sigma_book.pocket import (
+    EYE_STEPS,
+    PACK_STEPS,
     POCKET,
     EyeTeacher,
     Muon,
     Packer,
     answer_text,
     evaluate_pocket,
+    first_scenes,
     named_pairs,
     new_pocket,
     packed_loss,
@@ -222,6 +225,18 @@ def test_the_start_is_the_same_for_the_same_seed():
     assert not torch.equal(
         first["vision_tower.encoder.layers.0.mlp.fc1.weight"], other["vision_tower.encoder.layers.0.mlp.fc1.weight"]
     )
+
+
+@pytest.mark.parametrize("seed", [-1, 0, 1, 6, 7, 8, 80, 90, 10**6])
+def test_no_seed_teaches_what_the_exam_asks(seed):
+    """Scenes for reports and exam have the seeds from 80 to 98 million."""
+    drawn = (EYE_STEPS * 64, PACK_STEPS * 8)
+    for start, count in zip(first_scenes(seed), drawn, strict=True):
+        for end in (start, start + count):
+            assert not 79_000_000 < abs(end) < 99_000_000  # a negative seed draws the scene of its magnitude
+        assert (start < 0) == (start + count < 0)
+    eyes, speech = first_scenes(seed)
+    assert eyes + drawn[0] <= speech
 
 
 def test_the_exam_counts(processor):

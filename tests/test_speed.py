@@ -231,9 +231,11 @@ def test_a_card_takes_the_longer_of_arithmetic_and_memory():
     card = next(card for card in GPUS if card.name == "T4")
     much = Part("x", (Product(1000, 1000, 1000),), weight_bytes=1000)
     little = Part("x", (Product(1, 1000, 1000),), weight_bytes=2_000_000)
-    assert gpu_machine("T4").seconds(much) == 2e9 / card.tensor
-    assert gpu_machine("T4").seconds(little) == 2e6 / card.bandwidth
+    assert gpu_machine("T4", "float16").seconds(much) == 2e9 / card.tensor
+    assert gpu_machine("T4", "float16").seconds(little) == 2e6 / card.bandwidth
     assert gpu_machine("T4", "float32").seconds(much) == 2e9 / card.plain
+    assert gpu_machine("T4", "bfloat16") == gpu_machine("T4", "float32")  # its tensor units do not know bfloat16
+    assert gpu_machine("L4", "bfloat16") == gpu_machine("L4", "float16")
 
 
 MEASURED = Machine("m", peak=100.0, read=10.0, stream=20.0, begin=0.5, curve=0.25, score=0.125, tower_block=3.0)
