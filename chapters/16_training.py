@@ -26,6 +26,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -657,10 +658,9 @@ def train(
                 optimizer.zero_grad()
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
-            small = list(itertools.islice(stream, accumulate))
+            small, counts = _next_group(stream, accumulate, count, ranks)
             if not small:
                 raise ValueError(f"the batches ended after {step} of {steps} steps: give more examples or fewer steps")
-            counts = [count(batch) for batch in small]
             try:
                 mean = add_gradients(cast_loss, small, counts, scaler.scale, ranks)
             except FloatingPointError as error:
@@ -694,6 +694,19 @@ def train(
                     f"stopped after step {step + 1} of {steps}, which is saved: give the same command again to go on"
                 )
     return progress.losses
+
+
+def _next_group(stream: Iterator, accumulate: int, count: Callable[..., int], ranks: Alone) -> tuple[list, list[int]]:
+    """The batches of the next step, and their counts. One in which no process has a token is left out by all of them."""
+    group, counts = [], []
+    for batch in stream:
+        counted = count(batch)
+        if ranks.size == 1 or ranks.sum(counted)[0]:
+            group.append(batch)
+            counts.append(counted)
+        if len(group) == accumulate:
+            break
+    return group, counts
 
 
 # %% [markdown]
@@ -1139,8 +1152,9 @@ class Checkpoints:
         return self._nothing_whole(found)
 
     def _found(self) -> list[Path]:
-        """Newest first."""
-        return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name[5:]), reverse=True)
+        """Newest first; a copy that somebody put beside them is none of ours."""
+        ours = (path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+        return sorted(ours, key=lambda path: int(path.name[5:]), reverse=True)
 
     def _unwritten(self, progress: Progress, what: object) -> RuntimeError:
         return RuntimeError(

@@ -993,6 +993,31 @@ assert by_side[8]["exact"] < by_side[16]["exact"] <= by_side[20]["exact"]
 # So what breaks it is not crowding, as long as things do not touch. It is numbers beyond its lessons, and things that
 # are smaller than those of its lessons (20 pixels at least), down to less than one patch of 14 pixels.
 #
+# ## What if?
+#
+# A *hypothetical* question asks for what is not in the picture. The answer to the second question below is easy, for one who
+# counts and takes one away. None of its lessons had such a question.
+
+# %%
+seeds = range(96_000_000, 96_000_100)
+with_star = [scene for scene in map(make_scene, seeds) if sum(thing.shape == "star" for thing in scene.things) == 1]
+with_star = [scene for scene in with_star if len(scene.things) > 1][:24]
+right = {}
+for prompt, gone in (
+    ("answer en how many shapes are there?", 0),
+    ("answer en how many shapes would there be if the star were gone?", 1),
+):
+    told = [Example(draw_scene(scene), prompt, str(len(scene.things) - gone)) for scene in with_star]
+    said = ask_pocket(told, 4)
+    right[gone] = sum(text == example.suffix for text, example in zip(said, told)) / len(told)
+    print(f"{prompt}\n    right: {right[gone]:.0%}, said most: {Counter(said).most_common(3)}")
+assert right[0] > 0.8 and right[1] < 0.5
+
+# %% [markdown]
+# It does not say that it cannot know. It says a number, since questions that begin so were always followed by a number, and
+# nearly always the same one. The form is right, and the answer has nothing to do with the picture. So put questions of the kind
+# that you will be asked into the data that you evaluate on; from other questions nothing can be told about them.
+#
 # ## What a few hundred examples buy
 #
 # Let us give it 320 scenes with one to eight things, and 60 steps. The eyes stay as they are, the rest learns. We also

@@ -6,6 +6,7 @@ Tangled from chapters/22b_bulk.py: edit there, then run python -m sigma_book.tan
 """
 
 import base64
+import http.client
 import io
 import json
 import math
@@ -144,6 +145,9 @@ class ParquetRows:
         sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
         self._columns, self._starts = ["image", key], np.cumsum([0, *sizes])
         self._group, self._next, self._waiting = -1, 0, iter(())
+        self._lost: dict[
+            int, tuple[int, ValueError]
+        ] = {}  # for a damaged group: the first row behind which nothing is read
 
     def __reduce__(self):
         return ParquetRows, (self.path, self.folder)
@@ -165,25 +169,43 @@ class ParquetRows:
         return found
 
     def _read_in(self, group: int, start: int, stop: int) -> list[Example | Exception]:
+        first_lost, why = self._lost.get(group, (stop, None))
+        if start >= first_lost:
+            return [why] * (stop - start)
         if group != self._group or self._next > start:
             self._group, self._next, self._waiting = group, int(self._starts[group]), self._rows_of(group)
+        found: list[Example | Exception] = []
         try:
-            rows = list(islice(self._waiting, start - self._next, stop - self._next))
-        except (OSError, ValueError) as error:  # the rows of this group are lost, the others are not
-            self._group = -1
-            return [ValueError(f"this part of the file cannot be read ({_one_sentence(error)})")] * (stop - start)
-        self._next = stop
-        return [self._one(row) for row in rows]
+            for row in islice(self._waiting, start - self._next, stop - self._next):
+                found.append(row if isinstance(row, Exception) else self._one(row))
+            self._next = stop
+        except (OSError, ValueError) as error:  # the rows that follow in this group are lost, those of others are not
+            why = ValueError(f"this part of the file cannot be read ({_one_sentence(error)})")
+            self._group, self._lost[group] = -1, (start + len(found), why)
+            found += [why] * (stop - start - len(found))
+        return found
 
-    def _rows_of(self, group: int) -> Iterator[dict]:
+    def _rows_of(self, group: int) -> Iterator[dict | Exception]:
         for batch in self._file.iter_batches(64, row_groups=[group], columns=self._columns):
-            yield from batch.to_pylist()
+            try:
+                yield from batch.to_pylist()
+            except ValueError:  # one of them is no text in UTF-8
+                for index in range(len(batch)):
+                    yield _row_alone(batch.slice(index, 1))
 
     def _one(self, row: dict) -> Example | Exception:
         try:
             return _request(row, self.folder)
         except (ValueError, OSError) as error:
             return error
+
+
+def _row_alone(batch) -> dict | Exception:
+    """The one row of a record batch, or what is wrong with it."""
+    try:
+        return batch.to_pylist()[0]
+    except ValueError as error:
+        return ValueError(f"this row cannot be read ({_one_sentence(error)})")
 
 
 _EXTRA = "pip install 'sigma-book[scale]'"
@@ -685,21 +707,35 @@ class EngineReport:
         How many were compared.
     tolerance : float
         Nats that rounding may explain.
+    asked, left_out : int
+        How many answers there were, and of how many no token could be compared.
     """
 
     distances: dict[str, float]
     tokens: int
     tolerance: float
+    asked: int
+    left_out: int
 
     @property
     def mask(self) -> str | None:
-        """The mask that the engine uses: within tolerance, and three times as near as any other; else None."""
+        """The mask that the engine uses: within tolerance, and three times as near as any other; else None.
+
+        None also where more than half of the answers were left out.
+        """
         nearest, second = sorted(PREFIX_MASKS, key=self.distances.get)[:2]
-        fits = self.distances[nearest] <= self.tolerance
+        fits = self.distances[nearest] <= self.tolerance and not self._too_few
         return nearest if fits and self.distances[second] > 3 * self.distances[nearest] else None
+
+    @property
+    def _too_few(self) -> bool:
+        return 2 * self.left_out > self.asked
 
     def lines(self) -> list[str]:
         rows = [f"{mask:<8} {distance:.5f}" for mask, distance in self.distances.items()]
+        if self.left_out:
+            why = "the text of their first token is none of this model's tokens, or more than one"
+            rows.append(f"{self.left_out} of {self.asked} answers were left out: {why}")
         return [
             f"mean difference of {self.tokens} log-probabilities, if the engine's open prefix were:",
             *rows,
@@ -708,6 +744,8 @@ class EngineReport:
 
     def verdict(self) -> str:
         """One sentence: what the engine does, or why that cannot be told."""
+        if self._too_few:
+            return "too few of its answers can be compared: has the engine this model's tokenizer?"
         if self.mask == "whole":
             return "the engine reads picture and prompt in both directions, as PaliGemma was trained"
         if self.mask is not None:
@@ -747,9 +785,12 @@ def ask_engine(
     answer = _engine_json(f"{url}/chat/completions", question | {"temperature": 0, "logprobs": True}, key)
     try:
         listed = answer["choices"][0]["logprobs"]["content"]
-        return [entry["token"] for entry in listed], [float(entry["logprob"]) for entry in listed]
+        tokens, logprobs = [entry["token"] for entry in listed], [float(entry["logprob"]) for entry in listed]
+        if not all(isinstance(token, str) for token in tokens):
+            raise TypeError("a token is no text")
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise RuntimeError(f"{url}: the answer has no logprobs.content: does the engine give them?") from error
+    return tokens, logprobs
 
 
 def engine_model(url: str, key: str | None = None) -> str:
@@ -768,9 +809,18 @@ def _engine_json(address: str, question: dict | None, key: str | None) -> dict:
         with urllib.request.urlopen(request, timeout=300) as reply:
             return json.loads(reply.read())
     except urllib.error.HTTPError as error:
-        raise RuntimeError(f"{address} answered {error.code}: {error.read(300).decode(errors='replace')}") from error
-    except (OSError, ValueError) as error:
-        raise RuntimeError(f"{address} does not answer as it should ({error}): is the engine running there?") from error
+        raise RuntimeError(f"{address} answered {error.code}: {_beginning(error)}") from error
+    except (OSError, ValueError, http.client.HTTPException, RecursionError) as error:
+        raise RuntimeError(
+            f"{address} does not answer as it should ({_one_sentence(error):.200}): is the engine running there?"
+        ) from error
+
+
+def _beginning(reply: urllib.error.HTTPError) -> str:
+    try:
+        return reply.read(300).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return "a body that breaks off"
 
 
 def compare_engine(
@@ -800,40 +850,37 @@ def compare_engine(
     Raises
     ------
     ValueError
-        If there is no question, or no answer holds a token that the tokenizer knows.
+        If there is no question, or no token of the answers can be compared.
     RuntimeError
         As `ask_engine`.
 
     Notes
     -----
     Engines name tokens by their text, and a letter may have a piece of its own and one as a byte. An answer that no mask
-    explains is read up to the first such letter; if that does not help, it is left out, as long as most are explained.
+    explains is read up to the first such letter. If that is its first token, it is left out, and the report says so.
     """
     url = url.rstrip("/")
     name = engine_model(url, key) if name is None else name
-    explained, others = [], []
+    differences: dict[str, list[float]] = {mask: [] for mask in PREFIX_MASKS}
+    left_out = 0
     for picture, prompt in questions:
         image = load_image(picture)
         texts, theirs = ask_engine(url, image, prompt, name=name, key=key)
         tokens = _tokens_of(model, texts)
-        if not tokens:
-            continue
-        found = {mask: _apart(answer_logprobs(model, image, prompt, tokens, mask), theirs) for mask in PREFIX_MASKS}
-        sure = next((i for i, text in enumerate(texts[: len(tokens)]) if len(text.encode()) == 1), 0)
-        for length in (len(tokens), sure):
-            part = {mask: values[:length] for mask, values in found.items()}
-            if length and min(sum(values) for values in part.values()) <= tolerance * length:
-                explained.append(part)
-                break
-        else:
-            others.append(found)
-    used = explained if len(explained) > len(others) else explained + others
-    differences = {mask: [one for found in used for one in found[mask]] for mask in PREFIX_MASKS}
-    count = len(differences["whole"])
-    if count == 0:
-        raise ValueError(f"{url}: no token of its answers is one of this model's: is it the same model?")
-    distances = {mask: sum(values) / count for mask, values in differences.items()}
-    return EngineReport(distances, count, tolerance)
+        count = 0  # how many of them are compared
+        if tokens:
+            found = {mask: _apart(answer_logprobs(model, image, prompt, tokens, mask), theirs) for mask in PREFIX_MASKS}
+            explained = min(map(sum, found.values())) <= tolerance * len(tokens)
+            unsure = (place for place, text in enumerate(texts[: len(tokens)]) if len(text.encode()) == 1)
+            count = len(tokens) if explained else next(unsure, len(tokens))
+            for mask, values in found.items():
+                differences[mask] += values[:count]
+        left_out += count == 0
+    compared = len(differences["whole"])
+    if compared == 0:
+        raise ValueError(f"{url}: no token of its answers can be found among this model's: is it the same model?")
+    distances = {mask: sum(values) / compared for mask, values in differences.items()}
+    return EngineReport(distances, compared, tolerance, len(questions), left_out)
 
 
 def _apart(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
@@ -841,11 +888,14 @@ def _apart(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
 
 
 def _tokens_of(model: PaliGemma, texts: Sequence[str]) -> list[int]:
-    """Ids of tokens that came as text, up to the first that is no piece, or only a part of a letter."""
+    """Ids of tokens that came as text, up to the first that is no piece, only a part of a letter, or a picture's place."""
     tokens = []
     for text in texts:
         try:
-            tokens.append(model.processor.tokenizer.token_id(text.replace(" ", "\u2581")))
+            token = model.processor.tokenizer.token_id(text.replace(" ", "\u2581"))
         except ValueError:
             break
+        if token == model.config.image_token_id:
+            break
+        tokens.append(token)
     return tokens

@@ -255,13 +255,16 @@ def find_picture(name: object, folders: Sequence[Path]) -> Path:
     """
     name = _text(name, "image") if isinstance(name, str) else name
     if not isinstance(name, str) or not name.strip() or "\0" in name:
-        raise ValueError(f"image is {name!r}: expected the path of a picture")
+        raise ValueError(f"image is {name!r:.80}: expected the path of a picture")
     if "://" in name or name.startswith("data:"):
         shown = name if len(name) <= 80 else f"{name[:77]}..."
         raise ValueError(f"image is {shown!r}, a URL: download the pictures first and write their paths")
     names = [name] if os.sep == "\\" or "\\" not in name else [name, PureWindowsPath(name).as_posix()]
     paths = [folder / spelled for folder in folders for spelled in names]
-    return next((path for path in paths if path.exists()), paths[len(names) - 1])
+    try:
+        return next((path for path in paths if path.exists()), paths[len(names) - 1])
+    except OSError as error:  # too long, for one: somebody has put the picture itself there
+        raise ValueError(f"image is {name!r:.80}: expected the path of a picture ({error.strerror})") from error
 
 
 class _Window:

@@ -25,10 +25,9 @@ from sigma_book.data import Example
 from sigma_book.generation import whole_number
 from sigma_book.lora import CONFIG_FILE, LoraLinear, merge_lora
 from sigma_book.paligemma import PaliGemma
-from sigma_book.processor import folder_beside
 from sigma_book.runs import asker, file_mark, full_path, held_alone, model_mark
 from sigma_book.training import claim_folder, remark
-from sigma_book.weights import DTYPES, find_folder, pick_device, read_json, save_model, write_json
+from sigma_book.weights import DTYPES, find_folder, model_folder_beside, pick_device, read_json, save_model
 from sigma_book.world import TASKS, ask, draw_scene, make_scene
 
 __all__ = ["answer_file", "compare", "export_model"]
@@ -160,12 +159,9 @@ def export_model(
     loaded = load(model, device="cpu", dtype=_stored_dtype(model) if dtype == "auto" else dtype, adapter=adapter)
     if any(isinstance(module, LoraLinear) for module in loaded.modules()):
         merge_lora(loaded)
-    with folder_beside(out) as fresh:
+    with model_folder_beside(out) as fresh:
         save_model(loaded, fresh)
         loaded.processor.save(fresh)
-        ids = {key: getattr(loaded.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        stops = loaded.stop_ids
-        write_json(fresh / "generation_config.json", ids | {"eos_token_id": stops if len(stops) > 1 else stops[0]})
     return out
 
 

@@ -73,6 +73,8 @@ def load_image(source: "str | Path | bytes | np.ndarray | Image.Image") -> Image
             raise ValueError(f"{path} is a folder: give the path of a picture")
         if not path.exists():
             raise FileNotFoundError(f"no such file: {path}")
+        if not path.is_file():  # a pipe, say, on which one may wait for ever
+            raise ValueError(f"{path} is no file: give the path of a picture")
         file = path.open("rb")
     except FileNotFoundError:
         raise
@@ -126,7 +128,9 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.has_transparency_data:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    upright = image.convert("RGB")  # a picture of its own, whatever the mode was
+    upright.info = {}  # the note on turning among it is used up: who loads this again shall not turn it again
+    return upright
 
 
 def _from_deep_grey(image: Image.Image, name: str) -> Image.Image:

@@ -31,7 +31,7 @@ from sigma_book.locate import load_mask_vae
 from sigma_book.lora import CONFIG_FILE, DECODER_LINEARS, LoraConfig, add_lora, find_linears, save_adapter
 from sigma_book.npz import read_npz_config
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
-from sigma_book.processor import Batch, Processor, Tokenizer, file_beside, folder_beside
+from sigma_book.processor import Batch, Processor, Tokenizer, file_beside
 from sigma_book.qlora import nf4_bytes
 from sigma_book.scale import (
     RankCheckpoints,
@@ -73,7 +73,7 @@ from sigma_book.training import (
     train,
     training_bill,
 )
-from sigma_book.weights import find_folder, pick_device, read_config, read_json, save_model
+from sigma_book.weights import find_folder, model_folder_beside, pick_device, read_config, read_json, save_model
 
 __all__ = ["asker", "estimate", "evaluate", "file_mark", "finetune", "full_path", "held_alone", "model_mark"]
 
@@ -311,7 +311,7 @@ def _ready(
 
 def _write_first(write: Callable[[Path], None], ranks: Alone, folder: Path) -> None:
     if ranks.rank == 0:
-        with folder_beside(folder) as fresh:
+        with model_folder_beside(folder) as fresh:
             write(fresh)
 
 
@@ -323,8 +323,8 @@ def _gather_and_write(
     if ranks.rank == 0:
         whole = shape_model(learner.config, config)
         whole.load_state_dict(tensors, strict=config.method == "full", assign=True)
-        whole.processor = learner.processor
-        with folder_beside(folder) as fresh:
+        whole.processor, whole.stop_ids = learner.processor, learner.stop_ids
+        with model_folder_beside(folder) as fresh:
             _write_model(whole, config, base, fresh)
 
 

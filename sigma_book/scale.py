@@ -216,17 +216,16 @@ def others_there(what: str) -> Iterator[None]:
     RuntimeError
         In place of the network's own.
     """
-    sentence = (
-        f"another rank is gone, so no step can be finished: torchrun --max-restarts goes on from the last checkpoint "
-        f"in {what}, and so does the same command given again"
+    advice = (
+        f"torchrun --max-restarts goes on from the last checkpoint in {what}, and so does the same command given again"
     )
-    with _last_words(sentence):
+    with _last_words(f"this rank was told to end, as torchrun tells all once another rank is gone: {advice}"):
         try:
             yield
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
                 raise
-            raise RuntimeError(sentence) from error
+            raise RuntimeError(f"another rank is gone, so no step can be finished: {advice}") from error
 
 
 @contextmanager

@@ -8,7 +8,8 @@ Tangled from chapters/12_weights.py: edit there, then run python -m sigma_book.t
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     "hub_name",
     "load_model",
     "map_file",
+    "model_folder_beside",
     "open_tensor",
     "our_name",
     "pick_device",
@@ -600,7 +602,9 @@ def save_model(
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     config = model.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
     ids = {key: getattr(model.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    with folder_beside(folder) as fresh:
+    if stops := getattr(model, "stop_ids", None):  # as `load` found them: an answer may end in several ways
+        ids["eos_token_id"] = list(stops) if len(stops) > 1 else stops[0]
+    with model_folder_beside(folder) as fresh:
         for name, shard in zip(names, shards, strict=True):
             write_tensors(fresh / name, shard, dtype)
         if len(shards) > 1:
@@ -609,10 +613,24 @@ def save_model(
             write_json(fresh / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": table})
         write_json(fresh / "config.json", config)
         write_json(fresh / "generation_config.json", ids)
+
+
+@contextmanager
+def model_folder_beside(folder: Path) -> Iterator[Path]:
+    """`folder_beside` for a model: weights of a former save would contradict the new ones, so they go.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As `folder_beside`.
+    """
+    with folder_beside(folder) as fresh:
+        yield fresh
         written = {path.name for path in fresh.iterdir()}
-    for old in folder.iterdir():  # weights of a former save would contradict the new ones
-        if _WEIGHTS.fullmatch(old.name) and old.name not in written:
-            old.unlink()
+    if any(map(_WEIGHTS.fullmatch, written)):
+        for old in folder.iterdir():
+            if _WEIGHTS.fullmatch(old.name) and old.name not in written:
+                old.unlink()
 
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")

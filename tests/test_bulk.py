@@ -201,6 +201,35 @@ def test_a_damaged_group_costs_its_rows_only(shelf, tmp_path):
     assert records[40]["answer"] == "prompt number 40!"
 
 
+@pytest.mark.parametrize("size", [10, 64, 1000])
+def test_a_text_that_is_not_utf8_costs_its_row_only(size, shelf, tmp_path):
+    prompts = [f"prompt number {i}".encode() for i in range(300)]
+    prompts[150] = "caf\xe9".encode("latin-1")
+    texts = pyarrow.array(prompts, pyarrow.binary()).view(pyarrow.string())
+    table = pyarrow.table({"image": ["0.png"] * 300, "prompt": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "r.parquet", row_group_size=size)
+    records = list(answer_here(open_rows(tmp_path / "r.parquet", shelf), 0, stub, batch_size=16))
+    assert [record["index"] for record in records if record["error"]] == [150]
+    assert "this row cannot be read" in records[150]["error"] and records[299]["answer"] == "prompt number 299!"
+
+
+def test_a_group_that_is_damaged_is_read_to_its_damage_once(shelf, tmp_path, monkeypatch):
+    table = pyarrow.table({"image": ["0.png"] * 60, "prompt": [f"p{i}" for i in range(60)]})
+    pyarrow.parquet.write_table(table, tmp_path / "r.parquet", row_group_size=30)
+    rows, begun = open_rows(tmp_path / "r.parquet", shelf), []
+
+    def torn(group):
+        begun.append(group)
+        yield from ({"image": "0.png", "prompt": f"p{i}"} for i in range(17))
+        raise OSError("damaged")
+
+    monkeypatch.setattr(rows, "_rows_of", torn)
+    found = [row for start in range(0, 30, 5) for row in rows.read(start, start + 5)]
+    assert [isinstance(row, ValueError) for row in found] == [False] * 17 + [True] * 13
+    assert begun == [0]
+    assert [row.prefix for row in rows.read(3, 5)] == ["p3", "p4"]  # what stands before the damage can be read again
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

@@ -315,6 +315,10 @@ def test_answers_of_many_kinds(gallery, tmp_path, answer, suffix, answers):
         ('{"image": null, "text": "a"}', "image is None: expected the path"),
         ('{"image": 7, "text": "a"}', "image is 7: expected the path"),
         ('{"image": ["1.png"], "text": "a"}', "expected the path of a picture"),
+        (
+            '{"image": "' + "iVBOR" * 2000 + '", "text": "a"}',
+            "VBO: expected the path of a picture (File name too",
+        ),
         ('{"image": "a\\u0000b", "text": "a"}', "expected the path of a picture"),
         ('{"image": "https://example.com/a.jpg", "text": "a"}', "a URL: download the pictures first"),
         ('{"image": "s3://bucket/a.jpg", "text": "a"}', "a URL: download the pictures first"),

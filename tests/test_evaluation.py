@@ -17,6 +17,7 @@ from sigma_book import data
 from sigma_book.answers import (
     AnswerFile,
     answer_examples,
+    answer_speed,
     score_answers,
     score_table,
     true_count,
@@ -71,6 +72,17 @@ def said_in(path: Path) -> list[tuple[int, str]]:
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def test_speed_by_hand():
+    """Two batches: one of two rows, one of one. An answer takes as long as its batch; a batch is shared among its rows."""
+    batches = [(2.0, 2, 300.0), (2.0, 2, None), (1.0, 1, 310.0)]
+    speed = answer_speed({"seconds": seconds, "rows": rows, "megabytes": held} for seconds, rows, held in batches)
+    assert speed["latency_mean"] == pytest.approx(5 / 3) and speed["latency_median"] == 2.0
+    assert speed["latency_p95"] == 2.0 and speed["answers_per_second"] == pytest.approx(1.0)
+    assert speed["peak_megabytes"] == 310.0
+    slower = answer_speed({"seconds": float(s), "rows": 1, "megabytes": 1.0} for s in range(1, 102))
+    assert slower["latency_p95"] == pytest.approx(96.0)  # of 1 to 101 seconds
 
 
 def test_bleu_by_hand():

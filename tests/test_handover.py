@@ -7,8 +7,12 @@ Scores agree to 1e-4 in float32: sums in another order. Greedy tokens are equal.
 import json
 import math
 import re
+import socketserver
 import subprocess
 import sys
+import threading
+from contextlib import ExitStack
+from functools import partial
 
 import peft
 import pytest
@@ -16,7 +20,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from sigma_book import generate, load
+from sigma_book import fleet, generate, load
 from sigma_book.assemble import POCKET
 from sigma_book.bulk import PREFIX_MASKS, EngineReport, answer_logprobs, ask_engine, compare_engine, prefix_types
 from sigma_book.cli import main
@@ -152,6 +156,36 @@ def test_several_stop_tokens_are_kept(tiny_folder, copy_folder, tmp_path):
     assert load(tmp_path / "out", device="cpu").stop_ids == [1, 7]
     reference = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert reference.generation_config.eos_token_id == [1, 7]
+
+
+def test_stop_tokens_are_kept_by_a_run_too(tiny_folder, copy_folder, write_questions, tmp_path):
+    source = copy_folder(tiny_folder)
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
+    data = write_questions(tmp_path, train=4, test=0) / "train.jsonl"
+    given = ["train", "--data", data, "--out", tmp_path / "run", "--model", source, "--max-steps", 1, "--device", "cpu"]
+    assert main([str(part) for part in given]) == 0
+    assert load(tmp_path / "run" / "final", device="cpu").stop_ids == [1, 7]
+
+
+@pytest.mark.parametrize(
+    "order", [(10**9, 40_000), (40_000, 10**9)], ids=["one file, then shards", "shards, then one file"]
+)
+def test_what_was_exported_before_is_not_read_again(order, tiny_folder, make_tiny, tmp_path, monkeypatch):
+    """Weights of an export before would contradict the new ones: `load` and transformers look for one file first."""
+    save = fleet.save_model
+    for most, source in zip(order, (tiny_folder, make_tiny(tmp_path / "other", seed=9))):
+        monkeypatch.setattr(fleet, "save_model", partial(save, max_shard_bytes=most))
+        export_model(tmp_path / "out", model=source)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    wanted = load_model(source, "cpu").state_dict()
+    assert all(
+        torch.equal(tensor, wanted[name]) for name, tensor in load_model(tmp_path / "out", "cpu").state_dict().items()
+    )
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    name = "language_model.embed_tokens.weight"
+    assert torch.equal(theirs[f"model.{name}"], wanted[name])
+    kept = {path.name for path in (tmp_path / "out").glob("model*")}
+    assert ("model.safetensors" in kept) == (len(kept) == 1) == (most > 10**6)
 
 
 def test_export_over_its_own_source_and_into_a_file(tiny_folder, copy_folder, tmp_path):
@@ -309,13 +343,20 @@ def test_under_the_whole_mask_they_are_those_of_generate(pictures):
     ],
 )
 def test_what_a_report_says(distances, mask, words):
-    report = EngineReport(dict(zip(PREFIX_MASKS, distances)), 10, 0.1)
+    report = EngineReport(dict(zip(PREFIX_MASKS, distances)), 10, 0.1, 4, 0)
     assert report.mask == mask and words in report.verdict()
 
 
 def test_equal_distances_tell_nothing():
-    report = EngineReport(dict.fromkeys(PREFIX_MASKS, 0.0), 10, 0.1)
+    report = EngineReport(dict.fromkeys(PREFIX_MASKS, 0.0), 10, 0.1, 4, 0)
     assert report.mask is None and "too close" in report.verdict()
+
+
+def test_a_report_on_few_of_the_answers_tells_nothing():
+    distances = dict(zip(PREFIX_MASKS, (0.0, 0.02, 0.03)))
+    half, few = EngineReport(distances, 10, 0.1, 8, 4), EngineReport(distances, 10, 0.1, 8, 5)
+    assert half.mask == "whole" and "4 of 8 answers were left out" in "\n".join(half.lines())
+    assert few.mask is None and "too few of its answers" in few.verdict()
 
 
 # engines over HTTP: our own server, and the same with a fault
@@ -403,3 +444,97 @@ def test_engines_that_are_not_there_refuse_or_say_something_else(start_server, t
         compare_engine(f"{server.url}/v2", tiny_model, [(picture, "x")], key="secret")
     with pytest.raises(ValueError, match="no question|no token"):
         compare_engine(f"{server.url}/v1", tiny_model, [], key="secret")
+
+
+# engines that misbehave: a server whose reply is given, byte for byte
+
+
+@pytest.fixture
+def replies():
+    """Start a server that answers every request with these bytes, or with what a function makes of the body; give its URL."""
+    with ExitStack() as stack:
+
+        def start(reply) -> str:
+            class Handler(socketserver.StreamRequestHandler):
+                def handle(self):
+                    length = 0
+                    while (line := self.rfile.readline().strip().lower()) != b"":
+                        length = int(line.partition(b":")[2]) if line.startswith(b"content-length") else length
+                    self.wfile.write(reply(self.rfile.read(length)) if callable(reply) else reply)
+
+            server = stack.enter_context(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler))
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.server_address[1]}/v1"
+
+        yield start
+
+
+def reply_of(values: object, status: str = "200 OK") -> bytes:
+    body = json.dumps(values).encode()
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"SSH-2.0-OpenSSH_9.6\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"HTTP/1.1 500 Oh\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"HTTP/1.1 200 " + b"x" * 70_000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"".join(b"X-%d: 1\r\n" % i for i in range(200)) + b"\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 50000\r\n\r\n" + b"[" * 50_000,
+        b"",
+    ],
+    ids=[
+        "no HTTP",
+        "short body",
+        "bad chunk",
+        "bad chunk of an error",
+        "long line",
+        "200 headers",
+        "deep JSON",
+        "nothing",
+    ],
+)
+def test_replies_that_are_none(raw, replies, tiny_folder, capsys):
+    assert main(["compare", "--url", replies(raw), "--model", str(tiny_folder), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and ("is the engine running there" in said or "answered 500" in said)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:x/v1", "http://a b/v1"])
+def test_addresses_that_are_none(url, tiny_folder, capsys):
+    assert main(["compare", "--url", url, "--model", str(tiny_folder), "--device", "cpu"]) == 2
+    assert "is the engine running there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("token", [None, 7, ["a"]])
+def test_a_token_that_is_no_text(token, replies):
+    content = [{"token": token, "logprob": -1.0}]
+    url = replies(reply_of({"choices": [{"logprobs": {"content": content}}]}))
+    with pytest.raises(RuntimeError, match="no logprobs.content"):
+        ask_engine(url, draw_scene(make_scene(0)), "x", name="m")
+
+
+def test_answers_that_are_wrong_are_not_left_out(replies):
+    """Right for most questions, far off for one whose first tokens can be no others: no mask explains that."""
+    model = load()
+    said = [
+        generate(draw_scene(make_scene(seed)), "caption en", model=model, return_logprobs=True) for seed in range(5)
+    ]
+
+    def answer(body: bytes) -> bytes:
+        place = next(asked)
+        _, tokens, logprobs = said[place]
+        pieces = [model.processor.tokenizer.decode([token], skip_special_tokens=False) for token in tokens]
+        told = [-9.0] * len(pieces) if wrong and place == 2 else logprobs
+        content = [{"token": piece, "logprob": value} for piece, value in zip(pieces, told)]
+        return reply_of({"choices": [{"logprobs": {"content": content}}]})
+
+    questions = [(draw_scene(make_scene(seed)), "caption en") for seed in range(5)]
+    for wrong in (False, True):
+        asked = iter(range(5))
+        report = compare_engine(replies(answer), model, questions, name="pocket")
+        assert report.left_out == 0 and report.mask == (None if wrong else "whole"), report.lines()

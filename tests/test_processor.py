@@ -105,6 +105,26 @@ def test_exif_of_a_jpeg(orientation):
     assert np.array_equal(rgb(content), np.asarray(expected))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_picture_is_turned_once_however_often_it_is_loaded(orientation, kind):
+    """The server opens a picture at the door, the engine takes what came of it."""
+    note = Image.Exif()
+    note[0x0112] = orientation
+    content = encoded(Image.fromarray(stored_as(orientation)), kind, exif=note)
+    given = Image.open(io.BytesIO(content))
+    once = load_image(given)
+    assert np.array_equal(rgb(once), np.asarray(once)) and once.size == (8, 5)
+    if kind != "TIFF":  # which Pillow turns itself
+        assert given.getexif()[0x0112] == orientation  # what was handed in keeps its note
+
+
+def test_a_pipe_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match="pipe.png is no file"):
+        load_image(tmp_path / "pipe.png")
+
+
 @pytest.mark.parametrize("orientation", [0, 9, 255])
 def test_exif_that_means_nothing(orientation):
     note = Image.Exif()

@@ -666,6 +666,17 @@ def test_the_last_few_are_kept(tmp_path):
     assert files == {"weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
 
 
+def test_copies_beside_the_checkpoints_are_left_alone(tmp_path):
+    whole, _ = go_on(tmp_path / "whole", 8)
+    go_on(tmp_path / "cut", 5)
+    folder = tmp_path / "cut" / "checkpoints"
+    for name in ("step-old", "step-000003 (copy)", "step-000009.bak"):
+        shutil.copytree(folder / "step-000005", folder / name)
+    model, _ = go_on(tmp_path / "cut", 8)
+    assert bits(model) == bits(whole)
+    assert {"step-old", "step-000003 (copy)", "step-000009.bak"} <= {path.name for path in folder.iterdir()}
+
+
 def test_frozen_weights_are_not_saved(tmp_path):
     from safetensors import safe_open
 
