@@ -154,6 +154,9 @@ assert Product(4, 3, 2).flops == count_naive(4, 3, 2) == 48
 # has a scale of four bytes that turns whole numbers back into real ones. In **int4** it has half a byte, and each 32
 # weights share four bytes, for a scale and an offset. NF4 is chapter 19's: half a byte, and a little for scales.
 #
+# A matrix whose width is no multiple of 32, or whose rows are no multiple of 16, does not suit the kernel of int4: it
+# stays in eight bits.
+#
 # Not everything is stored in few bits. With NF4 only the linear maps of the decoder are. With int8 the maps of the tower
 # and the head are too, and with int4 these two have eight bits. Norms, biases, positions, projector and the table of
 # embeddings stay exact. So a head in eight bits is a second copy of that table.
@@ -180,15 +183,15 @@ def matrix_bytes(outer: int, inner: int, precision: str, exact: int) -> int:
     outer, inner : int
         Rows and columns, as `torch.nn.Linear` stores them.
     precision : str
-        int8: a byte a weight and 4 a row; int4: half a byte and 4 for each 32 weights; nf4: as `nf4_bytes` counts;
-        else `exact` bytes a weight.
+        int8: a byte a weight and 4 a row; int4: half a byte and 4 for each 32 weights, but as int8 if columns are no
+        multiple of 32 or rows none of 16; nf4: as `nf4_bytes` counts; else `exact` bytes a weight.
     exact : int
         Bytes of a number that is not in few bits.
     """
-    if precision == "int8":
+    if precision == "int8" or (precision == "int4" and (inner % 32 or outer % 16)):
         return outer * inner + 4 * outer
     if precision == "int4":
-        return outer * inner // 2 + 4 * outer * (inner // 32)
+        return outer * inner // 2 + 4 * outer * inner // 32
     return nf4_bytes(outer * inner) if precision == "nf4" else outer * inner * exact
 
 
@@ -338,7 +341,9 @@ def _decoder_bill(
     for columns in sorted(set(seen)):
         heads = seen.count(columns) * batch * text.num_attention_heads
         attention += [Product(length, head_dim, columns, heads), Product(length, columns, head_dim, heads)]
-    maps = sum(count * matrix_bytes(o, i, precision, exact) for i, o, count in shapes)
+    # in int4 queries, keys and values are one map (chapter 21b), and its rows decide whether it suits the kernel
+    stored = ((width, asking + 2 * answering, 1), *shapes[2:]) if precision == "int4" else shapes
+    maps = sum(count * matrix_bytes(o, i, precision, exact) for i, o, count in stored)
     norms = (4 if text.four_norms else 2) * layers + 1
     passes = 7 * norms * width + 6 * width  # and at the entrance: looked up, scaled, pictures put in, 2 each
     # in a block: two sums of 3, rotation of queries and keys, heads laid out anew, GELU (2) and gate times up (3)
@@ -370,7 +375,9 @@ def _decoder_bill(
 #
 # How much must be *held* at once is a different question from how much is moved. Held are all weights, the cache at its
 # full length, and the activations at their largest moment. In the decoder that moment is inside a GeGLU: the stream, its
-# normalized copy, gate, GELU of the gate, up, and the product of the last two are in memory together.
+# normalized copy, gate, GELU of the gate, up, and the product of the last two are in memory together. With Gemma 2's
+# softcap the largest moment may be another one: scores outside the fused kernel are a table of $T \times T$ for each head,
+# and capped, masked and normalized ones stand beside it, three tables in float32 and five of 16 bits.
 
 
 # %%
@@ -448,11 +455,19 @@ class InferenceBill:
 
     @property
     def activations_held(self) -> int:
-        """Bytes at the largest moment of reading, nearly: in the tower, in a GeGLU of the decoder, or at the head."""
+        """Bytes at the largest moment of reading, nearly.
+
+        That is in the tower, in a GeGLU of the decoder, at the head, or, if scores of attention are capped, in their
+        tables: (B, H, T, T) stands in memory three times in float32, five times in 16 bits.
+        """
         vision, text = self.config.vision, self.config.text
         tower = self.pictures * vision.num_patches * (2 * vision.hidden_size + 2 * vision.intermediate_size)
         decoder = self.batch * self.prompt_length * (2 * text.hidden_size + 4 * text.intermediate_size)
-        return max(self.exact * tower, self.exact * decoder, 2 * 4 * self.batch * text.vocab_size)
+        scores = 0
+        if text.attn_logit_softcapping is not None:
+            table = self.batch * text.num_attention_heads * self.prompt_length**2
+            scores = table * (12 if self.exact == 4 else 10)
+        return max(self.exact * tower, self.exact * decoder, scores, 2 * 4 * self.batch * text.vocab_size)
 
     @property
     def held(self) -> int:
@@ -489,12 +504,13 @@ def inference_bill(
     exact : int, optional
         Bytes of numbers that are not in few bits: 4 beside int8, int4 and nf4, unless you say 2.
     head : str, optional
-        The precision of the head, if it has one of its own.
+        int8, if the head is in eight bits whatever the precision.
 
     Raises
     ------
     ValueError
-        If a count is no whole number of 1 or more, the precision is unknown, or the pictures do not fit the prompt.
+        If a count is no whole number of 1 or more, `precision`, `exact` or `head` is none of those above, or the
+        pictures do not fit the prompt.
 
     References
     ----------
@@ -508,6 +524,10 @@ def inference_bill(
         raise ValueError(f"pictures is {pictures!r}: expected a whole number, 0 or more")
     if precision not in EXACT_BYTES:
         raise ValueError(f"precision is {precision!r}: expected one of {', '.join(EXACT_BYTES)}")
+    if exact is not None and (type(exact) is not int or exact not in (2, 4)):
+        raise ValueError(f"exact is {exact!r}: expected 2 or 4, the bytes of a number")
+    if head not in (None, "int8"):
+        raise ValueError(f"head is {head!r}: expected 'int8', or nothing if it is stored as the precision says")
     if pictures * config.num_image_tokens > batch * prompt_length:
         raise ValueError(
             f"{pictures} pictures take {pictures * config.num_image_tokens} tokens, but {batch} rows of prompt_length "

@@ -687,7 +687,7 @@ class ShortlistHead(nn.Module):
         scores, reach = self.rough(hidden_states)
         to_beat = self._exact(hidden_states, scores.argmax(1))  # (B,)
         rows, tokens = (reach.add_(scores) >= to_beat[:, None]).nonzero(as_tuple=True)
-        if len(tokens) > len(self.table):  # nearly all are alike: there is no short list
+        if len(tokens) > len(self.table) // 16:  # rows looked up one by one take longer than the whole table
             return self.all_exact(hidden_states)
         scores[rows, tokens] = self._exact(hidden_states[rows], tokens)
         return scores
@@ -741,7 +741,8 @@ save(figure, "21b_shortlist")
 # The pocket model has no use for it: 1,856 rows of 192 numbers lie in a cache, where they are read soon enough.
 #
 # What is not exact: the scores of tokens far from the best. So this head is used where the best token is all that is asked
-# for. Sampling, beams, and grammars (chapters 13, 14) look at other scores too, and get the product with the whole table.
+# for. Sampling, beams, and grammars (chapters 13, 14) look at other scores too, and a log-probability is measured against the
+# sum of them all. Whoever asks for one of these gets the product with the whole table.
 #
 # ## A memory for pictures
 #

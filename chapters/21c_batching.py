@@ -344,6 +344,10 @@ class SlotCache:
         self.lengths[row] = self.lengths[last]
         self.lengths.pop()
 
+    def clear(self) -> None:
+        """Free all rows, and wipe columns when they are needed again: this works whatever has failed before."""
+        self.lengths, self._cleared = [], 0
+
     def update(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write one new token for each row of a step, (B, K, 1, Dh), and return what the step looks at, (B, K, C, Dh).
 
@@ -483,9 +487,16 @@ class RunningBatch:
         return self.model.prefill(ids, features, mask, caches, best_only), caches
 
     def join(self, filled: list[KVCache], row: int, length: int) -> None:
-        """A row of what was read takes the place behind the rows in use."""
-        for cache, read in zip(self.caches, filled):
-            cache.join(read, row, length)
+        """A row of what was read takes the place behind the rows in use. If it raises, the rows are as they were."""
+        place = len(self.lengths)
+        try:
+            for cache, read in zip(self.caches, filled):
+                cache.join(read, row, length)
+        except BaseException:
+            for cache in self.caches:
+                if len(cache.lengths) > place:
+                    cache.leave(place)
+            raise
 
     def leave(self, row: int) -> None:
         """Free a row; the last one moves into its place."""
@@ -704,6 +715,7 @@ class _Request:
     generator: torch.Generator
     text: AnswerText
     allow: Allow | None
+    logprobs: bool
     top: int
     due: float | None  # on the clock of time.monotonic
     tokens: list[int] = field(default_factory=list)
@@ -762,7 +774,7 @@ class _Request:
 # | export
 def _best_only(requests: Sequence[_Request]) -> bool:
     """Whether nobody asks for more than the best token."""
-    return all(request.plain and not request.top for request in requests)
+    return all(request.plain and not (request.logprobs or request.top) for request in requests)
 
 
 def _pick_tokens(requests: Sequence[_Request], logits: torch.Tensor) -> list[Event | Exception]:
@@ -921,6 +933,7 @@ class Engine:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         allow: Allow | None = None,
+        logprobs: bool = False,
         top: int = 0,
         deadline: float | None = None,
     ) -> Ticket:
@@ -941,6 +954,8 @@ class Engine:
             Strings that end the answer and are left out of it.
         allow : callable, optional
             Which tokens may come next, see `Allow`; called from the engine's thread.
+        logprobs : bool
+            Whether log-probabilities are wanted. If not, a model that was made ready for speed may round them.
         top : int
             How many of the likeliest tokens an event lists.
         deadline : float, optional
@@ -980,7 +995,7 @@ class Engine:
             )
         limit = min(limit, self.max_length - length)
         [generator] = row_generators(sampling.seed, 1)
-        request = _Request(Ticket(length), batch, listener, limit, sampling, generator, text, allow, top, due)
+        request = _Request(Ticket(length), batch, listener, limit, sampling, generator, text, allow, logprobs, top, due)
         with self._changed:
             self._check_place()
             self._waiting.append(request)
@@ -1052,8 +1067,8 @@ class Engine:
                     self._end(request, "error", f"the engine failed: {error}")
                 with self._changed:
                     self._reading, self._running = [], []
-                while self._batch.lengths:
-                    self._batch.leave(0)
+                for cache in self._batch.caches:
+                    cache.clear()
 
     def _has_work(self) -> bool:
         with self._changed:
@@ -1108,7 +1123,11 @@ class Engine:
             if over is not None:
                 self._end(request, *over)
                 continue
-            self._batch.join(filled, row, request.ticket.prompt_tokens)
+            try:
+                self._batch.join(filled, row, request.ticket.prompt_tokens)
+            except Exception as error:  # no memory for it, say
+                self._end(request, "error", _sentence(error))
+                continue
             with self._changed:
                 self._reading.remove(request)
                 self._running.append(request)

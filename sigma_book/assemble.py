@@ -68,8 +68,8 @@ def load(
         `sigma_book.lora` adds it to them.
     compile : bool
         Make the model ready to answer, at the cost that it cannot learn: on the CPU its maps are laid out for the
-        kernels and fused, and a large head is read in eight bits where the best token decides, which stays the best of
-        the full scores; on a GPU the decoding step is compiled too. An adapter is merged.
+        kernels and fused, and a large head is read in eight bits where only the best token is asked for, which stays the
+        best of the full scores; on a GPU the decoding step is compiled too. An adapter is merged.
 
     Returns
     -------
@@ -253,11 +253,11 @@ def generate(
     decode = model.processor.tokenizer.decode
     if stream:
         return stream_answer(model, batches[0], decode, sampling=sampling, **options)
+    options |= {"num_beams": num_beams, "length_penalty": length_penalty, "logprobs": return_logprobs}
     answers: list[Answer] = []
     for batch in batches:
         shifted = replace(sampling, seed=sampling.seed + len(answers))
-        beams = {"num_beams": num_beams, "length_penalty": length_penalty}
-        answers += generate_answers(model, batch, decode, sampling=shifted, **beams, **options)
+        answers += generate_answers(model, batch, decode, sampling=shifted, **options)
     results = answers if return_logprobs else [answer.text for answer in answers]
     one = not isinstance(image, list | tuple) and isinstance(prompt, str)
     return results[0] if one else results

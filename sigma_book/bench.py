@@ -242,7 +242,8 @@ def bench(work: Work, *, against: Sequence[str] = (), warmup: int = 1, repeat: i
     warmup, repeat : int
         Turns that are not counted, and turns that are; each turn has its own picture, the same for all contenders.
     bill : bool
-        Also predict each part from the machine's own limits (chapter 21).
+        Also predict each part, on a CPU from its own measured limits, on a card from its published ones (chapter 21).
+        A card whose peaks are not known gets a remark on standard error and no predictions.
 
     Returns
     -------
@@ -268,11 +269,19 @@ def bench(work: Work, *, against: Sequence[str] = (), warmup: int = 1, repeat: i
     short = plain and wants_shortlist(*sizes, getattr(torch, work.dtype), torch.device(work.device))
     head = "int8" if short else None
     costs = inference_bill(config, work.batch, prompt_length, work.new_tokens, precision, exact=exact, head=head)
+    facts = machine_facts(work.device)
+    machine = None
+    if bill and work.device != "cpu":
+        try:
+            machine = gpu_machine(facts["gpu"] or work.device, work.dtype)
+        except ValueError as error:
+            bill = False
+            print(f"{error}; the table has no predictions", file=sys.stderr)
     names = ("sigma_book", *against)
     children, memories, looks = _take_turns(names, work, warmup, repeat, costs, probe=bill and work.device == "cpu")
     contenders = {child.role: summary(child, memories[child.role], work) for child in children}
     found = {
-        "machine": machine_facts() | {"threads": children[0].facts["threads"]},
+        "machine": facts | {"threads": children[0].facts["threads"]},
         "work": asdict(work) | {"warmup": warmup, "repeat": repeat, "prompt_length": prompt_length},
         "contenders": contenders,
         "tokens_equal": equal_tokens(children),
@@ -281,7 +290,7 @@ def bench(work: Work, *, against: Sequence[str] = (), warmup: int = 1, repeat: i
     if len(contenders) > 1:
         found["ratios"] = _ratios(contenders)
     if bill:
-        machine = _limits(work, looks)
+        machine = machine or _limits(work, looks)
         found["bill"] = compare(costs, machine, contenders["sigma_book"]["parts"])
         found["limits"] = asdict(machine)
     return found
@@ -295,6 +304,8 @@ def check_work(work: Work, against: Sequence[str], warmup: int, repeat: int) -> 
     whole_number("repeat", repeat, least=1)
     if work.prompt_tokens is not None:
         whole_number("prompt_tokens", work.prompt_tokens, least=1)
+    if work.quantize not in (None, "nf4", "int8", "int4"):
+        raise ValueError(f"quantize is {work.quantize!r}: expected 'nf4', 'int8' or 'int4', or nothing")
     if work.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {work.dtype!r}: expected float32, bfloat16 or float16")
     for name in against:
@@ -347,10 +358,7 @@ def _ratios(contenders: dict) -> dict[str, float]:
 
 
 def _limits(work: Work, looks: Sequence[dict]) -> Machine:
-    """This CPU's limits from measurements of it, or a card's published ones."""
-    if work.device != "cpu":
-        name = torch.cuda.get_device_name(work.device) if torch.device(work.device).type == "cuda" else work.device
-        return gpu_machine(name, work.dtype)
+    """This CPU's limits from measurements of it."""
     machine = median_machine([Machine(**look | {"rates": tuple(map(tuple, look["rates"]))}) for look in looks])
     known = work.dtype == "float32" and work.quantize in (None, "int8")
     return machine if known else replace(machine, rates=())  # its rates are those of other maps
@@ -489,30 +497,31 @@ def run_bench(
         raise ValueError(
             f"--random goes with --size {', '.join(SIZES)}, whose weights are random numbers, and with nothing else"
         )
-    if grow and (bill or model is not None or against or quantize or device != "cpu"):
+    on_cpu = pick_device(device).type == "cpu"
+    work = Work(
+        folder="",
+        dtype=dtype or ("float32" if on_cpu else "bfloat16"),
+        quantize=quantize,
+        compile=compile,
+        device=str(pick_device(device)),
+        batch=batch,
+        prompt=prompt,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+    )
+    if grow and (bill or model is not None or against or work != Work(folder="") or (warmup, repeat) != (1, 5)):
         raise ValueError("--growth times random numbers in float32 on this CPU: it goes with --size, --json and --save")
     if grow:
         found = growth(size or "pocket")
         lines, draw = growth_lines(found), draw_growth
     else:
-        kind = pick_device(device).type
-        work = Work(
-            folder="",
-            dtype=dtype or ("float32" if kind == "cpu" else "bfloat16"),
-            quantize=quantize,
-            compile=compile,
-            device=str(pick_device(device)),
-            batch=batch,
-            prompt=prompt,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-        )
         check_work(work, against, warmup, repeat)
         if size in SIZES:
             folder = random_folder(size, "float32" if work.dtype == "float32" else "bfloat16")
         else:
             folder = POCKET if model is None else find_folder(model)
-        found = bench(replace(work, folder=str(folder)), against=against, warmup=warmup, repeat=repeat, bill=bill)
+        work, bill = replace(work, folder=str(folder)), bill or not on_cpu  # a card's limits need no measurement
+        found = bench(work, against=against, warmup=warmup, repeat=repeat, bill=bill)
         lines, draw = bench_lines(found), draw_bench
     if json_file is not None:
         write_beside(json_file, lambda path: write_json(path, found))

@@ -212,8 +212,8 @@ def serve_turns() -> None:
         answer({"error": " ".join(str(error).split())})
 
 
-def machine_facts() -> dict:
-    """Machine, versions and date."""
+def machine_facts(device: str = "cpu") -> dict:
+    """Machine, versions and date; `gpu` is the card's name, if the device is one."""
     info = Path("/proc/cpuinfo")
     named = (
         [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
@@ -230,7 +230,7 @@ def machine_facts() -> dict:
         "cpu": named[0] if named else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None,
         "system": platform.platform(),
         "versions": versions,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -11,8 +11,9 @@ def bench_lines(found: dict) -> list[str]:
     """What `bench` found, as a table for people."""
     facts, work = found["machine"], found["work"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
+    processor = facts["cpu"] if work["device"] == "cpu" else facts["gpu"] or work["device"]
     lines = [
-        f"{facts['gpu'] or facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads; {versions}; {facts['date']}",
+        f"{processor}, {facts['cores']} cores, {facts['threads']} threads; {versions}; {facts['date']}",
         f"{work['folder']}: {work['quantize'] or work['dtype']}{', compiled' * work['compile']}, batch {work['batch']}, "
         f"{work['prompt_length']} prompt tokens, {work['new_tokens']} new; {work['repeat']} turns after {work['warmup']}",
         "",

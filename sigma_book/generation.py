@@ -261,6 +261,7 @@ def generate_tokens(
     stop_ids: Sequence[int] | None = None,
     is_over: Callable[[int, int], bool] | None = None,
     allow: Allow | None = None,
+    logprobs: bool = False,
 ) -> Iterator[list[Pick]]:
     """Answer a batch, one token a row at each step.
 
@@ -282,6 +283,8 @@ def generate_tokens(
         Asked with (row, token) after each pick that is no stop token; True ends the row.
     allow : callable, optional
         Which tokens may come next, see `Allow`.
+    logprobs : bool
+        Whether log-probabilities are wanted. If not, a model that was made ready for speed may round them.
 
     Yields
     ------
@@ -300,7 +303,7 @@ def generate_tokens(
     rows, prompt_length = batch.input_ids.shape
     limits = answer_limits(batch.attention_mask, max_new_tokens, model.config.text.max_position_embeddings)
     generators = row_generators(sampling.seed, rows)
-    best_only = sampling.takes_best and allow is None
+    best_only = sampling.takes_best and allow is None and not logprobs
     logits, seen, mask, caches = _read_prompts(model, batch, max(limits), best_only)
     answers: list[list[int]] = [[] for _ in range(rows)]
     live = list(range(rows))
@@ -314,8 +317,8 @@ def generate_tokens(
                 may = ask_allow(allow, answers[row], limits[row] - step)  # (V,)
                 steered[row] = logits[row].masked_fill(~may.to(logits.device), -math.inf)
         tokens = choose(steered, sampling, seen, generators)  # (B,)
-        logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)  # (B,)
-        chosen, measured = tokens.tolist(), logprobs.tolist()
+        of_chosen = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)  # (B,)
+        chosen, measured = tokens.tolist(), of_chosen.tolist()
         picks = [Pick(row, chosen[row], measured[row]) for row in live]
         for row, token, _ in picks:
             answers[row].append(token)
@@ -636,12 +639,13 @@ def generate_answers(
     stop_ids: Sequence[int] | None = None,
     stop: Sequence[str] = (),
     allow: Allow | None = None,
+    logprobs: bool = False,
 ) -> list[Answer]:
     """Answer every row of a batch, in text.
 
     Parameters
     ----------
-    model, batch, max_new_tokens, sampling, stop_ids, allow
+    model, batch, max_new_tokens, sampling, stop_ids, allow, logprobs
         As in `generate_tokens`.
     decode : callable
         Token ids to text.
@@ -683,6 +687,7 @@ def generate_answers(
         stop_ids=stop_ids,
         is_over=lambda row, token: texts[row].push(token),
         allow=allow,
+        logprobs=logprobs,
     ):
         for row, token, logprob in picks:
             answers[row].tokens.append(token)

@@ -253,6 +253,26 @@ def test_top_and_logprobs(tiny_model, pictures):
         assert event.logprob == pytest.approx(float(expected[event.token]), abs=1e-4)
 
 
+def test_logprobs_are_exact_for_who_asks(tiny_folder, tiny_model, pictures, monkeypatch):
+    """A model whose head rounds what is not the best: alone or beside somebody who draws, they are the plain model's."""
+    monkeypatch.setattr("sigma_book.fast.LARGE_HEAD", 0)
+    model, asked = load(tiny_folder, device="cpu", compile=True), []
+    inner = model.next_token_logits
+    model.next_token_logits = lambda hidden, best_only: asked.append(best_only) or inner(hidden, best_only)
+    expected = alone(tiny_model, pictures[0], "x", max_new_tokens=9)
+    for logprobs, company in ((True, False), (True, True), (False, False)):
+        heard, other = Heard(), Heard()
+        asked.clear()
+        with closing(Engine(model)) as engine:
+            if company:
+                engine.submit(pictures[1], "x", other, max_new_tokens=20, sampling=Sampling(1.0, seed=4))
+            engine.submit(pictures[0], "x", heard, max_new_tokens=9, logprobs=logprobs)
+            heard.wait()
+        assert heard.tokens == expected.tokens and set(asked) == {not logprobs}
+        if logprobs:
+            assert heard.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
+
+
 def test_limits(tiny_model, pictures):
     """The context, and an engine's own smaller rows."""
     context = tiny_model.config.text.max_position_embeddings
@@ -716,22 +736,52 @@ def test_allow_that_fails(tiny_model, pictures):
         assert "no such word" in heard[2].wait().events[-1].error
 
 
-def test_what_nobody_foresaw(tiny_model, pictures, caplog):
-    """A fault of the engine itself ends the requests under way, and not the engine."""
+@pytest.mark.parametrize("layer", [0, 1])
+def test_what_nobody_foresaw(tiny_model, pictures, caplog, layer):
+    """A fault of the engine itself, in whichever layer, ends the requests under way, and not the engine."""
     engine = Engine(tiny_model)
-    leave, heard = engine._batch.leave, Heard()
+    cache, heard = engine._batch.caches[layer], Heard()
 
     def fail_once(row):
-        engine._batch.leave = leave
+        del cache.leave
         raise ZeroDivisionError("a fault")
 
-    engine._batch.leave = fail_once
+    cache.leave = fail_once
     engine.submit(pictures[0], "x", heard, max_new_tokens=5)
     assert heard.wait().finish == "error"
     after = Heard()
-    engine.submit(pictures[0], "x", after, max_new_tokens=5)
-    same(after.wait(), alone(tiny_model, pictures[0], "x", max_new_tokens=5))
+    engine.submit(pictures[1], "x", after, max_new_tokens=5)  # another picture, so that old keys would show
+    same(after.wait(), alone(tiny_model, pictures[1], "x", max_new_tokens=5))
+    assert [cache.lengths for cache in engine._batch.caches] == [[], []]
     engine.close()
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_row_that_finds_no_memory(tiny_model, pictures, layer):
+    """It ends alone, though the layers before have taken it in already; who runs beside it feels nothing."""
+    with closing(Engine(tiny_model)) as engine:
+        heard, second, third = Heard(), Heard(), Heard()
+        cache = engine._batch.caches[layer]
+        whole, failed = cache.join, []
+
+        def fail_once(filled, row, length):
+            if len(cache.lengths) == 1 and not failed:
+                failed.append(length)
+                raise RuntimeError("not enough memory")
+            whole(filled, row, length)
+
+        cache.join = fail_once
+
+        def first(event):
+            if not heard.events:  # so that the second comes when this one has its row
+                engine.submit(pictures[1], "x", second, max_new_tokens=5)
+            heard(event)
+
+        engine.submit(pictures[0], "x", first, max_new_tokens=60)
+        assert (second.wait().finish, second.events[-1].error) == ("error", "not enough memory")
+        engine.submit(pictures[2], "x", third, max_new_tokens=5)
+        same(third.wait(), alone(tiny_model, pictures[2], "x", max_new_tokens=5))
+        same(heard.wait(), alone(tiny_model, pictures[0], "x", max_new_tokens=60))
 
 
 # bad input

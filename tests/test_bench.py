@@ -22,6 +22,7 @@ from sigma_book.bench import (
     write_random_model,
 )
 from sigma_book.bench_contenders import Work, make_batch
+from sigma_book.bench_report import bench_lines
 from sigma_book.cli import main
 from sigma_book.paligemma import PaliGemma, count_parameters
 from sigma_book.processor import Processor
@@ -169,7 +170,7 @@ def test_growth_of_the_pocket(tmp_path):
         (["--against", "llama.cpp"], "--against is 'llama.cpp'"),
         (["--against", "transformers", "--against", "transformers"], "--against names transformers twice"),
         (["--dtype", "int3"], "dtype is 'int3'"),
-        (["--quantize", "int3"], "int3"),
+        (["--quantize", "int3"], "quantize is 'int3': expected 'nf4', 'int8' or 'int4', or nothing"),
         (["--device", "abacus"], "device is 'abacus'"),
         (["--size", "7b"], "size is '7b'"),
         (["--size", "3b"], "--random goes with"),
@@ -184,6 +185,14 @@ def test_growth_of_the_pocket(tmp_path):
         (["--save", "a.jpg"], "ends in .png"),
         (["--growth", "--bill"], "--growth"),
         (["--growth", "--model", "."], "--growth"),
+        (["--growth", "--compile"], "--growth"),
+        (["--growth", "--dtype", "bfloat16"], "--growth"),
+        (["--growth", "--prompt", "x"], "--growth"),
+        (["--growth", "--prompt-tokens", "3"], "--growth"),
+        (["--growth", "--batch", "2"], "--growth"),
+        (["--growth", "--new-tokens", "3"], "--growth"),
+        (["--growth", "--warmup", "0"], "--growth"),
+        (["--growth", "--repeat", "1"], "--growth"),
     ],
 )
 def test_odd_arguments_get_a_sentence(capsys, arguments, words):
@@ -205,6 +214,42 @@ def test_the_command_imports_nothing_before_it_runs():
     code = "import sys, sigma_book.cli as c; c.build_parser(); print(int('torch' in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "0\n"
+
+
+@pytest.mark.parametrize("card", ["NVIDIA L4", "Voodoo 2"])
+def test_a_card_is_looked_up_before_any_work(tiny_folder, tmp_path, monkeypatch, capsys, card):
+    """Card and turns are made up. A card that nobody knows costs the predictions, not the measurements."""
+    before = []
+
+    class Ran:
+        role, facts = "sigma_book", {"threads": 1}
+        turns = [{"marks": [0.0, 1.0, 3.0], "tokens": [], "parts": {}}]
+
+    def take_turns(*given, probe):
+        before.append(capsys.readouterr().err)
+        return [Ran()], {"sigma_book": dict.fromkeys(("peak_resident", "anonymous", "file_mapped"))}, []
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: {"cuda:1": card}[device])
+    monkeypatch.setattr("sigma_book.bench._take_turns", take_turns)
+    table = tmp_path / "found.json"
+    assert main(["bench", "--model", str(tiny_folder), "--device", "cuda:1", "--json", str(table)]) == 0
+    shown, found = capsys.readouterr().out, json.loads(table.read_text())
+    assert shown.startswith(f"{card}, ") and found["contenders"]["sigma_book"]["next_token"]["median"] == 2
+    if card == "Voodoo 2":
+        assert "no published peaks of 'Voodoo 2'" in before[0] and "no predictions" in before[0]
+        assert "bill" not in found
+    else:
+        assert before == [""] and [row["part"] for row in found["bill"]] == PARTS and "not measured" in shown
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu", "expected"), [("cpu", "L4", "a CPU"), ("cuda:1", "L4", "L4"), ("mps", None, "mps")]
+)
+def test_the_table_names_what_the_model_ran_on(device, gpu, expected):
+    facts = {"cpu": "a CPU", "gpu": gpu, "cores": 2, "threads": 2, "versions": {}, "date": "today"}
+    work = vars(Work("m", device=device)) | {"repeat": 1, "warmup": 0, "prompt_length": 3}
+    assert bench_lines({"machine": facts, "work": work, "contenders": {}})[0].startswith(f"{expected}, 2 cores")
 
 
 @pytest.mark.gpu

@@ -21,6 +21,7 @@ from sigma_book.fast import (
     GROUP,
     PIECE_ROWS,
     FastPaliGemma,
+    FusedNorm,
     Int4Linear,
     Int8Linear,
     PackedLinear,
@@ -40,6 +41,7 @@ from sigma_book.fast import (
 )
 from sigma_book.lora import LoraConfig, add_lora, save_adapter
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
+from sigma_book.speed import inference_bill
 from sigma_book.weights import load_model, save_model
 
 GEMMA_2 = {
@@ -201,7 +203,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_a_shortlist_holds_the_best(kind):
+def test_a_shortlist_holds_the_best(kind, monkeypatch):
     """Against float64: no score is further off than it says, and none that was left rounded could be the best."""
     torch.manual_seed(0)
     weight = HEADS[kind]()
@@ -213,13 +215,19 @@ def test_a_shortlist_holds_the_best(kind):
     exact = given.double() @ weight.double().T
     rough, reach = head.rough(given)
     assert ((rough - exact).abs() <= reach).all()
-    for rows in (given, given[:1], given[15:16]):
+    whole = []  # how many rows each time that the list was too long, and the whole table was read
+    read_all = head.all_exact
+    monkeypatch.setattr(head, "all_exact", lambda rows: whole.append(len(rows)) or read_all(rows))
+    for rows in (given, given[:5], given[:1], given[10:11], given[15:16]):
         expected, found = rows.double() @ weight.double().T, head(rows).double()
         rounding = 1e-5 * rows.double().norm(dim=1) * weight.double().norm(dim=1).max()  # of float32 sums
         chosen = found.argmax(1, keepdim=True)
         best = expected.amax(1)
         assert (expected.gather(1, chosen)[:, 0] >= best - rounding).all()
         assert ((found.amax(1) - best).abs() <= rounding).all()
+    assert whole[0] == 20 and whole[-1] == 1  # with a state of zeros no score is better than another
+    none_is_short = kind in ("one number", "nearly the same rows", "zeros")
+    assert (len(whole) == 5) == none_is_short
     torch.testing.assert_close(head.all_exact(given).double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
 
 
@@ -281,7 +289,7 @@ def test_who_asks_for_more_than_the_best(tiny_folder, pictures, monkeypatch, sho
     monkeypatch.setattr(FastPaliGemma, "next_token_logits", listen)
     for options, expected in (
         ({}, True),
-        ({"return_logprobs": True}, True),
+        ({"return_logprobs": True}, False),
         ({"temperature": 1.0, "seed": 3}, False),
         ({"repetition_penalty": 1.5}, False),
         ({"num_beams": 3}, False),
@@ -294,6 +302,9 @@ def test_who_asks_for_more_than_the_best(tiny_folder, pictures, monkeypatch, sho
         assert set(asked) == {expected}, options
         if "return_logprobs" not in options:
             assert found == wanted, options
+            continue
+        for one, other in zip(found, wanted):
+            assert one.tokens == other.tokens and one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
 def test_what_eight_bits_lose():
@@ -484,6 +495,11 @@ def test_bytes_held(folder):
         for group in groups:
             assert isinstance(model.get_submodule(group), Int8Linear | Int4Linear)
         four = sum(isinstance(module, Int4Linear) for module in model.modules())
+        inside = list(model.language_model.modules())
+        stored = sum(m.packed.nbytes + m.steps.nbytes for m in inside if isinstance(m, Int4Linear))
+        stored += sum(m.out_width * (m.in_width + 4) for m in inside if isinstance(m, Int8Linear))
+        stored += sum(m.weight.nbytes for m in inside if isinstance(m, FusedNorm))
+        assert stored == inference_bill(model.config, 1, 30, 1, quantize).prefill.weight_bytes
         fitting = 4 if model.config.text.intermediate_size == 45 else 8  # 48 and 45 columns divide into no groups
         assert four == (fitting if quantize == "int4" else 0)
 

@@ -1,5 +1,7 @@
 """The bill of an answer: operations against torch's own counter, bytes against the tensors themselves."""
 
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,6 +50,33 @@ class Traffic(TorchDispatchMode):
             touched = tree_leaves((arguments, options, result))
             self.bytes += sum(tensor.nbytes for tensor in touched if isinstance(tensor, torch.Tensor))
         return result
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that what operations made held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.most = 0
+        self.alive = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        def stores(tree) -> list[torch.UntypedStorage]:
+            return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+        result = function(*arguments, **(options or {}))
+        given = {store._cdata for store in stores((arguments, options))}
+        for store in stores(result):
+            if store._cdata not in given | self.alive:
+                self.alive.add(store._cdata)
+                self.bytes += store.nbytes()
+                weakref.finalize(store, self.free, store._cdata, store.nbytes())
+        self.most = max(self.most, self.bytes)
+        return result
+
+    def free(self, store: int, size: int) -> None:
+        self.alive.discard(store)
+        self.bytes -= size
 
 
 def build(tower: str, voice: str) -> PaliGemma:
@@ -118,7 +147,8 @@ def test_weights_are_those_of_the_state_dict(tower, voice, precision):
 
 @pytest.mark.parametrize("voice", VOICES)
 def test_few_bits(voice):
-    """int8: a byte a weight and four a row, but for patches and projector; int4, nf4: the decoder's maps in four."""
+    """int8: a byte a weight and four a row, but for patches and projector; nf4: the decoder's maps in four; int4: those
+    that divide into groups of 32 columns and 16 rows, queries, keys and values as one."""
     model = build("plain", voice)
     maps = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     whole = sum(tensor.nbytes for tensor in model.state_dict().values())
@@ -128,8 +158,13 @@ def test_few_bits(voice):
     if model.config.text.tie_word_embeddings:
         byte += table.numel() + 4 * len(table)
     assert inference_bill(model.config, 1, 30, 9, "int8").weights_held == byte
-    decoder = [m.weight for name, m in maps.items() if name.startswith("language_model")]
-    four = byte - sum(w.numel() + 4 * len(w) - w.numel() // 2 - 4 * len(w) * (w.shape[1] // 32) for w in decoder)
+    named = {name: module.weight for name, module in maps.items() if name.startswith("language_model")}
+    decoder = list(named.values())
+    looking = ("q_proj", "k_proj", "v_proj")
+    joint = sum(len(named[f"language_model.layers.0.self_attn.{part}"]) for part in looking)
+    rows = {name: joint if name.endswith(looking) else len(weight) for name, weight in named.items()}
+    fits = [weight for name, weight in named.items() if weight.shape[1] % 32 == 0 and rows[name] % 16 == 0]
+    four = byte - sum(w.numel() + 4 * len(w) - w.numel() // 2 - 4 * len(w) * (w.shape[1] // 32) for w in fits)
     assert inference_bill(model.config, 1, 30, 9, "int4").weights_held == four
     short = inference_bill(model.config, 1, 30, 9, head="int8")  # chapter 21b's ShortlistHead beside a float32 table
     assert short.head.weight_bytes == short.step()[1].weight_bytes == table.numel() + 4 * len(table)
@@ -161,6 +196,21 @@ def test_bytes_moved_are_near_those_that_the_operations_touch(voice):
     assert traffic.bytes == pytest.approx(bill.prefill.bytes, rel=0.1)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_capped_scores_are_held(precision):
+    """Within a tenth of what a count of all that is alive finds; masks and streams are left out."""
+    tower = SiglipConfig(32, 64, 1, 2, image_size=280, patch_size=14)
+    text = GemmaConfig(32, 64, 3, 8, 4, 16, 301, **GEMMA_2)
+    with torch.device("meta"):
+        model = PaliGemma(PaliGemmaConfig(tower, text, image_token_id=300)).eval().to(getattr(torch, precision))
+    length, arguments = prompt_of(model, 2, 2)
+    arguments[1] = arguments[1].to(getattr(torch, precision))
+    caches = model.language_model.new_caches(2, length)
+    with torch.no_grad(), Held() as held:
+        model.hidden_states(*arguments, caches)
+    assert held.most == pytest.approx(inference_bill(model.config, 2, length, 1, precision).activations_held, rel=0.1)
+
+
 def test_the_full_size():
     """PaliGemma 3B: 11.69 GB in float32, and the sixteen bits that fit 6.6 GB."""
     config = PaliGemmaConfig.from_dict(
@@ -186,6 +236,10 @@ def test_the_full_size():
         ({"new_tokens": 2.0}, "new_tokens is 2.0"),
         ({"precision": "int7"}, "precision is 'int7'"),
         ({"pictures": -1}, "pictures is -1"),
+        ({"exact": -3}, "exact is -3: expected 2 or 4"),
+        ({"exact": 2.0}, "exact is 2.0"),
+        ({"head": "int3"}, "head is 'int3': expected 'int8'"),
+        ({"head": "bfloat16"}, "head is 'bfloat16'"),
         ({"prompt_length": 15}, "1 pictures take 16 tokens"),
     ],
 )
