@@ -29,6 +29,7 @@ import json
 import logging
 import math
 import re
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -65,6 +66,7 @@ from sigma_book.protocol import (
     PlainJson,
     TokenNames,
     check_extras,
+    check_unknown,
     error_response,
     open_picture,
     read_messages,
@@ -106,9 +108,9 @@ scene = encoded.getvalue()
 
 # %%
 stations = [
-    ("door", "401 408 413\n429 503", PROMPT),
+    ("door", "400 401 408\n413 429 503", PROMPT),
     ("shape", "400 404", PROMPT),
-    ("picture", "400 413\n429", PICTURE),
+    ("picture", "400 413\n429 504", PICTURE),
 ]
 stations += [("queue", "429", GREY), ("rows", "504 500", ANSWER)]
 figure, axis = plt.subplots(figsize=(8.4, 1.9))
@@ -385,6 +387,10 @@ def _batch_rows(stats: EngineStats) -> HistogramMetricFamily:
 # together have a limit too, or a hundred clients with a body each below the limit would fill the memory. And a server that
 # is full says so here, while a no is cheap.
 #
+# Bytes are not all. A picture of 20 MB is one long text, quickly read; 20 MB of `{},{},{}` are seven million dictionaries, and
+# while Python makes them the loop stands still for everybody. So the door also counts the signs of which JSON is built, quotes,
+# commas and brackets, before anybody reads it. A long prompt may be made of them; what holds more than that is refused.
+#
 # An API key is compared by its *digest*, 32 bytes that SHA-256 makes of any text. The comparison takes a time that does not
 # depend on how much of the key was right, so whoever measures the time of many guesses learns nothing.
 #
@@ -419,7 +425,8 @@ class Record:
     cancel: Callable[[], None] | None = None
 
 
-ASKING_PATHS = ("/v1/chat/completions", "/generate", "/detect")  # those that need a row of the engine
+CHAT_PATH = "/v1/chat/completions"  # the one whose body is JSON
+ASKING_PATHS = (CHAT_PATH, "/generate", "/detect")  # those that need a row of the engine
 OPEN_PATHS = ("/", "/docs", "/openapi.json", "/health/live", "/health/ready")  # for those without a key
 
 
@@ -442,6 +449,7 @@ class Guard:
         record = Record(_request_id(headers.get(b"x-request-id", b"")))
         scope.setdefault("state", {})["record"] = record
         status = 0
+        path = scope["path"]
 
         async def answer(message) -> None:
             nonlocal status
@@ -452,20 +460,23 @@ class Guard:
 
         self.service.in_flight += 1
         try:
-            self._check_key(scope["path"], headers.get(b"authorization", b""))
+            self._check_key(path, headers.get(b"authorization", b""))
             if scope["method"] == "POST":
-                self._check_room(scope["path"])
-                receive = await self._read_body(headers, receive, record)
+                self._check_room(path)
+                signs = self.service.most_signs if path == CHAT_PATH else None
+                receive = await self._read_body(headers, receive, record, signs)
             await self.app(scope, receive, answer)
         except ApiError as error:
             record.fields["code"] = error.code
             await error_response(error)(scope, receive, answer)
         except asyncio.CancelledError:  # the server stops, and the time it gave its requests is over
+            record.fields["code"] = "stopping"
             if status:
                 raise
             await error_response(_stopping())(scope, receive, answer)
         except Exception:
             logger.exception("failed", extra={"fields": {"id": record.id}})
+            record.fields["code"] = "internal_error"
             if status:
                 raise  # the answer has begun: all that can be done is to break it off
             sentence = f"the server failed; its log says more under the id {record.id}"
@@ -493,8 +504,11 @@ class Guard:
         if path in ASKING_PATHS:
             self.service.check_room()
 
-    async def _read_body(self, headers: dict[bytes, bytes], receive, record: Record) -> Callable:
-        """Take the body in, and give a `receive` that hands it on. No more than the limit is ever held."""
+    async def _read_body(self, headers: dict[bytes, bytes], receive, record: Record, signs: int | None) -> Callable:
+        """Take the body in, and give a `receive` that hands it on. No more than the limit is ever held.
+
+        `signs` is the most quotes, commas and opening brackets that a body of JSON may have.
+        """
         too_large = ApiError(
             413, f"the body is larger than {self.config.max_body:,} bytes: send a smaller picture", code="too_large"
         )
@@ -507,7 +521,7 @@ class Guard:
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise ApiError(499, "the client went away", code="client_gone")
+                        raise _gone()
                     chunk, more = message.get("body", b""), message.get("more_body", False)
                     record.body_bytes += len(chunk)
                     self.service.held_bytes += len(chunk)
@@ -519,6 +533,9 @@ class Guard:
         except TimeoutError as error:
             sentence = f"the body did not come within {self.config.body_seconds:g} seconds"
             raise ApiError(408, sentence, code="slow_body", headers={"Connection": "close"}) from error
+        if signs is not None and sum(body.count(sign) for sign in b'",[{') > signs:
+            sentence = "the body has more quotes, commas and brackets than a question can: send one picture, one prompt"
+            raise ApiError(400, sentence, code="too_complex")
         record.asked = time.monotonic()
         waiting = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
@@ -531,10 +548,12 @@ class Guard:
         """One line in the log, and the counters."""
         seconds = time.monotonic() - record.started
         route = scope.get("route")  # its pattern, not what was asked: there are endless paths
+        if route is None:  # refused at the door
+            route = next((known for known in scope["app"].routes if known.path == scope["path"]), None)
         path = getattr(route, "path", "other")
         self.service.meters.requests.labels(path, str(status)).inc()
         self.service.meters.request_seconds.labels(path).observe(seconds)
-        if status >= 400:
+        if status >= 400 or record.fields.get("code"):  # a stream had its 200 before it failed
             self.service.meters.errors.labels(record.fields.get("code") or str(status)).inc()
         request = {"id": record.id, "method": scope["method"], "path": scope["path"][:200], "status": status}
         request |= {"seconds": round(seconds, 4), "body_bytes": record.body_bytes} | record.fields
@@ -553,6 +572,14 @@ def _request_id(given: bytes) -> str:
 
 def _stopping() -> ApiError:
     return ApiError(503, "the server is stopping: ask another", code="stopping")
+
+
+def _too_late() -> ApiError:
+    return ApiError(504, "the answer was not complete at its deadline", code="deadline")
+
+
+def _gone() -> ApiError:
+    return ApiError(499, "the client went away", code="client_gone")
 
 
 def _busy(reason: str, seconds: float = 1.0) -> ApiError:
@@ -626,11 +653,11 @@ class Reply:
     def _fault(self, event: Event) -> ApiError:
         fault = ApiError(500, f"the model failed: {event.error}", code="model_failed")
         if event.finish == "deadline":
-            fault = ApiError(504, "the answer was not complete at its deadline", code="deadline")
+            fault = _too_late()
         if event.finish == "cancelled" and self.service.draining:
             fault = _stopping()
         elif event.finish == "cancelled":
-            fault = ApiError(499, "the client went away", code="client_gone")
+            fault = _gone()
         self.record.fields["code"] = fault.code
         return fault
 
@@ -643,13 +670,13 @@ class Reply:
 
 
 @asynccontextmanager
-async def cancelled_when_gone(request: Request, reply: Reply) -> AsyncIterator[None]:
-    """While this is open, a client that goes away takes its request along."""
+async def cancelled_when_gone(request: Request, cancel: Callable[[], None]) -> AsyncIterator[None]:
+    """While this is open, `cancel` is called when the client goes away."""
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        reply.ticket.cancel()
+        cancel()
 
     watching = asyncio.create_task(watch())
     try:
@@ -663,7 +690,8 @@ async def cancelled_when_gone(request: Request, reply: Reply) -> AsyncIterator[N
 #
 # `begin` is the way of every question: look at its size, unpack the picture in a thread of its own (the loop has other
 # clients), shrink it to the square that the model sees (a waiting request then holds that, and not a photograph), and hand it
-# to the engine, which says no if its queue is full.
+# to the engine, which says no if its queue is full. Threads are few. A request waits for one no longer than its client does,
+# and not beyond its deadline.
 #
 # What differs is only the form of the answer: whole or as *server-sent events*, lines that begin with `data:` and come
 # one by one; a chat completion, plain JSON, boxes in pixels, or a picture with the boxes drawn.
@@ -693,6 +721,7 @@ class Service:
         self.meters = Meters(engine)
         self.names = TokenNames(engine.processor.tokenizer)
         self.context = engine.max_length
+        self.most_signs = 20_000 + 100 * self.context  # those of the longest prompt that `_check_length` lets pass
         self.most_asked = config.max_waiting or engine.max_rows + engine.queue_size
         self.created = int(time.time())
         self.draining = False  # set by whoever stops the server: no new work, the running work is finished
@@ -712,7 +741,7 @@ class Service:
         reply = Reply(record, self)
         side = self.engine.processor.image_size
 
-        def prepare() -> None:
+        def prepare(given_up: threading.Event) -> None:
             image = open_picture(picture(), self.config.max_pixels)
             reply.size = (image.height, image.width)
             square = image.resize((side, side), Image.Resampling.BICUBIC)  # as the processor does; little is held
@@ -723,15 +752,18 @@ class Service:
                 max_new_tokens=ask.max_new_tokens,
                 sampling=ask.sampling,
                 stop=ask.stop,
+                logprobs=ask.logprobs,
                 top=ask.top,
-                deadline=max(0.001, record.asked + self.config.deadline - time.monotonic()),
+                deadline=self._left(record),
             )
 
         self.check_room()  # again: others may have come while the body did
+        if self.asked == 0:
+            self._done_at = time.monotonic()  # what it did not do while nobody asked is no fault
         self.asked += 1
         record.cancel = partial(self._let_go, reply)
         try:
-            await anyio.to_thread.run_sync(prepare, limiter=self._readers)
+            await self._in_thread(request, self._readers, prepare)
         except QueueFull as full:
             raise _busy("the queue is full", full.retry_after) from full
         except ValueError as error:
@@ -741,6 +773,37 @@ class Service:
         self.meters.tokens.labels("prompt").inc(reply.ticket.prompt_tokens)
         return reply
 
+    def _left(self, record: Record) -> float:
+        """Seconds to the deadline."""
+        return max(0.001, record.asked + self.config.deadline - time.monotonic())
+
+    async def _in_thread(self, request: Request, limiter: anyio.CapacityLimiter, work: Callable) -> Any:
+        """What `work(given_up)` gives, in a thread; `given_up` is set when the client goes away or the deadline comes.
+
+        Raises
+        ------
+        ApiError
+            499 or 504, if it was given up, begun or not.
+        """
+        given_up, faults = threading.Event(), []
+
+        def give_up(fault: ApiError) -> None:
+            faults.append(fault)
+            given_up.set()
+            scope.cancel()  # ends the wait for a thread; one that works is waited for
+
+        late = asyncio.get_running_loop().call_later(self._left(request.state.record), give_up, _too_late())
+        try:
+            with anyio.CancelScope() as scope:
+                async with cancelled_when_gone(request, partial(give_up, _gone())):
+                    done = await anyio.to_thread.run_sync(work, given_up, limiter=limiter)
+        finally:
+            late.cancel()
+            given_up.set()  # also where the server stops, which cancels this wait and not the thread
+        if faults:
+            raise faults[0]
+        return done
+
     def check_room(self) -> None:
         """Raise a 429 if as many requests are under way as may be."""
         if self.asked >= self.most_asked:
@@ -748,8 +811,12 @@ class Service:
 
     def _let_go(self, reply: Reply) -> None:
         self.asked -= 1
-        if reply.ticket is not None:
-            reply.ticket.cancel()  # does nothing to an answer that is complete
+        if reply.ticket is None:
+            return
+        reply.ticket.cancel()  # does nothing to an answer that is complete
+        if "finish" not in reply.record.fields:  # a stream whose client left, or what failed on its way to the engine
+            code = reply.record.fields.get("code") or "client_gone"
+            reply.record.fields |= reply.usage | {"finish": "cancelled", "code": code}
 
     def _check_length(self, ask: Ask) -> None:
         most = self.config.max_new_tokens or self.context
@@ -773,7 +840,7 @@ class Service:
         read = partial(read_picture, url, self.config.image_root, self.config.max_body)
         reply = await self.begin(request, read, ask)
         form = ChatAnswer(reply.record.id, body, self.names)
-        async with cancelled_when_gone(request, reply):
+        async with cancelled_when_gone(request, reply.ticket.cancel):
             if not body.stream:
                 return PlainJson(form.whole(await reply.rest(), reply.usage))
             first = await reply.next()  # faults up to here have their status
@@ -793,12 +860,15 @@ class Service:
             raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
         if body.stream_options and not body.stream:
             raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
+        if body.stream_options:
+            check_unknown(body.stream_options, "stream_options")
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         return Ask(
             prompt,
             body.max_completion_tokens or body.max_tokens or DEFAULT_TOKENS,
             read_sampling(body.temperature, body.top_p, body.top_k, body.repetition_penalty, body.seed),
             read_stops(stop),
+            bool(body.logprobs),
             body.top_logprobs or 0,
         )
 
@@ -823,7 +893,7 @@ class Service:
 
     async def _answer(self, request: Request, content: bytes, ask: Ask) -> tuple[str, str, Reply]:
         reply = await self.begin(request, lambda: content, ask)
-        async with cancelled_when_gone(request, reply):
+        async with cancelled_when_gone(request, reply.ticket.cancel):
             events = await reply.rest()
         return "".join(event.text for event in events), events[-1].finish, reply
 
@@ -842,8 +912,10 @@ class Service:
         answer, finish, reply = await self._answer(request, content, Ask(prompt, max_tokens, Sampling()))
         found = await anyio.to_thread.run_sync(describe, answer, *reply.size)
         if drawn or request.headers.get("accept", "").startswith("image/png"):
-            picture = partial(_drawn, content, answer, self.config.max_pixels)
-            return Response(await anyio.to_thread.run_sync(picture, limiter=self._readers), media_type="image/png")
+            picture = await self._in_thread(
+                request, self._readers, lambda given_up: _drawn(content, answer, self.config.max_pixels)
+            )
+            return Response(picture, media_type="image/png")
         spoken = {"prompt": prompt, "answer": answer, "finish_reason": finish, "usage": reply.usage}
         return PlainJson(spoken | found)
 
@@ -860,11 +932,11 @@ class Service:
             raise _busy("8 explanations are waiting")
         content = await file.read()
 
-        def work() -> object:
-            return self._explain(open_picture(content, self.config.max_pixels), prompt, answer)
+        def work(given_up: threading.Event) -> object:
+            return self._explain(open_picture(content, self.config.max_pixels), prompt, answer, given_up)
 
         try:
-            return PlainJson(await anyio.to_thread.run_sync(work, limiter=self._explainers))
+            return PlainJson(await self._in_thread(request, self._explainers, work))
         except ValueError as error:
             raise ApiError(400, str(error)) from error
 
@@ -937,7 +1009,8 @@ def create_app(
         It is not closed by the application: whoever made it closes it.
     config : ServerConfig
     explain : callable, optional
-        Called off the loop with (PIL image, prompt, answer); what it gives must be ready for JSON.
+        Called off the loop with (PIL image, prompt, answer, event); what it gives must be ready for JSON. Once the
+        event is set nobody waits for it: it should return soon, whatever it gives.
     static : Path, optional
         A folder served at /static; its `index.html` is served at /.
 
@@ -966,6 +1039,8 @@ def create_app(
         app.add_api_route("/explain", service.explain, methods=["POST"])
     app.add_api_route("/health/live", service.live)
     app.add_api_route("/health/ready", service.ready)
+    app.add_api_route("/health/live", service.live, methods=["HEAD"], include_in_schema=False)
+    app.add_api_route("/health/ready", service.ready, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/metrics", service.metrics, response_class=Response, responses=_METRICS_FORM)
     app.add_api_route("/docs", _docs, include_in_schema=False)
     app.mount("/docs", StaticFiles(packages=[("fastapi_swagger", "resources")]))
@@ -976,7 +1051,11 @@ def create_app(
     app.add_middleware(Guard, service=service)
     if config.cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Request-ID"],
         )
     return app
 
@@ -996,19 +1075,24 @@ def _framework_error(request: Request, error: HTTPException) -> Response:
     }
     sentence = sentences.get(error.status_code, f"{error.detail}: /docs says what is expected")
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    return error_response(ApiError(error.status_code, sentence, code=code, headers=error.headers))
+    return _known_error(request, ApiError(error.status_code, sentence, code=code, headers=error.headers))
 
 
 def _shape_error(request: Request, error: RequestValidationError) -> Response:
     """The fault that lies deepest in the body, in words, as a 400: that is what OpenAI's clients expect."""
-    deepest = max(error.errors(), key=lambda fault: len(fault["loc"]))
-    if deepest["type"] == "json_invalid":
-        return error_response(ApiError(400, f"the body is not JSON: {deepest['ctx']['error']}", code="invalid_json"))
-    place = [str(step) for step in deepest["loc"][1:] if step != "str" and "[" not in str(step)]
-    param = ".".join(place) or None
+    # a text or a list: if the list is too long, that it is no text is not the point
+    deepest = max(error.errors(), key=lambda fault: (len(fault["loc"]), fault["type"] == "too_long"))
     given = deepest.get("input")
-    shown = f", got {given!r:.80}" if isinstance(given, str | int | float | bool) else ""
-    return error_response(ApiError(400, f"{param or 'the body'}: {deepest['msg']}{shown}", param=param))
+    if deepest["type"] == "json_invalid":
+        sentence, param, code = f"the body is not JSON: {deepest['ctx']['error']}", None, "invalid_json"
+    elif isinstance(given, bytes):  # as it came: FastAPI parses nothing else
+        sentence, param, code = "the body is not marked as JSON: send Content-Type: application/json", None, "not_json"
+    else:
+        place = ".".join(str(step) for step in deepest["loc"][1:] if step != "str" and "[" not in str(step))
+        param, code = re.sub(r"(\.content\.\d+)\.\w+", r"\1", place) or None, None  # without the kind of the part
+        shown = f", got {given!r:.80}" if isinstance(given, str | int | float | bool) else ""
+        sentence = f"{param or 'the body'}: {deepest['msg']}{shown}"
+    return _known_error(request, ApiError(400, sentence, param=param, code=code))
 
 
 def _known_error(request: Request, error: ApiError) -> Response:
@@ -1023,7 +1107,7 @@ def _add_pages(app: FastAPI, static: Path | None) -> None:
     async def front() -> Response:
         return FileResponse(page) if page is not None and page.is_file() else RedirectResponse("docs")
 
-    app.add_api_route("/", front, include_in_schema=False)
+    app.add_api_route("/", front, methods=["GET", "HEAD"], include_in_schema=False)
     if static is not None and static.is_dir():
         app.mount("/static", StaticFiles(directory=static))
 

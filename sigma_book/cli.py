@@ -351,7 +351,9 @@ def _bench_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--new-tokens", metavar="N", type=int, default=16, help="of each answer (default: 16)")
     command.add_argument("--warmup", metavar="N", type=int, default=1, help="turns that do not count (default: 1)")
     command.add_argument("--repeat", metavar="N", type=int, default=5, help="turns that count (default: 5)")
-    command.add_argument("--bill", action="store_true", help="predict each part and hold it against the measurement")
+    command.add_argument(
+        "--bill", action="store_true", help="predict each part beside its measurement (on a card: always)"
+    )
     command.add_argument("--growth", dest="grow", action="store_true", help="time larger pictures, batches and answers")
     command.add_argument("--json", dest="json_file", metavar="FILE", type=Path, help="write all that was measured")
     command.add_argument("--save", dest="picture", metavar="FILE", type=Path, help="write a picture, FILE.png")
@@ -384,7 +386,7 @@ def _serve_arguments(command: argparse.ArgumentParser) -> None:
         "--deadline", metavar="S", type=float, default=60.0, help="seconds an answer has (default: 60)"
     )
     command.add_argument(
-        "--grace", metavar="S", type=float, default=30.0, help="seconds to finish after SIGTERM (default: 30)"
+        "--grace", metavar="S", type=float, help="seconds to finish after SIGTERM; not with --replicas (default: 30)"
     )
     command.add_argument("--replicas", metavar="N", type=int, default=1, help="of the model, by Ray Serve (default: 1)")
     command.add_argument("--max-replicas", metavar="N", type=int, help="under load, up to N (default: as --replicas)")
@@ -430,8 +432,12 @@ def _serve(options: argparse.Namespace) -> None:
         compile=options.compile,
     )
     if options.replicas == 1 and options.max_replicas is None:
-        serve(make_model, config, grace=options.grace, **address, **sizes)
+        serve(make_model, config, grace=30.0 if options.grace is None else options.grace, **address, **sizes)
         return
+    if options.grace is not None:
+        raise ValueError(
+            "--grace is for one process, and Ray Serve has a time of its own: leave it out with --replicas"
+        )
     from sigma_book.replicas import serve_replicas, share
 
     shared = share(options.replicas, options.max_replicas, options.max_rows, options.device)

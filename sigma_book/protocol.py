@@ -27,6 +27,7 @@ from sigma_book.processor import Tokenizer, load_image
 __all__ = [
     "FORMATS",
     "HARMLESS",
+    "MOST_SCANS",
     "NEUTRAL",
     "ApiError",
     "Ask",
@@ -42,6 +43,7 @@ __all__ = [
     "TextPart",
     "TokenNames",
     "check_extras",
+    "check_unknown",
     "error_body",
     "error_response",
     "open_picture",
@@ -115,31 +117,35 @@ class ErrorBody(BaseModel):
 
 
 class _Strict(BaseModel):
-    """No guessing: "5" is not 5, and an unknown field is a mistake."""
+    """No guessing: "5" is not 5. Unknown fields are kept, for `check_unknown` to name the first."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="allow")
 
 
 class ImageUrl(_Strict):
     url: str
-    detail: Literal["auto", "low", "high"] | None = None
+    detail: Literal["auto", "low", "high", "original"] | None = None
 
 
 class ImagePart(_Strict):
     type: Literal["image_url"]
     image_url: ImageUrl
+    prompt_cache_breakpoint: Any = None  # harmless
 
 
 class TextPart(_Strict):
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: Any = None
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+_Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
+
+class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(max_length=64)]
+    content: str | Annotated[list[_Part], Field(max_length=64, fail_fast=True)]
+    name: Any = None  # harmless
 
 
 class StreamOptions(_Strict):
@@ -147,17 +153,15 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = False
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(_Strict):
     """One picture and one prompt, in the form of OpenAI's chat completions.
 
     `temperature` is 0 unless given: the answer is then the same each time. `top_k` and `repetition_penalty` are
     additions.
     """
 
-    model_config = ConfigDict(strict=True, extra="allow")
-
     model: str
-    messages: list[Message] = Field(min_length=1, max_length=256)
+    messages: list[Message] = Field(min_length=1, max_length=256, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
@@ -214,14 +218,27 @@ def check_extras(extras: dict[str, Any]) -> None:
         400, with the name of the field.
     """
     for name, value in extras.items():
-        if value is None or name in HARMLESS or value in NEUTRAL.get(name, ()):
+        neutral = not isinstance(value, bool) and value in NEUTRAL.get(name, ())  # True == 1, and is no number
+        if value is None or name in HARMLESS or neutral:
             continue
         shown = f"{value!r:.60}"
         if name not in NEUTRAL:
             raise ApiError(400, f"unknown field {name!r:.80}: /docs lists those there are", param=name[:80])
-        allowed = " or ".join(json.dumps(neutral) for neutral in NEUTRAL[name])
+        allowed = " or ".join(json.dumps(choice) for choice in NEUTRAL[name])
         wanted = f"it may only be {allowed}, or be left out" if allowed else "leave it out"
         raise ApiError(400, f"{name} is {shown}, and PaliGemma has nothing of the kind: {wanted}", param=name)
+
+
+def check_unknown(part: BaseModel, place: str) -> None:
+    """Refuse a part of a request that has a field which is not known.
+
+    Raises
+    ------
+    ApiError
+        400, with the name of the first.
+    """
+    for name in part.model_extra or {}:
+        raise ApiError(400, f"unknown field {name!r:.80} of {place}: leave it out", param=place)
 
 
 def read_messages(messages: list[Message]) -> tuple[str, str]:
@@ -230,22 +247,24 @@ def read_messages(messages: list[Message]) -> tuple[str, str]:
     Raises
     ------
     ApiError
-        400, if there is a system message or a second turn, no picture or several, or several texts.
+        400, if there is a system message or a second turn, no picture or several, several texts, or an unknown field.
     """
     for place, message in enumerate(messages):
         param = f"messages.{place}"
         if message.role != "user":
             problem = f"a message of the role {message.role!r}"
             raise ApiError(400, f"{problem}: PaliGemma has no chat, send one user message", param=f"{param}.role")
-        for name in message.model_extra or {}:
-            if name != "name":
-                raise ApiError(400, f"unknown field {name!r:.80} of a message: leave it out", param=param)
+        check_unknown(message, param)
     if len(messages) > 1:
         raise ApiError(
             400, f"{len(messages)} messages: PaliGemma has no chat, each question is asked alone", param="messages"
         )
     content = messages[0].content
     parts = [] if isinstance(content, str) else content
+    for place, part in enumerate(parts):
+        check_unknown(part, f"messages.0.content.{place}")
+        if isinstance(part, ImagePart):
+            check_unknown(part.image_url, f"messages.0.content.{place}.image_url")
     pictures = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
     texts = [content] if isinstance(content, str) else [part.text for part in parts if isinstance(part, TextPart)]
     where = "messages.0.content"
@@ -304,6 +323,7 @@ def _read_under(root: Path, name: str, max_bytes: int) -> bytes:
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # Pillow reads more, some of them programs
+MOST_SCANS = 100  # of a JPEG: what libtiff allows for those in a TIFF
 
 
 def open_picture(content: bytes, max_pixels: int) -> Image.Image:
@@ -312,10 +332,13 @@ def open_picture(content: bytes, max_pixels: int) -> Image.Image:
     Raises
     ------
     ValueError
-        If it is empty, not a picture, damaged, or larger than `max_pixels`.
+        If it is empty, not a picture, damaged, larger than `max_pixels`, or a JPEG of more than `MOST_SCANS` scans.
     """
     if not content:
         raise ValueError("the picture is empty: send a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF")
+    # a scan begins FF DA, and a length below 256; without its 00, a film behind a photograph may have as many by chance
+    if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda\x00") > MOST_SCANS:
+        raise ValueError(f"the JPEG is drawn in more than {MOST_SCANS} scans: save it anew, with fewer")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as probe:
             width, height = probe.size
@@ -336,6 +359,7 @@ class Ask:
     max_new_tokens: int
     sampling: Sampling
     stop: tuple[str, ...] = ()
+    logprobs: bool = False
     top: int = 0
 
 

@@ -16,7 +16,7 @@ from sigma_book.bulk import claims, processors, ray_running
 from sigma_book.generation import whole_number
 from sigma_book.paligemma import PaliGemma
 from sigma_book.server import ServerConfig
-from sigma_book.serving import app_for
+from sigma_book.serving import app_for, log_to_stderr
 
 NAME = "sigma-book"
 
@@ -85,6 +85,7 @@ class Replica:
 
 def _make_app(threads: int, make_model: Callable[[], PaliGemma], config: ServerConfig, sizes: dict) -> FastAPI:
     torch.set_num_threads(threads)
+    log_to_stderr()
     return app_for(make_model(), config, sizes)
 
 
@@ -104,6 +105,8 @@ def replicas_running(
 
     Joins the Ray cluster that `RAY_ADDRESS` names, or starts one on this machine, without dashboard and statistics. All
     that `serve` answers is answered, by one replica or another; `/metrics` are those of the replica that was asked.
+    The log of each is kept by Ray on the machine of the replica, each line behind a few words of Ray's own: unless told
+    otherwise in `/tmp/ray/session_latest/logs/serve/replica_*.log`.
 
     Parameters
     ----------

@@ -22,7 +22,16 @@ from sigma_book.protocol import ApiError, error_body
 from sigma_book.server import JsonLines, ServerConfig, create_app
 from sigma_book.why import explain, looks_as_json
 
-__all__ = ["CarefulProtocol", "GracefulServer", "app_for", "explainer", "read_api_keys", "remembering", "serve"]
+__all__ = [
+    "CarefulProtocol",
+    "GracefulServer",
+    "app_for",
+    "explainer",
+    "log_to_stderr",
+    "read_api_keys",
+    "remembering",
+    "serve",
+]
 
 KEYS_VARIABLE = "SIGMA_BOOK_API_KEYS"
 STATIC = Path(__file__).parent / "static"
@@ -76,8 +85,14 @@ class CarefulProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """What is not HTTP gets an answer in the shape of all others."""
-        body = json.dumps(error_body(ApiError(400, msg, code="invalid_http"))).encode()
-        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        error, reason = ApiError(400, msg, code="invalid_http"), "Bad Request"
+        if (
+            getattr(sys.exc_info()[1], "error_status_hint", 400) == 431
+        ):  # uvicorn calls this where it caught h11's error
+            error = ApiError(431, "the head is too large: send fewer and shorter headers", code="head_too_large")
+            reason = "Request Header Fields Too Large"
+        body = json.dumps(error_body(error)).encode()
+        head = f"HTTP/1.1 {error.status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
         self.transport.close()
 
@@ -177,7 +192,7 @@ def serve(
         sizes = {"max_rows": max_rows, "max_length": max_length, "queue_size": queue_size}
         app = app_for(make_model(), config, sizes, explaining)
         try:
-            _log_to_stderr()
+            log_to_stderr()
             _allow_many_connections()
             GracefulServer(app, host, port, grace).run(sockets=[listener])
         finally:
@@ -200,7 +215,9 @@ def remembering(model: PaliGemma) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def explainer(model: PaliGemma) -> Callable:
     """Chapter 23b's maps of evidence, in the form that `create_app` takes and the demo page reads."""
-    return lambda image, prompt, answer: looks_as_json(explain(model, image, prompt, answer))
+    return lambda image, prompt, answer, given_up: looks_as_json(
+        explain(model, image, prompt, answer, given_up=given_up)
+    )
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -212,7 +229,8 @@ def _listen(host: str, port: int) -> socket.socket:
         raise RuntimeError(f"port {port} of {host} cannot be taken ({error}): give another --port or --host") from error
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
+    """One JSON object a line, from this process."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

@@ -5,6 +5,7 @@ Which patches did an answer token look at, and may we believe what a map shows?
 Tangled from chapters/23b_why.py: edit there, then run python -m sigma_book.tangle.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -36,7 +37,15 @@ class Look(NamedTuple):
     weights: torch.Tensor
 
 
-def explain(model: PaliGemma, image, prompt: str, answer: str, *, max_tokens: int = 128) -> list[Look]:
+def explain(
+    model: PaliGemma,
+    image,
+    prompt: str,
+    answer: str,
+    *,
+    max_tokens: int = 128,
+    given_up: threading.Event | None = None,
+) -> list[Look]:
     """Which patches each token of an answer rests on: gradient times token, a quarter of the way up the tower.
 
     For each token of the answer, its lead is its score minus the best other score. The weight of a patch is the length
@@ -55,11 +64,13 @@ def explain(model: PaliGemma, image, prompt: str, answer: str, *, max_tokens: in
         What was said: by this model, or by anyone.
     max_tokens : int
         A longer answer is refused: each token costs two readings of everything.
+    given_up : threading.Event, optional
+        Once another thread has set it, no further token is begun.
 
     Returns
     -------
     list of Look
-        In the order of the answer.
+        In the order of the answer; those that were done, if it was given up.
 
     Raises
     ------
@@ -91,6 +102,8 @@ def explain(model: PaliGemma, image, prompt: str, answer: str, *, max_tokens: in
         hidden_states = _read_on(model, patches, batch)[0]  # (T, D)
         looks = []
         for text, places in groups:
+            if given_up is not None and given_up.is_set():
+                break
             lead = _lead(model.logits(hidden_states[places - 1]), batch.input_ids[0, places])
             looks.append(Look(text, _evidence(lead, patches, keep=len(looks) + 1 < len(groups))))
     return looks

@@ -99,7 +99,7 @@ def odd_models(tmp_path_factory, make_tiny):
     return {name: load(make_tiny(folder / str(n), n, **ODD[name]), device="cpu") for n, name in enumerate(ODD)}
 
 
-def alone(model, image, prompt, *, stop=(), allow=None, sampling=None, max_new_tokens):
+def alone(model, image, prompt, *, stop=(), allow=None, sampling=None, max_new_tokens, logprobs=False):
     """What a call of its own answers."""
     shown = image if isinstance(image, list) else [image]
     batch = model.processor.prepare([shown], [prompt])
@@ -112,6 +112,7 @@ def alone(model, image, prompt, *, stop=(), allow=None, sampling=None, max_new_t
         stop_ids=getattr(model, "stop_ids", None),
         stop=stop,
         allow=allow,
+        logprobs=logprobs,
     )
     return answer
 
@@ -159,6 +160,43 @@ def test_in_any_company_as_alone(odd_models, pictures, name, rows):
     assert stats.running == stats.queued == 0 and sum(stats.finished.values()) == 16
     assert max(stats.batch_sizes) <= rows
     assert stats.tokens == sum(len(one.tokens) for one in heard)
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma 2"])
+def test_a_prepared_model_in_any_company(name, tmp_path, make_tiny, pictures, monkeypatch):
+    """With a head that rounds what is not the best: who draws, is penalized or asks for more gets exact scores beside others."""
+    monkeypatch.setattr("sigma_book.fast.LARGE_HEAD", 0)
+    model, chance = load(make_tiny(tmp_path / "m", 3, **ODD[name]), device="cpu", compile=True), random.Random(name)
+    taken, inner = [], model.next_token_logits
+    model.next_token_logits = lambda hidden, best_only=False: taken.append(best_only) or inner(hidden, best_only)
+    requests = [random_request(model, pictures, chance) for _ in range(16)]
+    with closing(Engine(model, max_rows=3)) as engine:
+        heard = [Heard() for _ in requests]
+        for number, (image, prompt, options) in enumerate(requests):
+            engine.submit(image, prompt, heard[number], logprobs=number % 4 == 0, **options)
+        for number, (image, prompt, options) in enumerate(requests):
+            one, expected = heard[number].wait(), alone(model, image, prompt, logprobs=True, **options)
+            assert (one.text, one.tokens) == (expected.text, expected.tokens)
+            if number % 4 == 0:
+                assert one.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+    assert {True, False} == set(taken)  # both ways were gone
+
+
+def test_who_comes_while_another_runs_joins_it(tiny_model, pictures):
+    """A short answer that is asked for in the middle of a long one ends before it; rows then run together."""
+    with closing(Engine(tiny_model, max_rows=2)) as engine:
+        order, short = [], Heard()
+
+        def long(event):
+            order.append(("long", event.finish))
+            if len(order) == 5:
+                engine.submit(pictures[1], "x", short, max_new_tokens=3)
+
+        over = threading.Event()
+        engine.submit(pictures[0], "x", lambda event: (long(event), event.finish and over.set()), max_new_tokens=60)
+        assert over.wait(PATIENCE)
+        assert short.over.is_set() and len(order) > 20  # told before the long one's last token
+        assert set(engine.stats().batch_sizes) == {1, 2}
 
 
 def test_hundreds_from_many_threads(tiny_model, pictures):

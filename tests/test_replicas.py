@@ -2,6 +2,8 @@
 
 import base64
 import io
+import json
+import logging
 import os
 import signal
 import socket
@@ -14,9 +16,12 @@ from collections import Counter
 import httpx
 import openai
 import pytest
+import torch
+from fastapi.testclient import TestClient
 
 from sigma_book import generate
-from sigma_book.replicas import ReplicaConfig
+from sigma_book.replicas import ReplicaConfig, _make_app
+from sigma_book.server import ServerConfig
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -49,6 +54,21 @@ def test_settings_are_those_that_ray_serve_knows():
     scaled = serve.deployment(Nothing).options(**ReplicaConfig(2, most=9, busy=6).options(72))
     config = scaled._deployment_config.autoscaling_config
     assert (config.min_replicas, config.max_replicas, config.target_ongoing_requests) == (2, 9, 6)
+
+
+def test_a_replica_logs_as_one_process_does(tiny_model, monkeypatch, capsys):
+    root, package = logging.getLogger(), logging.getLogger("sigma_book")
+    monkeypatch.setattr(root, "handlers", [])
+    level, package_level = root.level, package.level
+    app = _make_app(torch.get_num_threads(), lambda: tiny_model, ServerConfig("tiny"), {})
+    try:
+        assert TestClient(app).get("/health/live").status_code == 200
+    finally:
+        app.state.service.engine.close()
+        root.setLevel(level)
+        package.setLevel(package_level)
+        logging.captureWarnings(False)
+    assert json.loads(capsys.readouterr().err)["path"] == "/health/live"
 
 
 def free_port() -> int:

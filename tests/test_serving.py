@@ -118,6 +118,7 @@ def test_what_is_wrong_is_said_before_a_port_is_open(capsys, tmp_path, tiny_fold
             (["--image-root", str(tmp_path / "none")], "no such folder"),
             (["--cors", "example.org"], "origin"),
             (["--deadline", "0"], "deadline"),
+            (["--replicas", "2", "--grace", "5"], "leave it out with --replicas"),
             (["--max-rows", "0", "--port", "0"], "max_rows"),
             (["--model", str(tmp_path / "none")], "none"),
         ]

@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -269,6 +270,14 @@ def test_maps_without_gradient_are_told(tiny_folder, pictures):
         block.self_attn.forward = lambda *given, attend=attend: attend(*given).detach()
     with pytest.raises(ValueError, match="no gradient reaches the picture"):
         explain(model, pictures[0], "caption en", "red")
+
+
+def test_what_is_given_up_begins_no_further_token(tiny_model, pictures):
+    answer = "a red star"
+    looks = explain(tiny_model, pictures[0], "caption en", answer)
+    asked = iter([False, False, True])
+    some = explain(tiny_model, pictures[0], "caption en", answer, given_up=SimpleNamespace(is_set=lambda: next(asked)))
+    assert [look.text for look in some] == [look.text for look in looks[:2]]
 
 
 def test_json_form(pocket, pictures):
