@@ -22,6 +22,7 @@ from fastapi.testclient import TestClient
 from sigma_book import generate
 from sigma_book.replicas import ReplicaConfig, _make_app
 from sigma_book.server import ServerConfig
+from sigma_book.world import draw_scene, make_scene
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -122,6 +123,31 @@ def test_two_replicas_answer_as_one_process_does(pictures, tiny_folder, tiny_mod
         assert process.wait(60) == 0, "".join(lines)
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"http://127.0.0.1:{port}/health/live")
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait(30)
+
+
+@pytest.mark.slow
+def test_an_answer_under_way_is_finished_after_sigterm(make_tiny, tmp_path):
+    folder, port = make_tiny(tmp_path / "long", max_position_embeddings=16384), free_port()
+    command = [sys.executable, "-m", "sigma_book.cli", "serve", "--model", str(folder), "--replicas", "2"]
+    command += ["--port", str(port), "--device", "cpu", "--name", "tiny"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    try:
+        for line in process.stderr:
+            if "listening on" in line:
+                break
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+        asked = question(draw_scene(make_scene(3))) | {"max_tokens": 3000}
+        stream = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        chunks = [next(stream), next(stream)]
+        process.send_signal(signal.SIGTERM)
+        chunks += list(stream)
+        assert chunks[-2].choices[0].finish_reason == "length" and chunks[-1].usage.completion_tokens == 3000
+        assert process.wait(60) == 0
     finally:
         if process.poll() is None:
             process.kill()

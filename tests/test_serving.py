@@ -251,7 +251,7 @@ def check_load(report: dict) -> None:
     assert report["wrong"] == 0 and report["other"] == []
     assert report["refused"] > 0 and report["with_retry_after"]  # it was more than it can answer, and it said so
     assert report["admitted_rate"] > 0.4 * report["capacity"]  # and it went on answering
-    assert report["memory_after"] < 1.1 * report["memory_before"] + 20e6
+    assert report["memory_after"] < report["memory_before"] + 20e6
     # 1.4 to 2 on an idle machine; a neighbour that comes between the two measurements may double it
     assert report["admitted_p99"] < 4 * report["alone_p99"]
 
