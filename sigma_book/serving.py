@@ -86,9 +86,8 @@ class CarefulProtocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """What is not HTTP gets an answer in the shape of all others."""
         error, reason = ApiError(400, msg, code="invalid_http"), "Bad Request"
-        if (
-            getattr(sys.exc_info()[1], "error_status_hint", 400) == 431
-        ):  # uvicorn calls this where it caught h11's error
+        hint = getattr(sys.exc_info()[1], "error_status_hint", 400)  # of h11's error, which uvicorn has just caught
+        if hint == 431:
             error = ApiError(431, "the head is too large: send fewer and shorter headers", code="head_too_large")
             reason = "Request Header Fields Too Large"
         body = json.dumps(error_body(error)).encode()

@@ -118,7 +118,11 @@ def check_inference(model: PaliGemma, device: str, dtype: torch.dtype) -> None:
 
 
 KINDS = pytest.mark.parametrize("kind, tied", [("gemma", True), ("gemma", False), ("gemma2", True)])
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+DTYPES = pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16, torch.float16],  # what a GPU computes in
+    ids=["fp32", "bf16", "fp16"],
+)
 
 
 @KINDS
