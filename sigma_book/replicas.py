@@ -142,9 +142,8 @@ def replicas_running(
             except RuntimeError as error:
                 raise RuntimeError(f"the replicas do not start: {_why(serve.status())}") from error
             yield f"http://{host}:{port}"
-            serve.delete(
-                NAME
-            )  # replicas finish what they are at, while the proxies still hold the clients' connections
+            # replicas finish what they are at, while the proxies still hold the connections of their clients
+            serve.delete(NAME)
         finally:
             serve.shutdown()
 
