@@ -278,8 +278,8 @@ order.tolist()
 # ## Why float32
 #
 # Weights often come in bfloat16, a format of 16 bits of which 7 hold the digits behind the first. Whole numbers up to 256
-# fit. 257 does not: it becomes 256. PaliGemma counts from 1 and has 256 picture tokens, so the last patch and the first token of the text
-# would stand at one place.
+# fit. 257 does not: it becomes 256. PaliGemma counts from 1 and has 256 picture tokens, so the last patch and the first
+# token of the text would stand at one place.
 
 # %%
 assert torch.tensor(257.0).bfloat16() == torch.tensor(256.0).bfloat16() == 256

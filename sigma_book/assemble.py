@@ -37,6 +37,12 @@ WATCHED = ("*.json", "*.safetensors", "tokenizer.model")  # the files that make 
 _kept: dict[str, tuple[object, PaliGemma]] = {}  # the pocket model and the last other one, for `generate`
 
 
+def check_quantize(quantize: str | None) -> None:
+    """Raise a `ValueError` if `load` knows no weights of this kind."""
+    if quantize not in (None, "nf4", "int8", "int4"):
+        raise ValueError(f"quantize is {quantize!r}: expected 'nf4', 'int8' or 'int4', or nothing")
+
+
 def load(
     path_or_hub_id: str | Path | None = None,
     *,
@@ -86,8 +92,7 @@ def load(
     RuntimeError
         If the device is not there, or the hub does not give the files.
     """
-    if quantize not in (None, "nf4", "int8", "int4"):
-        raise ValueError(f"quantize is {quantize!r}: expected 'nf4', 'int8' or 'int4', or nothing")
+    check_quantize(quantize)
     if type(compile) is not bool:
         raise ValueError(f"compile is {compile!r}: expected True or False")
     if compile and quantize == "nf4":

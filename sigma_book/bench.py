@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from sigma_book.assemble import POCKET
+from sigma_book.assemble import POCKET, check_quantize
 from sigma_book.bench_contenders import Work, machine_facts, make_batch
 from sigma_book.bench_report import bench_lines, draw_bench, draw_growth, growth_lines
 from sigma_book.fast import wants_shortlist
@@ -304,8 +304,7 @@ def check_work(work: Work, against: Sequence[str], warmup: int, repeat: int) -> 
     whole_number("repeat", repeat, least=1)
     if work.prompt_tokens is not None:
         whole_number("prompt_tokens", work.prompt_tokens, least=1)
-    if work.quantize not in (None, "nf4", "int8", "int4"):
-        raise ValueError(f"quantize is {work.quantize!r}: expected 'nf4', 'int8' or 'int4', or nothing")
+    check_quantize(work.quantize)
     if work.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {work.dtype!r}: expected float32, bfloat16 or float16")
     for name in against:

@@ -145,9 +145,8 @@ class ParquetRows:
         sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
         self._columns, self._starts = ["image", key], np.cumsum([0, *sizes])
         self._group, self._next, self._waiting = -1, 0, iter(())
-        self._lost: dict[
-            int, tuple[int, ValueError]
-        ] = {}  # for a damaged group: the first row behind which nothing is read
+        # of each damaged group, the first row that cannot be read, and why: it and the ones behind it are lost
+        self._lost: dict[int, tuple[int, ValueError]] = {}
 
     def __reduce__(self):
         return ParquetRows, (self.path, self.folder)
