@@ -24,6 +24,7 @@
 import asyncio
 import hashlib
 import hmac
+import inspect
 import io
 import json
 import logging
@@ -42,7 +43,7 @@ from typing import Annotated, Any
 
 import anyio.to_thread
 import torch
-from fastapi import FastAPI, File, Form, Request, Security, UploadFile
+from fastapi import Depends, FastAPI, File, Form, Request, Security, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
@@ -583,7 +584,7 @@ def _gone() -> ApiError:
 
 
 def _busy(reason: str, seconds: float = 1.0) -> ApiError:
-    wait = {"Retry-After": str(max(1, round(seconds)))}
+    wait = {"Retry-After": str(max(1, math.ceil(seconds)))}
     return ApiError(429, f"{reason}: ask again in {wait['Retry-After']} s", code="busy", headers=wait)
 
 
@@ -708,8 +709,10 @@ def _drawn(content: bytes, answer: str, max_pixels: int) -> bytes:
 
 
 PictureFile = Annotated[UploadFile, File(description="the picture: JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF")]
-MaxTokens = Annotated[int, Form(ge=1, description="longest answer, in tokens")]
-DEFAULT_TOKENS = 100
+DEFAULT_TOKENS = 100  # longest answer where nothing is said, if the operator allows as many
+MaxTokens = Annotated[
+    int | None, Form(ge=1, description=f"longest answer, in tokens; by default {DEFAULT_TOKENS} or less")
+]
 STUCK_SECONDS = 120.0  # longer than any model takes for one token, prompt included
 
 
@@ -721,6 +724,8 @@ class Service:
         self.meters = Meters(engine)
         self.names = TokenNames(engine.processor.tokenizer)
         self.context = engine.max_length
+        self.most_tokens = config.max_new_tokens or self.context
+        self.default_tokens = min(DEFAULT_TOKENS, self.most_tokens)
         self.most_signs = 20_000 + 100 * self.context  # those of the longest prompt that `_check_length` lets pass
         self.most_asked = config.max_waiting or engine.max_rows + engine.queue_size
         self.created = int(time.time())
@@ -807,7 +812,7 @@ class Service:
     def check_room(self) -> None:
         """Raise a 429 if as many requests are under way as may be."""
         if self.asked >= self.most_asked:
-            raise _busy(f"{self.asked} requests are under way")
+            raise _busy(f"{self.asked} {'request is' if self.asked == 1 else 'requests are'} under way")
 
     def _let_go(self, reply: Reply) -> None:
         self.asked -= 1
@@ -819,9 +824,9 @@ class Service:
             reply.record.fields |= reply.usage | {"finish": "cancelled", "code": code}
 
     def _check_length(self, ask: Ask) -> None:
-        most = self.config.max_new_tokens or self.context
-        if ask.max_new_tokens > most:
-            raise ApiError(400, f"max_tokens is {ask.max_new_tokens}: expected 1 to {most}", param="max_tokens")
+        if ask.max_new_tokens > self.most_tokens:
+            sentence = f"max_tokens is {ask.max_new_tokens}: expected 1 to {self.most_tokens}"
+            raise ApiError(400, sentence, param="max_tokens")
         if len(ask.prompt) > 100 * self.context:  # not worth cutting into tokens: no piece has 100 characters
             raise ApiError(
                 400,
@@ -865,7 +870,7 @@ class Service:
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         return Ask(
             prompt,
-            body.max_completion_tokens or body.max_tokens or DEFAULT_TOKENS,
+            body.max_completion_tokens or body.max_tokens or self.default_tokens,
             read_sampling(body.temperature, body.top_p, body.top_k, body.repetition_penalty, body.seed),
             read_stops(stop),
             bool(body.logprobs),
@@ -877,7 +882,7 @@ class Service:
         request: Request,
         file: PictureFile,
         prompt: Annotated[str, Form(description="such as: caption en")],
-        max_tokens: MaxTokens = DEFAULT_TOKENS,
+        max_tokens: MaxTokens = None,
         temperature: Annotated[float | None, Form(ge=0, le=2, allow_inf_nan=False)] = None,
         top_p: Annotated[float | None, Form(gt=0, le=1, allow_inf_nan=False)] = None,
         top_k: Annotated[int | None, Form(ge=1, le=2**31)] = None,
@@ -887,7 +892,7 @@ class Service:
     ):
         """Ask about a picture, as a form: `curl -F file=@cat.png -F prompt="caption en"`."""
         sampling = read_sampling(temperature, top_p, top_k, repetition_penalty, seed)
-        ask = Ask(prompt, max_tokens, sampling, read_stops(tuple(stop or ())))
+        ask = Ask(prompt, max_tokens or self.default_tokens, sampling, read_stops(tuple(stop or ())))
         answer, finish, reply = await self._answer(request, await file.read(), ask)
         return PlainJson({"prompt": prompt, "answer": answer, "finish_reason": finish, "usage": reply.usage})
 
@@ -902,14 +907,15 @@ class Service:
         request: Request,
         file: PictureFile,
         prompt: Annotated[str, Form(description="such as: detect cat ; dog, or: segment cat; or the names alone")],
-        max_tokens: MaxTokens = DEFAULT_TOKENS,
+        max_tokens: MaxTokens = None,
         drawn: Annotated[bool, Form(description="the picture with boxes on it, in place of JSON")] = False,
     ):
         """Find things: boxes in pixels, or with `drawn` (or `Accept: image/png`) a PNG with the boxes on it."""
         if not prompt.startswith(("detect ", "segment ")):
             prompt = f"detect {prompt}"
         content = await file.read()
-        answer, finish, reply = await self._answer(request, content, Ask(prompt, max_tokens, Sampling()))
+        ask = Ask(prompt, max_tokens or self.default_tokens, Sampling())
+        answer, finish, reply = await self._answer(request, content, ask)
         found = await anyio.to_thread.run_sync(describe, answer, *reply.size)
         if drawn or request.headers.get("accept", "").startswith("image/png"):
             picture = await self._in_thread(
@@ -996,6 +1002,9 @@ async def _docs() -> Response:
 #
 # `create_app` connects paths with functions. The page at `/docs` is made by FastAPI from the types above; its script comes
 # from this server and not from somebody else's, so it works without a network.
+#
+# FastAPI lets a form have any fields, and reads the last of several with one name. Whoever writes `max_token` would get an
+# answer of another length than was wanted, and no word about it: what chapter 22c calls a lie. So forms are checked too.
 # %%
 # | export
 def create_app(
@@ -1033,10 +1042,11 @@ def create_app(
     app.add_api_route("/v1/chat/completions", service.chat, methods=["POST"], responses=_CHAT_FORMS)
     app.add_api_route("/v1/models", service.models)
     app.add_api_route("/v1/models/{name:path}", service.model)
-    app.add_api_route("/generate", service.generate, methods=["POST"])
-    app.add_api_route("/detect", service.detect, methods=["POST"], responses=_DETECT_FORMS)
+    form = {"methods": ["POST"], "dependencies": [Depends(_check_form)]}
+    app.add_api_route("/generate", service.generate, **form)
+    app.add_api_route("/detect", service.detect, **form, responses=_DETECT_FORMS)
     if explain is not None:
-        app.add_api_route("/explain", service.explain, methods=["POST"])
+        app.add_api_route("/explain", service.explain, **form)
     app.add_api_route("/health/live", service.live)
     app.add_api_route("/health/ready", service.ready)
     app.add_api_route("/health/live", service.live, methods=["HEAD"], include_in_schema=False)
@@ -1064,6 +1074,17 @@ _FAULTS = {"4XX": "what was wrong with the request, in a sentence", "5XX": "what
 _CHAT_FORMS = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 _DETECT_FORMS = {200: {"content": {"application/json": {}, "image/png": {}}}}
 _METRICS_FORM = {200: {"content": {"text/plain": {}}}}
+
+
+async def _check_form(request: Request) -> None:
+    """Refuse fields that nobody would read: unknown ones, and all but the last of several with one name."""
+    names = [name for name, _ in (await request.form()).multi_items()]  # parsed already
+    known = inspect.signature(request.scope["endpoint"]).parameters.keys() - {"request"}
+    for name in names:
+        if name not in known:
+            raise ApiError(400, f"unknown field {name!r:.80}: /docs lists those there are", param=name[:80])
+        if name != "stop" and names.count(name) > 1:
+            raise ApiError(400, f"{name} is given {names.count(name)} times: give it once", param=name)
 
 
 def _framework_error(request: Request, error: HTTPException) -> Response:
@@ -1330,8 +1351,8 @@ def sent_away(rate: float, capacity: float) -> float: ...
 check(sent_away, ((10.0, 20.0), 0.0), ((40.0, 20.0), 0.5), ((100.0, 20.0), 0.8))
 
 # %% [markdown]
-# **2.** ★★ Write `come_back(waiting, rows, seconds)`: the `Retry-After` of a full queue, in whole seconds, at least one: the
-# time until `waiting` requests have found rows, if each row is free again after `seconds`.
+# **2.** ★★ Write `come_back(waiting, rows, seconds)`: the `Retry-After` of a full queue, in whole seconds, rounded up, at least
+# one: the time until `waiting` requests have found rows, if each row is free again after `seconds`.
 
 
 # %%

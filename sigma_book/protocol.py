@@ -241,6 +241,9 @@ def check_unknown(part: BaseModel, place: str) -> None:
         raise ApiError(400, f"unknown field {name!r:.80} of {place}: leave it out", param=place)
 
 
+_CONTENT = "messages.0.content"  # where prompt and picture stand: there is one message
+
+
 def read_messages(messages: list[Message]) -> tuple[str, str]:
     """The picture's URL and the prompt of a conversation, which must be one turn.
 
@@ -262,17 +265,16 @@ def read_messages(messages: list[Message]) -> tuple[str, str]:
     content = messages[0].content
     parts = [] if isinstance(content, str) else content
     for place, part in enumerate(parts):
-        check_unknown(part, f"messages.0.content.{place}")
+        check_unknown(part, f"{_CONTENT}.{place}")
         if isinstance(part, ImagePart):
-            check_unknown(part.image_url, f"messages.0.content.{place}.image_url")
+            check_unknown(part.image_url, f"{_CONTENT}.{place}.image_url")
     pictures = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
     texts = [content] if isinstance(content, str) else [part.text for part in parts if isinstance(part, TextPart)]
-    where = "messages.0.content"
     if len(pictures) != 1:
         wanted = 'expected one part {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
-        raise ApiError(400, f"{len(pictures) or 'no'} pictures: {wanted}", param=where)
+        raise ApiError(400, f"{len(pictures) or 'no'} pictures: {wanted}", param=_CONTENT)
     if len(texts) != 1:
-        raise ApiError(400, f"{len(texts) or 'no'} text parts: expected one, the prompt", param=where)
+        raise ApiError(400, f"{len(texts) or 'no'} text parts: expected one, the prompt", param=_CONTENT)
     return pictures[0], texts[0]
 
 
@@ -290,17 +292,18 @@ def read_picture(url: str, root: Path | None, max_bytes: int) -> bytes:
     if scheme == "data":
         head, comma, data = url.partition(",")
         if not comma or not head.lower().endswith(";base64"):
-            raise ApiError(400, "a data URL reads data:image/png;base64,... and this one does not", param="url")
+            raise ApiError(400, "a data URL reads data:image/png;base64,... and this one does not", param=_CONTENT)
+        letters = data.encode("ascii", "replace").translate(None, b" \t\n\f\r")  # `base64 cat.png` breaks its lines
         try:
-            return base64.b64decode(data, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise ApiError(400, f"the data URL is not base64: {error}", param="url") from error
+            return base64.b64decode(letters, validate=True)
+        except binascii.Error as error:
+            raise ApiError(400, f"the data URL is not base64: {error}", param=_CONTENT) from error
     if scheme not in ("", "file") or root is None:
         raise ApiError(
             400,
             f"the picture's URL begins {url[:12]!r}: this server fetches nothing, send the picture as a data URL",
             code="url_not_allowed",
-            param="url",
+            param=_CONTENT,
         )
     return _read_under(root, unquote(urlsplit(url).path) if scheme else url, max_bytes)
 
@@ -315,10 +318,10 @@ def _read_under(root: Path, name: str, max_bytes: int) -> bytes:
             content = file.read(max_bytes + 1)
     except (OSError, ValueError, RuntimeError) as error:
         raise ApiError(
-            400, f"no picture {name!r:.120} in the folder that this server reads", code="no_such_file", param="url"
+            400, f"no picture {name!r:.120} in the folder that this server reads", code="no_such_file", param=_CONTENT
         ) from error
     if len(content) > max_bytes:
-        raise ApiError(413, f"{name!r:.120} is larger than {max_bytes:,} bytes", code="too_large", param="url")
+        raise ApiError(413, f"{name!r:.120} is larger than {max_bytes:,} bytes", code="too_large", param=_CONTENT)
     return content
 
 

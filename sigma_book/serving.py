@@ -1,10 +1,12 @@
 """A server on a port: a model, an engine and the application of chapter 23 put together, and stopped with care."""
 
+import importlib
 import json
 import logging
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -214,6 +216,8 @@ def remembering(model: PaliGemma) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def explainer(model: PaliGemma) -> Callable:
     """Chapter 23b's maps of evidence, in the form that `create_app` takes and the demo page reads."""
+    # what `checkpoint` imports when it is first called takes seconds: neither the first visitor nor the port waits for it
+    threading.Thread(target=importlib.import_module, args=("torch._dynamo",), name="explainer").start()
     return lambda image, prompt, answer, given_up: looks_as_json(
         explain(model, image, prompt, answer, given_up=given_up)
     )

@@ -338,6 +338,77 @@ def test_own_pictures(open_page, tmp_path):
 
 
 @pytest.mark.browser
+def test_text_goes_into_the_prompt(open_page):
+    page = open_page()
+    give = """([kind, text, name]) => { const data = new DataTransfer();
+      if (text) data.setData('text/plain', text);
+      if (name) data.items.add(new File([Uint8Array.from(atob('%s'), (c) => c.charCodeAt(0))], name, {type: 'image/png'}));
+      const more = {bubbles: true, cancelable: true};
+      const event = kind === 'paste' ? new ClipboardEvent(kind, {clipboardData: data, ...more})
+                                     : new DragEvent(kind, {dataTransfer: data, ...more});
+      return document.querySelector('#prompt').dispatchEvent(event); }"""
+    give %= base64.b64encode(png()).decode()
+    assert page.evaluate(give, ["dragover", "red star", ""]) and page.evaluate(give, ["drop", "red star", ""])
+    assert page.evaluate(give, ["paste", "red star", "cells.png"]), "Excel gives both"
+    page.wait_for_timeout(200)
+    assert page.text_content("#error") == "" and SCENES[0]["shows"] in page.text_content("#shown")
+    for kind in ("paste", "drop"):
+        page.evaluate(give, [kind, "", f"{kind}.png"])
+        see(page, "#shown", f"{kind}.png")
+
+
+@pytest.mark.browser
+def test_what_comes_late_or_is_no_picture_changes_nothing(open_page):
+    page = open_page()
+    late: list = []
+
+    def hold(route) -> None:
+        """Hold the first; those behind it pass."""
+        late.append(route) if not late else route.continue_()
+
+    page.route(f"**/{SCENES[1]['file']}", hold)
+    page.click("#scenes button >> nth=1")
+    page.click("#scenes button >> nth=2")
+    see(page, "#shown", SCENES[2]["shows"])
+    page.click('#examples button:text-is("caption en")')
+    said = wait_for_answer(page)
+    with page.expect_response(f"**/{SCENES[1]['file']}"):
+        late.pop().continue_()
+    page.set_input_files("#file", {"name": "a.txt", "mimeType": "text/plain", "buffer": b"hi"})
+    see(page, "#error", "a.txt")
+    assert SCENES[2]["shows"] in page.text_content("#shown")
+    assert page.text_content("#answer") == said and page.is_visible("#tokens button >> nth=1")
+
+    page.route("**/explain", hold)
+    page.click("#send")
+    see(page, "#note", "Looking")
+    with page.expect_event("requestfailed", lambda request: request.url.endswith("explain")):
+        page.click("#send")
+    assert wait_for_answer(page) == said
+    assert page.text_content("#note") == page.text_content("#error") == ""
+
+
+@pytest.mark.browser
+def test_the_focus_stays(open_page):
+    page = open_page()
+    page.fill("#prompt", "detect orange heart")
+    for button in ("send", "stop"):
+        page.focus("#send")
+        page.keyboard.press("Enter")
+        page.focus(f"#{button}")
+        wait_for_answer(page)
+        assert page.evaluate("document.activeElement.id") == button
+        assert page.get_attribute("#send", "aria-disabled") == "false"
+    page.locator("#tokens button").nth(2).focus()
+    where = page.text_content("#where")
+    assert where.startswith("“bottom ") and "loc" not in where
+    page.locator("#tokens button").nth(4).hover()
+    assert page.text_content("#where") != where
+    page.mouse.move(5, 5)
+    assert page.text_content("#where") == where, "the word that the keyboard is on"
+
+
+@pytest.mark.browser
 def test_a_large_photo_is_sent_smaller(open_page, tmp_path):
     page = open_page()
     photo = tmp_path / "photo.jpg"
@@ -350,12 +421,13 @@ def test_a_large_photo_is_sent_smaller(open_page, tmp_path):
     url = asked.value.post_data_json["messages"][0]["content"][0]["image_url"]["url"]
     sent = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
     assert sent.size == (1792, 1195) and len(url) < 5e6
+    assert "max_tokens" not in asked.value.post_data_json, "how many tokens are allowed, the server knows"
     wait_for_answer(page)
 
 
 @pytest.mark.browser
 def test_what_goes_wrong_is_a_sentence(open_page, tmp_path):
-    page = open_page(allow="status of 400")
+    page = open_page(allow="status of 4(00|29)")
     alert = page.get_by_role("alert")
     (tmp_path / "broken.png").write_bytes(png()[:40])
     page.set_input_files("#file", tmp_path / "broken.png")
@@ -376,6 +448,13 @@ def test_what_goes_wrong_is_a_sentence(open_page, tmp_path):
     page.click("#send")
     assert "whole number" in alert.text_content()
     page.fill("#most", "2")
+    busy = {"error": {"message": "1 request is under way: ask again in 1 s"}}
+    page.route(
+        "**/completions", lambda route: route.fulfill(status=429, json=busy, headers={"Retry-After": "1"}), times=1
+    )
+    page.click("#send")
+    see(page, "#error", "request")
+    assert alert.text_content() == busy["error"]["message"]
     page.click("#send")
     wait_for_answer(page)
     assert alert.text_content() == "" and "Cut at 2 tokens" in page.text_content("#note")
@@ -401,7 +480,10 @@ def test_stop(open_page):
 @pytest.mark.browser
 def test_a_server_that_wants_a_key(open_page):
     page = open_page("locked", allow="status of 401")
-    assert "Enter a key under Settings" in page.get_by_role("alert").text_content()
+    assert page.get_by_role("alert").text_content().endswith("Bearer KEY. Enter a key under Settings.")
+    page.fill("#key", "schlüssel€")
+    page.click("#send")
+    see(page, "#error", "a sign that no key has")
     page.fill("#key", "open-sesame")
     page.click("#send")
     wait_for_answer(page)

@@ -16,6 +16,7 @@ import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -29,8 +30,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sigma_book import generate, load
 from sigma_book.locate import describe, draw
-from sigma_book.protocol import TokenNames, check_extras, open_picture
-from sigma_book.server import ServerConfig
+from sigma_book.protocol import ApiError, TokenNames, check_extras, open_picture
+from sigma_book.server import ServerConfig, Service, _busy
 from sigma_book.world import draw_scene, make_scene
 
 
@@ -174,6 +175,16 @@ def test_limits_stops_and_seeds(client, scenes, pocket):
     )
 
 
+def test_where_no_length_is_said_it_is_one_that_is_allowed(start_server, tiny_model, scenes):
+    server = start_server(tiny_model, max_new_tokens=5)
+    for path in ("/generate", "/detect"):
+        answer = httpx.post(f"{server.url}{path}", files={"file": scenes[0]}, data={"prompt": "star"})
+        assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 5, answer.text
+    asked = {"model": "pocket", "messages": question("star", data_url(scenes[0]))}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=asked)
+    assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 5, answer.text
+
+
 def test_models(client):
     (model,) = client.models.list().data
     assert (model.id, model.object) == ("pocket", "model")
@@ -265,6 +276,27 @@ def test_generate_and_detect(server, scenes, pocket):
         drawn = httpx.post(f"{server.url}/detect", files={"file": wide}, **ask)
         assert drawn.headers["content-type"] == "image/png"
         assert Image.open(io.BytesIO(drawn.content)).tobytes() == draw(Image.open(io.BytesIO(wide)), spoken).tobytes()
+
+
+def test_a_form_has_known_fields_and_each_once(start_server, tiny_model, scenes):
+    server = start_server(tiny_model, explain=lambda image, prompt, answer, given_up: {})
+
+    def post(path: str, *more: tuple[str, str | bytes]) -> httpx.Response:
+        fields = [("file", scenes[0]), ("prompt", "caption en"), *more]
+        fields += [("answer", "a star")] if path == "/explain" else [("max_tokens", "1")]
+        files = [(name, value if isinstance(value, bytes) else (None, value)) for name, value in fields]
+        return httpx.post(f"{server.url}{path}", files=files)
+
+    for path in ("/generate", "/detect", "/explain"):
+        assert post(path).status_code == 200
+        for name in ("max_token", "request", "é" * 90):
+            error = assert_error(post(path, (name, "3")), 400, f"unknown field {name!r:.80}: /docs lists")
+            assert error["param"] == name[:80]
+        for name, value in (("file", scenes[1]), ("prompt", "x")):
+            assert_error(post(path, (name, value)), 400, f"{name} is given 2 times: give it once")
+    for name in ("temperature", "seed", "stop"):
+        assert assert_error(post("/detect", (name, "1")), 400, "unknown field")["param"] == name
+    assert post("/generate", ("stop", "x"), ("stop", "y")).status_code == 200
 
 
 def test_explain_and_the_page(start_server, tiny_model, scenes, tmp_path):
@@ -412,6 +444,17 @@ def test_json_that_is_not_marked_as_json(server):
     for headers in ({}, {"content-type": "text/plain"}):
         answer = httpx.post(f"{server.url}/v1/chat/completions", content=b'{"model": "pocket"}', headers=headers)
         assert_error(answer, 400, "Content-Type: application/json")
+
+
+def test_base64_may_have_lines(server, scenes):
+    def post(letters: str) -> httpx.Response:
+        asked = {"model": "pocket", "messages": question("caption en", f"data:image/png;base64,{letters}")}
+        return httpx.post(f"{server.url}/v1/chat/completions", json=asked | {"max_tokens": 1})
+
+    lines = base64.encodebytes(scenes[0]).decode()
+    assert "\n" in lines[:-1] and post(lines.replace("\n", "\r\n ")).status_code == 200
+    for wrong in (f"{lines}é", "@@@@", "abc"):
+        assert assert_error(post(wrong), 400, "not base64")["param"] == "messages.0.content"
 
 
 def test_a_body_of_many_small_things(start_server, tiny_model):
@@ -827,6 +870,12 @@ def in_threads(count: int, call) -> tuple[list, list[threading.Thread]]:
     return answers, threads
 
 
+def test_the_seconds_to_wait_are_rounded_up():
+    assert [_busy("full", seconds).headers["Retry-After"] for seconds in (0.0, 2.0, 2.4)] == ["1", "2", "3"]
+    with pytest.raises(ApiError, match="^1 request is under way: ask again in 1 s$"):
+        Service.check_room(SimpleNamespace(asked=1, most_asked=1))
+
+
 def test_a_full_queue_says_when_to_come_back(start_server, pocket, scenes, held):
     server = start_server(pocket, engine=held(pocket, max_rows=1, queue_size=2), max_waiting=100)
     sent = {"files": {"file": scenes[0]}, "data": {"prompt": "caption en"}}
@@ -1089,7 +1138,7 @@ def answerable(body: dict, scene: bytes) -> dict:
         "drawn",
         "answer",
     )
-    kept = {key: body[key] for key in wishes if key in body} | {"max_tokens": 4}
+    kept = {key: body[key] for key in wishes if key in body} | ({} if "answer" in body else {"max_tokens": 4})
     prompt = str(body.get("prompt") or body.get("messages"))[:20].strip() or "x"
     if "messages" in body:
         return kept | {"model": "pocket", "messages": question(prompt, data_url(scene))}

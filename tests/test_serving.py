@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from PIL import Image
 
 from sigma_book import generate, load
 from sigma_book.cli import main
-from sigma_book.serving import read_api_keys, remembering
+from sigma_book.serving import explainer, read_api_keys, remembering
 
 # A request waits and is answered for (rows + queue) / capacity seconds under load: few of both keep that short.
 ROWS, QUEUE = (int(number) for number in os.environ.get("SIGMA_BOOK_LOAD_ROWS", "2,0").split(","))
@@ -173,6 +174,14 @@ def test_keys_of_the_environment_are_asked_for(serve, tiny_folder, picture_file)
     time.sleep(0.1)
     assert [line["prompt"] for line in process.log() if "prompt" in line] == ["secret words"]
     assert "k1" not in json.dumps(process.log())
+
+
+def test_the_first_explanation_waits_for_no_import(monkeypatch, tiny_model):
+    imported, done = queue.SimpleQueue(), threading.Event()
+    monkeypatch.setattr("importlib.import_module", lambda name: imported.put((name, done.wait(10))))
+    explainer(tiny_model)  # comes back while the import runs
+    done.set()
+    assert imported.get(timeout=20) == ("torch._dynamo", True)
 
 
 def test_a_second_question_on_a_picture_skips_the_tower(tiny_folder, pictures, monkeypatch):

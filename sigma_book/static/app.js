@@ -16,7 +16,9 @@ const state = {
   pinned: -1,
   shown: -1,
   asking: null, // the AbortController of the question that runs
+  looking: null, // and that of its explanation
   turn: 0, // grows with each picture and question: what comes late for an earlier one is dropped
+  pick: 0, // grows with each picture that is chosen, before it is known to be one
 };
 
 // ---- sentences -------------------------------------------------------------------------------------------------
@@ -36,11 +38,11 @@ async function sentenceOf(response) {
   }
   if (response.status === 401 || response.status === 403) {
     $("settings").open = true;
-    return `${said || "The server wants an API key."} Enter a key under Settings.`;
+    return `${said || "The server wants an API key"}. Enter a key under Settings.`;
   }
   if (response.status === 429) {
     const wait = response.headers.get("Retry-After");
-    return `${said || "The server is busy."}${wait ? ` Try again in ${wait} s.` : " Try again in a moment."}`;
+    return said || `The server is busy: try again in ${wait ? `${wait} s` : "a moment"}.`;
   }
   if (response.status === 413) return said || "The picture is larger than the server takes: choose a smaller one.";
   return said || `The server answered ${response.status} ${response.statusText}.`.replace(" .", ".");
@@ -52,18 +54,22 @@ function reasonOf(error) {
 
 function headers() {
   const key = $("key").value.trim();
+  if (/[^\x21-\x7e]/.test(key)) {
+    $("settings").open = true;
+    throw new Error("The API key has a sign that no key has: type it anew under Settings.");
+  }
   return key ? { Authorization: `Bearer ${key}` } : {};
 }
 
 // ---- the picture -----------------------------------------------------------------------------------------------
 
 async function takePicture(blob, name, scene = null) {
-  const turn = forget();
+  const pick = (state.pick += 1);
   let bitmap;
   try {
     bitmap = await createImageBitmap(blob);
   } catch {
-    if (turn === state.turn) {
+    if (pick === state.pick) {
       fail(`“${name}” is not a picture that this browser can read: choose a JPEG, PNG, WebP or GIF.`);
     }
     return;
@@ -73,10 +79,11 @@ async function takePicture(blob, name, scene = null) {
   try {
     if (large || !SENT_AS_IT_IS.has(blob.type)) sent = await copyOf(bitmap);
   } catch (error) {
-    if (turn === state.turn) fail(`“${name}” could not be made smaller: ${reasonOf(error)}`);
+    if (pick === state.pick) fail(`“${name}” could not be made smaller: ${reasonOf(error)}`);
     return;
   }
-  if (turn !== state.turn) return;
+  if (pick !== state.pick) return;
+  forget();
   state.picture = { blob: sent, bitmap, name };
   const sides = `${bitmap.width} × ${bitmap.height} pixels`;
   const copied = sent === blob ? "" : `, sent as a copy of at most ${COPY_SIDE} pixels`;
@@ -107,18 +114,21 @@ async function copyOf(bitmap) {
 }
 
 async function takeScene(scene) {
+  const pick = (state.pick += 1);
   try {
     const response = await fetch(`static/${scene.file}`);
     if (!response.ok) throw new Error(await sentenceOf(response));
-    await takePicture(await response.blob(), scene.file.split("/").pop(), scene);
+    const blob = await response.blob();
+    if (pick === state.pick) await takePicture(blob, scene.file.split("/").pop(), scene);
   } catch (error) {
-    fail(reasonOf(error));
+    if (pick === state.pick) fail(reasonOf(error));
   }
 }
 
 /** Forget question, answer and maps; gives the number of the new turn. */
 function forget() {
   state.asking?.abort();
+  state.looking?.abort();
   state.turn += 1;
   Object.assign(state, { boxes: [], looks: [], pinned: -1, shown: -1 });
   for (const id of ["answer", "note", "error", "where"]) $(id).textContent = "";
@@ -228,7 +238,7 @@ function offer(prompts) {
 
 async function ask() {
   const prompt = $("prompt").value;
-  const most = Number($("most").value);
+  const most = $("most").value ? Number($("most").value) : undefined; // the server has a default
   const temperature = Number($("heat").value);
   const turn = forget();
   if (!state.picture) return fail("There is no picture yet: choose one, drop one, or take a drawn scene.");
@@ -236,9 +246,12 @@ async function ask() {
     $("prompt").focus();
     return fail("The prompt is empty: write a question, or take an example.");
   }
-  if (!Number.isInteger(most) || most < 1) return fail("“Most tokens” is a whole number, 1 or more.");
+  if ($("most").validity.badInput || (most !== undefined && !(Number.isInteger(most) && most >= 1))) {
+    return fail("“Most tokens” is a whole number, 1 or more, or empty.");
+  }
   if (!$("heat").value || !(temperature >= 0)) return fail("“Temperature” is a number, 0 or more.");
   const { picture } = state;
+  state.pick += 1; // a picture that is still on its way is too late
   const stop = new AbortController();
   state.asking = stop;
   busy(true);
@@ -269,7 +282,9 @@ async function ask() {
   }
   if (turn !== state.turn) return;
   if (stop.signal.aborted) $("note").textContent = "Stopped.";
-  else if (end.reason === "length") $("note").textContent = `Cut at ${most} tokens: Settings has the limit.`;
+  else if (end.reason === "length") {
+    $("note").textContent = `Cut at ${most ?? "the usual number of"} tokens: Settings has the limit.`;
+  }
   else if (end.reason === "stop" && !end.text) $("note").textContent = "The model had nothing to say.";
   if (end.text) await explainAnswer(turn, picture.blob, prompt, end.text);
 }
@@ -307,8 +322,8 @@ async function readAnswer(response, take) {
 }
 
 function busy(asking) {
-  $("send").disabled = asking;
-  $("stop").disabled = !asking;
+  $("send").setAttribute("aria-disabled", String(asking)); // `disabled` would take the focus from it
+  $("stop").setAttribute("aria-disabled", String(!asking));
   $("answer").setAttribute("aria-busy", String(asking));
 }
 
@@ -354,15 +369,16 @@ async function explainAnswer(turn, blob, prompt, answer) {
   form.append("prompt", prompt);
   form.append("answer", answer);
   const unsaid = $("note").textContent;
+  state.looking = new AbortController(); // the next question or picture aborts it, and is another turn
   try {
     $("note").textContent = `${unsaid} Looking for what each word rests on …`.trim();
-    const response = await fetch("explain", { method: "POST", headers: headers(), body: form });
+    const { signal } = state.looking;
+    const response = await fetch("explain", { method: "POST", headers: headers(), body: form, signal });
     if (turn !== state.turn) return;
     if (!response.ok) {
       const missing = [404, 405, 501].includes(response.status);
-      $("note").textContent = missing
-        ? `${unsaid} This server does not explain its answers.`.trim()
-        : `${unsaid} No explanation: ${await sentenceOf(response)}`.trim();
+      const said = missing ? "This server does not explain its answers." : `No explanation: ${await sentenceOf(response)}`;
+      if (turn === state.turn) $("note").textContent = `${unsaid} ${said}`.trim();
       return;
     }
     const { tokens } = await response.json();
@@ -390,13 +406,19 @@ function showTokens() {
     if (!text.trim()) button.setAttribute("aria-label", text.includes("\n") ? "line break" : "space");
     button.addEventListener("mouseenter", () => show(index));
     button.addEventListener("focus", () => show(index));
-    button.addEventListener("mouseleave", () => show(state.pinned));
+    button.addEventListener("mouseleave", () => show(kept()));
     button.addEventListener("blur", () => show(state.pinned));
     button.addEventListener("click", () => pin(state.pinned === index ? -1 : index, index));
     return button;
   }));
   $("why").hidden = !state.looks.length;
   document.body.classList.toggle("seeing", Boolean(state.looks.length));
+}
+
+/** The word that the keyboard is on, or else the one that was pressed. */
+function kept() {
+  const focused = [...$("tokens").children].findIndex((button) => button.matches(":focus-visible"));
+  return focused < 0 ? state.pinned : focused;
 }
 
 function pin(index, shown = index) {
@@ -410,14 +432,15 @@ function pin(index, shown = index) {
 /** Show the map of one word, or the boxes if it is none. */
 function show(index) {
   state.shown = index;
-  for (const [place, button] of [...$("tokens").children].entries()) button.classList.toggle("lit", place === index);
+  const buttons = [...$("tokens").children];
+  for (const [place, button] of buttons.entries()) button.classList.toggle("lit", place === index);
   const look = state.looks[index];
-  $("where").textContent = look ? sayWhere(look) : "";
+  const word = buttons[index]?.getAttribute("aria-label") ?? buttons[index]?.textContent;
+  $("where").textContent = look ? sayWhere(`“${word}”`, look.weights) : "";
   paint();
 }
 
-function sayWhere({ text, weights }) {
-  const word = `“${text.trim() || "space"}”`;
+function sayWhere(word, weights) {
   const side = weights.length;
   const { row, column } = topOf(weights);
   const share = weights[row][column];
@@ -437,13 +460,18 @@ function takeFiles(files) {
   if (file) takePicture(file, file.name || "the pasted picture");
 }
 
+function inField(event) {
+  return event.target.matches?.("input");
+}
+
 function wire() {
   $("ask").addEventListener("submit", (event) => {
     event.preventDefault();
     if (!state.asking) ask();
   });
   $("stop").addEventListener("click", () => {
-    state.asking?.abort();
+    if (!state.asking) return;
+    state.asking.abort();
     $("prompt").focus();
   });
   $("file").addEventListener("change", () => {
@@ -451,9 +479,13 @@ function wire() {
     $("file").value = ""; // so that the same file may be chosen again
   });
   document.addEventListener("paste", (event) => {
-    if (event.clipboardData?.files.length) takeFiles(event.clipboardData.files);
+    const given = event.clipboardData;
+    if (!given?.files.length) return;
+    if (inField(event) && given.types.includes("text/plain")) return; // Word and Excel put a picture beside the text
+    takeFiles(given.files);
   });
   document.addEventListener("dragover", (event) => {
+    if (inField(event) && !event.dataTransfer.types.includes("Files")) return; // text, for the field
     event.preventDefault();
     $("stage").classList.add("drop");
   });
@@ -461,8 +493,9 @@ function wire() {
     if (!event.relatedTarget) $("stage").classList.remove("drop");
   });
   document.addEventListener("drop", (event) => {
-    event.preventDefault();
     $("stage").classList.remove("drop");
+    if (inField(event) && !event.dataTransfer.types.includes("Files")) return;
+    event.preventDefault();
     if (event.dataTransfer.files.length) takeFiles(event.dataTransfer.files);
     else fail("What you dropped is no file: save the picture first, then drop it.");
   });
@@ -501,7 +534,7 @@ async function start() {
       item.append(button);
       return item;
     }));
-    if (!state.picture) await takeScene(scenes[0]);
+    if (!state.pick) await takeScene(scenes[0]); // unless something else has been chosen
   } catch (error) {
     fail(`The drawn scenes cannot be fetched. ${reasonOf(error)}`);
   }
