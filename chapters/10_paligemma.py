@@ -234,6 +234,11 @@ class PaliGemmaConfig:
         """
         if values.get("model_type") != "paligemma":
             raise ValueError(f"model_type is {values.get('model_type')!r}: expected 'paligemma'")
+        if values.get("quantization_config"):
+            raise ValueError(
+                "quantization_config is set, so another program stored these weights in few bits: "
+                "load the original with quantize='nf4'"
+            )
         text, vision = values.get("text_config"), values.get("vision_config")
         for key, part in (("text_config", text), ("vision_config", vision)):
             if part is not None and not isinstance(part, dict):
@@ -241,13 +246,18 @@ class PaliGemmaConfig:
         text = dict(TEXT_WHEN_ABSENT if text is None else text)
         vision = dict(VISION_WHEN_ABSENT if vision is None else vision)
         kind = text.get("model_type", "gemma")
-        if kind not in TEXT_DEFAULTS:
+        if not isinstance(kind, str) or kind not in TEXT_DEFAULTS:
             raise ValueError(f"text_config.model_type is {kind!r}: expected 'gemma' or 'gemma2'")
         text = TEXT_DEFAULTS[kind] | text
         _expect(vision, "vision_config", "model_type", ("siglip_vision_model",))
         _expect(vision, "vision_config", "hidden_act", ("gelu_pytorch_tanh",))
         _expect(text, "text_config", "attention_bias", (False, None))
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        key = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
+        rope = text.get(key) or {}
+        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+            raise ValueError(
+                f"text_config.{key} is {rope!r}: expected one table for all layers, with keys such as rope_theta"
+            )
         _expect(rope, "text_config.rope_parameters", "rope_type", ("default",))
         _expect(rope, "text_config.rope_parameters", "type", ("default",))
         text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta", 10_000.0))
@@ -255,13 +265,16 @@ class PaliGemmaConfig:
             _expect(text, "text_config", "hidden_activation", ("gelu_pytorch_tanh",))
             text["four_norms"] = True
             layers = text["num_hidden_layers"]
+            if (wanted := _wanted(int, layers)) is not None:
+                raise ValueError(f"text_config.num_hidden_layers is {layers!r}: expected {wanted}")
             alternating = ("sliding_attention", "full_attention") * ((layers + 1) // 2)
-            text["layer_types"] = tuple(text.get("layer_types") or alternating[:layers])
-            if len(text["layer_types"]) != layers or not set(text["layer_types"]) <= set(alternating):
+            kinds = text.get("layer_types") or alternating[:layers]
+            if not isinstance(kinds, list | tuple) or len(kinds) != layers or any(k not in alternating for k in kinds):
                 raise ValueError(
-                    f"text_config.layer_types is {list(text['layer_types'])}: expected {layers} times "
+                    f"text_config.layer_types is {kinds!r}: expected a list of {layers} times "
                     "'sliding_attention' or 'full_attention'"
                 )
+            text["layer_types"] = tuple(kinds)
         else:
             _expect(text, "text_config", "hidden_act", ("gelu_pytorch_tanh", "gelu"))  # Gemma's "gelu" means tanh too
             for key in _ONLY_GEMMA_2:
@@ -271,6 +284,9 @@ class PaliGemmaConfig:
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
             found = [part[key] for part in (values, text) if part.get(key) is not None]
             special |= {key: found[0]} if found else {}
+        listed = special.get("eos_token_id")
+        if isinstance(listed, list) and listed and all(type(token) is int for token in listed):
+            special["eos_token_id"] = listed[0]  # answers may end with any of them: chapter 13 reads the whole list
         image_token_id = values.get("image_token_id", values.get("image_token_index", 256_000))
         config = cls(_pick(SiglipConfig, vision), _pick(GemmaConfig, text), image_token_id, **special)
         config._check()
@@ -288,6 +304,11 @@ class PaliGemmaConfig:
             value = getattr(self, key)
             if type(value) is not int or value < 0:
                 raise ValueError(f"{key} is {value!r}: expected one token id, a whole number")
+        if self.pad_token_id >= self.text.vocab_size:  # an image token may lie behind the vocabulary, padding is read
+            raise ValueError(
+                f"pad_token_id is {self.pad_token_id}: expected a token below {self.text.vocab_size} "
+                "(text_config.vocab_size)"
+            )
         for whole, part in (
             ("text_config.num_attention_heads", "text_config.num_key_value_heads"),
             ("vision_config.hidden_size", "vision_config.num_attention_heads"),
@@ -303,6 +324,9 @@ class PaliGemmaConfig:
         text = asdict(self.text)
         if self.text.layer_types is not None:
             text["layer_types"] = list(self.text.layer_types)
+        scalar = self.text.query_pre_attn_scalar
+        if scalar is not None and scalar == int(scalar):
+            text["query_pre_attn_scalar"] = int(scalar)  # transformers takes no 256.0
         four_norms, tied = text.pop("four_norms"), text.pop("tie_word_embeddings")
         text["rope_parameters"] = {"rope_theta": text.pop("rope_theta"), "rope_type": "default"}
         text["num_image_tokens"] = self.num_image_tokens
@@ -397,8 +421,8 @@ attention_mask.cumsum(-1)
 #
 # ## Logits where they are needed
 #
-# The naive function scored all words at all places and then kept one place. With 257,216 words that is the largest
-# tensor of the whole model.
+# Scores before the softmax are called *logits*. The naive function made those of all words at all places and then kept one
+# place. With 257,216 words that is by far the largest tensor that the model makes on its way.
 
 # %%
 vocabulary, width, prompt_words = 257_216, 2048, 10

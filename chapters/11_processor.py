@@ -160,8 +160,8 @@ def _unpack(file: "io.BufferedIOBase | Image.Image", name: str) -> Image.Image:
             if image.format == "EPS":  # a program rather than a picture: Pillow would have Ghostscript run it
                 raise UnidentifiedImageError
             image.load()
-            turn = image.getexif().get(ExifTags.Base.Orientation)
-            return image.transpose(_TURNS[turn]) if turn in _TURNS else image
+            turn = _turn(image)
+            return image if turn is None else image.transpose(turn)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise ValueError(
                 f"{name} would unpack to more than {Image.MAX_IMAGE_PIXELS:,} pixels: reduce the picture first"
@@ -170,6 +170,14 @@ def _unpack(file: "io.BufferedIOBase | Image.Image", name: str) -> Image.Image:
             raise ValueError(f"{name} is not a picture that can be read: give a JPEG, PNG, WebP, GIF or BMP") from error
         except Exception as error:  # on damaged files Pillow raises nearly every kind there is
             raise ValueError(f"{name} is damaged or cut off ({error}): get a whole copy of the picture") from error
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What the note on turning asks for; nothing if the note cannot be read: the pixels are whole without it."""
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # as many kinds as with damaged files
+        return None
 
 
 # what the note says: how the camera was held; and what undoes it
@@ -486,7 +494,9 @@ class Tokenizer:
         FileNotFoundError
             If the folder has neither `tokenizer.json` nor `tokenizer.model`.
         ValueError
-            If a file cannot be read, or a token is missing that PaliGemma needs.
+            If a file is damaged, or a token is missing that PaliGemma needs.
+        RuntimeError
+            If a file is there and cannot be opened.
         """
         folder = Path(folder)
         names = (
@@ -496,7 +506,7 @@ class Tokenizer:
             "added_tokens.json",
             "special_tokens_map.json",
         )
-        files = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+        files = {name: read_file(folder / name) for name in names if (folder / name).exists()}
         kind = next((name for name in ("tokenizer.json", "tokenizer.model") if name in files), None)
         if kind is None:
             raise FileNotFoundError(
@@ -574,7 +584,7 @@ class Tokenizer:
 # | export
 def _add_listed(backend: "_Json | _Model", path: Path) -> None:
     """Add the pieces that `added_tokens.json` lists, and see that they get the ids it gives."""
-    added = _read_table(path)
+    added = read_json(path)
     if not all(type(token) is int for token in added.values()):
         raise ValueError(f"{path} has an id that is no whole number: expected pieces and their ids")
     backend.add([piece for piece in sorted(added, key=added.get) if backend.token_to_id(piece) is None])
@@ -586,15 +596,35 @@ def _add_listed(backend: "_Json | _Model", path: Path) -> None:
             )
 
 
-def _read_table(path: Path) -> dict:
-    """A JSON file that holds a table."""
+def read_file(path: Path) -> bytes:
+    """A file of a checkpoint's folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    RuntimeError
+        If it is there and cannot be opened.
+    """
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(
+            f"no {path.name} in {path.parent}: expected a PaliGemma folder in the Hugging Face layout"
+        ) from error
+    except OSError as error:
+        raise RuntimeError(f"{path} cannot be read ({error.strerror}): check the disk and the permissions") from error
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file that holds a table, with the errors of `read_file`, or a ValueError if it holds something else."""
+    try:
+        values = json.loads(read_file(path).decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): get a whole copy of the file") from error
-    if not isinstance(table, dict):
-        raise ValueError(f"{path} holds {type(table).__name__}: expected a JSON object")
-    return table
+        raise ValueError(f"{path} is not JSON ({error}): download or copy the file again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is {type(values).__name__}: expected a table of keys and values")
+    return values
 
 
 # %% [markdown]
@@ -906,25 +936,24 @@ class Processor:
             If a file is missing.
         ValueError
             If pictures are to be prepared in a way that this code does not have.
+        RuntimeError
+            If a file is there and cannot be opened.
         """
         folder = Path(folder)
         tokenizer = Tokenizer.from_folder(folder)
         path = folder / "config.json"
-        if not path.exists():
-            raise FileNotFoundError(
-                f"no config.json in {folder}: expected a PaliGemma folder in the Hugging Face layout"
-            )
-        vision = _read_table(path).get("vision_config") or {}
-        if not isinstance(vision, dict):
+        vision = read_json(path).get("vision_config")
+        if not isinstance(vision, dict | None):
             raise ValueError(f"{path}: vision_config is {vision!r:.80}, expected a table of sizes")
-        sizes = {"image_size": 224, "patch_size": 14} | vision
+        # as in chapter 10: a part left out whole means something else than a part without a size
+        sizes = {"image_size": 224, "patch_size": 14 if vision is None else 16} | (vision or {})
         for key in ("image_size", "patch_size"):
             if type(sizes[key]) is not int or sizes[key] < 1:
                 raise ValueError(f"{path}: {key} is {sizes[key]!r:.80}, expected a whole number, 1 or more")
         side, num_image_tokens = sizes["image_size"], (sizes["image_size"] // sizes["patch_size"]) ** 2
         for name in ("preprocessor_config.json", "processor_config.json"):
             if (folder / name).exists():
-                settings = _read_table(folder / name)
+                settings = read_json(folder / name)
                 _check_settings(settings.get("image_processor", settings), folder / name, side, num_image_tokens)
         return cls(tokenizer, side, num_image_tokens)
 

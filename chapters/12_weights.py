@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
-from sigma_book.processor import folder_beside
+from sigma_book.processor import folder_beside, read_json
 
 # %%
 import shutil
@@ -371,6 +371,8 @@ def read_config(folder: str | Path) -> PaliGemmaConfig:
         If the folder has no `config.json`.
     ValueError
         If it is not JSON, or describes another model.
+    RuntimeError
+        If it cannot be opened.
     """
     path = Path(folder) / "config.json"
     values = read_json(path)
@@ -378,22 +380,6 @@ def read_config(folder: str | Path) -> PaliGemmaConfig:
         return PaliGemmaConfig.from_dict(values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: {error}; expected the configuration of a PaliGemma") from error
-
-
-def read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no {path.name} in {path.parent}: expected a PaliGemma folder in the Hugging Face layout"
-        )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): download or copy the file again") from error
-    except OSError as error:
-        raise RuntimeError(f"{path} cannot be read ({error.strerror}): check the disk and the permissions") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is {type(values).__name__}: expected a table of keys and values")
-    return values
 
 
 # %% [markdown]
@@ -613,8 +599,9 @@ def _check_tie(embedding: tuple[Path, str, dict], head: tuple[Path, str, dict]) 
     rows, columns = (_read_tensor(map_file(path), name) for path, name, _ in (embedding, head))
     if rows.dtype != columns.dtype or not torch.equal(rows, columns):
         raise ValueError(
-            f"{head[0]}: tensor {head[1]} differs from {embedding[1]}, but config.json says by "
-            "tie_word_embeddings that they are one: set it to false if the head was trained apart, or remove the tensor"
+            f"{head[0]}: tensor {head[1]} differs from {embedding[1]}, but config.json says by tie_word_embeddings "
+            "(or leaves it out, which means the same) that they are one: set it to false if the head was trained apart, "
+            "or remove the tensor"
         )
 
 
@@ -790,14 +777,14 @@ def save_model(
     Raises
     ------
     ValueError
-        If `folder` is a file, the dtype is unknown, `max_shard_bytes` is below 1, or the model has an adapter beside
-        its weights or weights in fewer bits.
+        If `folder` is a file, the dtype is unknown, `max_shard_bytes` is no whole number or below 1, or the model has an
+        adapter beside its weights or weights in fewer bits.
     RuntimeError
         If the files cannot be written.
     """
     folder = Path(folder)
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes is {max_shard_bytes}: expected 1 or more")
+    if type(max_shard_bytes) is not int or max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes is {max_shard_bytes!r}: expected a whole number of bytes, 1 or more")
     with torch.device("meta"):
         plain = PaliGemma(model.config).state_dict().keys()
     if changed := sorted(model.state_dict().keys() ^ plain):
@@ -999,7 +986,7 @@ check(tensor_bytes, (("F32", [2, 3]), 24), (("BF16", [257_216, 2048]), 1_053_556
 def shard_count(sizes: list, most: int) -> int: ...
 
 
-check(shard_count, (([4, 4, 4], 8), 2), (([10, 1], 8), 2), (([5, 5, 5], 8), 3), (([1, 1, 1], 8), 1))
+check(shard_count, (([4, 4, 4], 8), 2), (([10, 1], 8), 2), (([6, 4, 2, 4], 8), 3), (([1, 1, 1], 8), 1))
 
 # %% [markdown]
 # **3.** ★★ A float32 whose lower 16 bits are thrown away: what does 1.015 become in bfloat16, cut and not rounded?
@@ -1009,7 +996,7 @@ check(shard_count, (([4, 4, 4], 8), 2), (([10, 1], 8), 2), (([5, 5, 5], 8), 3), 
 def cut_to_bfloat16(number: float) -> float: ...
 
 
-check(cut_to_bfloat16, ((1.0,), 1.0), ((1.015,), 1.0078125))
+check(cut_to_bfloat16, ((1.015,), 1.0078125), ((100.3,), 100.0), ((-0.3,), -0.298828125))
 
 # %% [markdown]
 # Next: the same model, in a file of another program.

@@ -19,9 +19,9 @@
 
 # %%
 # | export
-import json
 import math
 import numbers
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ import torch
 
 from sigma_book.kv_cache import KVCache
 from sigma_book.paligemma import PaliGemma
-from sigma_book.processor import Batch
+from sigma_book.processor import Batch, read_json
 
 
 # %%
@@ -181,11 +181,11 @@ penalty_naive(scores, seen={0, 7}, penalty=2.0)
 #
 # ## The formula
 #
-# With scores $s_v$ of the tokens $v$, seen tokens $S$, penalty $r$, temperature $\tau$ and the kept set $K$:
+# With scores $s_v$ of the tokens $v$, seen tokens $S$, penalty $r$, temperature $\tau$ and the kept set $\mathcal{K}$:
 #
 # $$ s'_v = \begin{cases} s_v / r & v \in S,\ s_v \ge 0 \\ s_v\, r & v \in S,\ s_v < 0 \\ s_v & \text{else} \end{cases}
 # \qquad
-# P(v) = \begin{cases} \dfrac{e^{s'_v/\tau}}{\sum_{u \in K} e^{s'_u/\tau}} & v \in K \\ 0 & \text{else} \end{cases} $$
+# P(v) = \begin{cases} \dfrac{e^{s'_v/\tau}}{\sum_{u \in \mathcal{K}} e^{s'_u/\tau}} & v \in \mathcal{K} \\ 0 & \text{else} \end{cases} $$
 #
 # The order matters: penalty, temperature, top-k, top-p. A high temperature makes top-p keep more.
 #
@@ -340,8 +340,9 @@ class Sampling:
     def __post_init__(self):
         for name in ("temperature", "top_p", "repetition_penalty"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(value) <= sys.float_info.max:
                 raise ValueError(f"{name} is {value!r}: expected a finite number")
+            object.__setattr__(self, name, float(value))  # torch knows no fractions
         if self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}: expected 0 for greedy, or a number above it")
         if not 0 < self.top_p <= 1:
@@ -1311,9 +1312,11 @@ def generate_answers(
             is_over=lambda tokens: any(end in decode(tokens) for end in stop),
             allow=allow,
         )
+        ends = {model.config.eos_token_id} if stop_ids is None else set(stop_ids)
         for text, beam in zip(texts, beams):
             for token in beam.tokens:
-                text.push(token)
+                if token not in ends:  # only the last can be one
+                    text.push(token)
         return [Answer(text.finish(), beam.tokens, beam.logprobs) for text, beam in zip(texts, beams)]
     answers = [Answer("", [], []) for _ in batch.input_ids]
     for picks in generate_tokens(
@@ -1401,30 +1404,33 @@ def read_stop_strings(stop: str | Sequence[str] | None) -> list[str]:
 
 # %% [markdown]
 # And a checkpoint may list its stop tokens in `generation_config.json`, more than one if it
-# likes.
+# likes. Some list them in `config.json` instead.
 
 
 # %%
 # | export
 def read_stop_ids(folder: Path, eos_token_id: int) -> list[int]:
-    """The stop tokens that `generation_config.json` lists, or the config's one where the file is absent or silent.
+    """The stop tokens that `generation_config.json` lists, or `config.json`; the one given where both are silent.
 
     Raises
     ------
     ValueError
-        If the file is not JSON, or its `eos_token_id` is neither a number nor a list of them.
+        If a file is not JSON, or its `eos_token_id` is neither a token id nor a list of them.
+    RuntimeError
+        If a file is there and cannot be opened.
     """
-    path = Path(folder) / "generation_config.json"
-    if not path.exists():
-        return [eos_token_id]
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{path}: expected a JSON object, and it does not read as one ({error})") from error
-    ids = [eos_token_id] if listed is None else listed if isinstance(listed, list) else [listed]
-    if not ids or not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise ValueError(f"{path}: eos_token_id is {listed!r}: expected one token id, or a list of them")
-    return ids
+    for path in (Path(folder) / "generation_config.json", Path(folder) / "config.json"):
+        values = read_json(path) if path.exists() else {}
+        for part in (values, values.get("text_config")):
+            listed = part.get("eos_token_id") if isinstance(part, dict) else None
+            if listed is not None:
+                ids = listed if isinstance(listed, list) else [listed]
+                if not ids or not all(type(token) is int and token >= 0 for token in ids):
+                    raise ValueError(
+                        f"{path}: eos_token_id is {listed!r}: expected a token id, 0 or more, or a list of them"
+                    )
+                return ids
+    return [eos_token_id]
 
 
 # %% [markdown]

@@ -481,18 +481,24 @@ class AnswerGrammar:
     Raises
     ------
     ValueError
-        If the task is another one.
+        If the task is another one, or the model cannot say any stop token.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: Sequence[int], task: str):
         if task not in ("detect", "segment"):
             raise ValueError(f"grammar is {task!r}: expected 'detect' or 'segment'")
+        ends = [token for token in stop_ids if token < vocab_size]
+        if not ends:
+            raise ValueError(
+                f"the stop tokens are {list(stop_ids)} and the vocabulary has {vocab_size}: a grammar needs one that the "
+                "model can say, so correct eos_token_id in generation_config.json"
+            )
         self.task = task
         self.head = 4 + (MASK_TOKENS if task == "segment" else 0)  # tokens of an item before its label
         self.shortest = self.head + 1
         locs = [tokenizer.token_id(f"<loc{index:04d}>") for index in range(BINS)]
         segs = [tokenizer.token_id(f"<seg{code:03d}>") for code in range(MASK_CODES)]
-        marks = {*locs, *segs, *stop_ids, tokenizer.image_id}
+        marks = {*locs, *segs, *ends, tokenizer.image_id}
         pieces = {token: tokenizer.decode([token]) for token in range(vocab_size) if token not in marks}
         foreign = set("<;\ufffd\u2047")  # read as something else; half a character; how SentencePiece shows <unk>
         words = [token for token, piece in pieces.items() if piece and piece.isprintable() and not foreign & set(piece)]
@@ -503,7 +509,7 @@ class AnswerGrammar:
         self._vocab_size = vocab_size
         self._locs, self._bin_of = torch.tensor(locs), {token: index for index, token in enumerate(locs)}
         self._segs, self._words = self._only(segs), self._only(words)
-        self._must_speak, self._end = self._only(list(self._spoken)), self._only(list(stop_ids))
+        self._must_speak, self._end = self._only(list(self._spoken)), self._only(ends)
 
     def _only(self, tokens: list[int] | torch.Tensor) -> torch.Tensor:
         allowed = torch.zeros(self._vocab_size, dtype=torch.bool)
@@ -1436,7 +1442,8 @@ check(moved_iou, ((0.25,), 0.6), ((0.0,), 1.0), ((1 / 3,), 0.5), ((1.5,), 0.0))
 def mirror(answer: str) -> str: ...
 
 
-check(mirror, ((f"{cat} cat",), "<loc0100><loc0623><loc0300><loc0823> cat"))
+flipped = "<loc0100><loc0623><loc0300><loc0823> cat"
+check(mirror, ((f"{cat} cat",), flipped), ((f"{cat} cat ; {cat} cat",), f"{flipped} ; {flipped}"))
 
 # %% [markdown]
 # **5.** ★★★ Read run lengths back: from the counts and the size to the mask, as rows of True and False.

@@ -242,6 +242,10 @@ def generate(
         max_new_tokens, temperature, top_p, top_k, repetition_penalty, num_beams, length_penalty, stop, seed, grammar
     )
     pictures, prompts = _rows(image, prompt)
+    if sampling.seed > (most := 2**63 - len(prompts)):  # before the first answer, not in the middle
+        raise ValueError(
+            f"seed is {sampling.seed}: row i draws with seed + i, so expected {most} at most for {len(prompts)} rows"
+        )
     if stream and (len(prompts) > 1 or return_logprobs or num_beams > 1):
         asked = "log-probabilities" if return_logprobs else f"{len(prompts)} prompts"
         asked = f"the best of {num_beams} beams, which is known at the end" if num_beams > 1 else asked

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
-from sigma_book.processor import folder_beside
+from sigma_book.processor import folder_beside, read_json
 
 __all__ = [
     "BYTES",
@@ -39,7 +39,6 @@ __all__ = [
     "pick_dtype",
     "read_config",
     "read_header",
-    "read_json",
     "save_model",
     "some_of",
     "write_json",
@@ -232,6 +231,8 @@ def read_config(folder: str | Path) -> PaliGemmaConfig:
         If the folder has no `config.json`.
     ValueError
         If it is not JSON, or describes another model.
+    RuntimeError
+        If it cannot be opened.
     """
     path = Path(folder) / "config.json"
     values = read_json(path)
@@ -239,22 +240,6 @@ def read_config(folder: str | Path) -> PaliGemmaConfig:
         return PaliGemmaConfig.from_dict(values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: {error}; expected the configuration of a PaliGemma") from error
-
-
-def read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no {path.name} in {path.parent}: expected a PaliGemma folder in the Hugging Face layout"
-        )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): download or copy the file again") from error
-    except OSError as error:
-        raise RuntimeError(f"{path} cannot be read ({error.strerror}): check the disk and the permissions") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is {type(values).__name__}: expected a table of keys and values")
-    return values
 
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:
@@ -419,8 +404,9 @@ def _check_tie(embedding: tuple[Path, str, dict], head: tuple[Path, str, dict]) 
     rows, columns = (_read_tensor(map_file(path), name) for path, name, _ in (embedding, head))
     if rows.dtype != columns.dtype or not torch.equal(rows, columns):
         raise ValueError(
-            f"{head[0]}: tensor {head[1]} differs from {embedding[1]}, but config.json says by "
-            "tie_word_embeddings that they are one: set it to false if the head was trained apart, or remove the tensor"
+            f"{head[0]}: tensor {head[1]} differs from {embedding[1]}, but config.json says by tie_word_embeddings "
+            "(or leaves it out, which means the same) that they are one: set it to false if the head was trained apart, "
+            "or remove the tensor"
         )
 
 
@@ -572,14 +558,14 @@ def save_model(
     Raises
     ------
     ValueError
-        If `folder` is a file, the dtype is unknown, `max_shard_bytes` is below 1, or the model has an adapter beside
-        its weights or weights in fewer bits.
+        If `folder` is a file, the dtype is unknown, `max_shard_bytes` is no whole number or below 1, or the model has an
+        adapter beside its weights or weights in fewer bits.
     RuntimeError
         If the files cannot be written.
     """
     folder = Path(folder)
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes is {max_shard_bytes}: expected 1 or more")
+    if type(max_shard_bytes) is not int or max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes is {max_shard_bytes!r}: expected a whole number of bytes, 1 or more")
     with torch.device("meta"):
         plain = PaliGemma(model.config).state_dict().keys()
     if changed := sorted(model.state_dict().keys() ^ plain):

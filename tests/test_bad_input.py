@@ -266,6 +266,15 @@ def test_a_broken_generation_config(refuse, damaged, content):
     assert "generation_config.json" in refuse(model=damaged)
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer.json", "preprocessor_config.json"]
+)
+def test_a_file_that_cannot_be_opened(refuse, damaged, name):
+    (damaged / name).unlink(missing_ok=True)
+    (damaged / name).mkdir()
+    assert f"{name} cannot be read" in refuse(model=damaged)
+
+
 # arguments
 
 

@@ -2,8 +2,10 @@
 
 import io
 import itertools
+import json
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -89,6 +91,7 @@ def test_padding_was_not_seen():
     [
         ("temperature", -0.1),
         ("temperature", math.nan),
+        ("temperature", 10**400),
         ("temperature", math.inf),
         ("temperature", "1"),
         ("temperature", True),
@@ -115,6 +118,13 @@ def test_settings_out_of_range(name, value):
 
 def test_settings_from_numpy():
     Sampling(temperature=np.float32(0.5), top_p=np.float64(0.5), top_k=np.int64(3), seed=np.int32(4))
+
+
+def test_settings_as_fractions(tiny_model, pictures):
+    half, more = Fraction(1, 2), Fraction(3, 2)
+    ask = {"model": tiny_model, "max_new_tokens": 4, "seed": 1}
+    answer = generate(pictures[0], "x", temperature=half, top_p=half, repetition_penalty=more, **ask)
+    assert answer == generate(pictures[0], "x", temperature=0.5, top_p=0.5, repetition_penalty=1.5, **ask)
 
 
 def test_tiny_temperatures_take_the_best(tiny_model, pictures):
@@ -240,6 +250,24 @@ def test_stop_ids_from_the_folder(tmp_path):
         path.write_text(content)
         with pytest.raises(ValueError, match="generation_config.json"):
             read_stop_ids(tmp_path, 1)
+    for content in ('{"eos_token_id": -5}', '{"eos_token_id": [1, -5]}', "[" * 100_000):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="generation_config.json"):
+            read_stop_ids(tmp_path, 1)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(RuntimeError, match="generation_config.json cannot be read"):
+        read_stop_ids(tmp_path, 1)
+
+
+@pytest.mark.parametrize("config", [{"eos_token_id": [5, 6]}, {"text_config": {"eos_token_id": [5, 6]}}])
+def test_stop_ids_that_the_configuration_lists(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_stop_ids(tmp_path, 5) == [5, 6]
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert read_stop_ids(tmp_path, 5) == [5, 6]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')  # it has the say
+    assert read_stop_ids(tmp_path, 5) == [7]
 
 
 # beams; tests/parity/test_beams.py has the comparison with the reference
@@ -329,6 +357,19 @@ def test_stop_strings_end_beams(tiny_model, pictures):
     stop = free[0][4:6]
     for text in generate(pictures, PROMPTS, stop=stop, **ask):
         assert stop not in text
+
+
+def test_a_stop_token_is_no_text_of_beams(tiny_model, pictures):
+    """A stop token that one would see, behind a beginning that is the only one allowed."""
+    tokenizer, size = tiny_model.processor.tokenizer, tiny_model.config.text.vocab_size
+    path = tokenizer.encode("red star")
+    batch = batch_of(tiny_model, pictures[:1], PROMPTS[:1])
+    ask = {"stop_ids": [1, path[-1]], "max_new_tokens": len(path) + 2}
+    ask["allow"] = lambda tokens, left: torch.arange(size) == path[min(len(tokens), len(path) - 1)]
+    [greedy] = generate_answers(tiny_model, batch, tokenizer.decode, **ask)
+    [beams] = generate_answers(tiny_model, batch, tokenizer.decode, num_beams=2, **ask)
+    assert beams.tokens == greedy.tokens == path
+    assert beams.text == greedy.text == tokenizer.decode(path[:-1]) != tokenizer.decode(path)
 
 
 def test_long_lists_with_beams(tiny_model, pictures):
@@ -533,6 +574,14 @@ def test_seeds(tiny_model, pictures):
     assert generate(pictures[0], "x", **ask) != generate(pictures[0], "x", **ask)
     same = generate(pictures[0], ["x", "x", "x"], seed=1, **ask)
     assert len(set(same)) == 3
+
+
+def test_a_seed_without_room_for_all_rows(tiny_model, pictures):
+    ask = {"model": tiny_model, "max_new_tokens": 1, "temperature": 1.0}
+    most = 2**63 - 40
+    with pytest.raises(ValueError, match=f"seed is {most + 1}: .* expected {most} at most for 40 rows"):
+        generate(pictures[0], ["x"] * 40, seed=most + 1, **ask)
+    assert len(generate(pictures[0], ["x"] * 40, seed=most, **ask)) == 40
 
 
 def test_paths_are_kept_until_files_change(copy_folder, tiny_folder, pictures, make_tiny):

@@ -211,6 +211,15 @@ def test_what_cannot_be_asked(tiny_model, pictures):
         generate(pictures[0], long_prompt, model=tiny_model, grammar="segment")
 
 
+def test_stop_tokens_beyond_the_vocabulary(tokenizer):
+    for stops in ([tokenizer.eos_id, 99_999], [99_999, tokenizer.eos_id]):
+        grammar = AnswerGrammar(tokenizer, tokenizer.vocab_size, stops, "detect")
+        answer = tokenizer.encode("<loc0100><loc0100><loc0300><loc0300> cat")
+        assert grammar(answer, 50)[tokenizer.eos_id]
+    with pytest.raises(ValueError, match=r"the stop tokens are \[99999\] and the vocabulary has"):
+        AnswerGrammar(tokenizer, tokenizer.vocab_size, [99_999], "detect")
+
+
 def test_the_pocket_model_with_and_without(pictures):
     """A model that knows the format anyway says the same."""
     free = generate(pictures, "detect red star")

@@ -82,7 +82,20 @@ BAD = {
     "text_config.head_dim is 7: expected a multiple of 2": values({"head_dim": 7}),
     "vision_config.hidden_size is 12: expected a multiple of 5": values(vision={"num_attention_heads": 5}),
     "vision_config.image_size is 9: expected a multiple of 4": values(vision={"image_size": 9}),
-    "eos_token_id is [1, 7]": values({"eos_token_id": [1, 7]}),
+    "eos_token_id is []": values({"eos_token_id": []}),
+    "eos_token_id is [1, 'x']": values({"eos_token_id": [1, "x"]}),
+    "pad_token_id is 50: expected a token below 50": values(pad_token_id=50),
+    "quantization_config is set": values(quantization_config={"quant_method": "bitsandbytes"}),
+    "text_config.model_type is ['gemma']": values({"model_type": ["gemma"]}),
+    "text_config.rope_parameters is [1]": values({"rope_parameters": [1]}),
+    "text_config.rope_scaling is 'linear'": values({"rope_scaling": "linear"}),
+    "text_config.rope_parameters is {'full_attention'": values(
+        {"rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 1e6}}}
+    ),
+    "text_config.layer_types is [['a'], {}]": values({"model_type": "gemma2", "layer_types": [["a"], {}]}),
+    "text_config.layer_types is 3": values({"model_type": "gemma2", "layer_types": 3}),
+    "text_config.layer_types is 'full_attention'": values({"model_type": "gemma2", "layer_types": "full_attention"}),
+    "text_config.num_hidden_layers is '4'": values({"model_type": "gemma2", "num_hidden_layers": "4"}),
     "image_token_id is '<image>'": values(image_token_index="<image>"),
 }
 
@@ -100,6 +113,17 @@ def test_from_dict_leaves_its_argument_alone():
     before = json.dumps(given)
     PaliGemmaConfig.from_dict(given)
     assert json.dumps(given) == before
+
+
+def test_the_first_of_several_stop_tokens_is_the_end_of_sequence():
+    assert PaliGemmaConfig.from_dict(values({"eos_token_id": [3, 7]})).eos_token_id == 3
+
+
+def test_a_whole_number_is_written_as_transformers_reads_it():
+    config = PaliGemmaConfig.from_dict(values({"model_type": "gemma2", "query_pre_attn_scalar": 7.0}))
+    assert repr(config.to_dict()["text_config"]["query_pre_attn_scalar"]) == "7"
+    half = PaliGemmaConfig.from_dict(values({"model_type": "gemma2", "query_pre_attn_scalar": 7.5}))
+    assert half.to_dict()["text_config"]["query_pre_attn_scalar"] == 7.5
 
 
 def test_gemma_1_ignores_what_only_gemma_2_has():

@@ -23,6 +23,7 @@ from PIL import Image, ImageOps, features
 from sigma_book.assemble import POCKET
 from sigma_book.cli import main
 from sigma_book.processor import Processor, Tokenizer, load_image, pixels
+from sigma_book.weights import read_config
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -145,6 +146,16 @@ def test_exif_with_a_damaged_line():
         ImageOps.exif_transpose(Image.open(io.BytesIO(damaged)))
     assert np.array_equal(rgb(damaged), rgb(content))
     assert rgb(damaged).shape == (40, 64, 3)
+
+
+@pytest.mark.parametrize("note", [b"Exif\0\0XXXXXXXXXXXX", b"Exif\0\0II*\0"])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_exif_that_cannot_be_read(kind, note):
+    """The pixels are whole, so they are taken as they stand."""
+    options = {"lossless": True} if kind == "WEBP" else {}
+    content = encoded(Image.fromarray(UPRIGHT), kind, exif=note, **options)
+    once = load_image(content)
+    assert np.array_equal(np.asarray(once), UPRIGHT) and np.array_equal(rgb(once), UPRIGHT)
 
 
 # transparency
@@ -637,6 +648,17 @@ def test_a_file_that_is_no_table(folder, name, content):
     sentence(error)
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "added_tokens.json"]
+)
+def test_a_file_that_cannot_be_opened(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+    with pytest.raises(RuntimeError, match=re.escape(f"{folder / name} cannot be read (")) as error:
+        Processor.from_folder(folder)
+    sentence(error)
+
+
 def test_a_missing_file(folder):
     (folder / "preprocessor_config.json").unlink()  # says nothing that config.json does not
     assert Processor.from_folder(folder).image_size == 112
@@ -660,6 +682,7 @@ def test_a_missing_file(folder):
     [
         (5, "vision_config is 5"),
         ([1], "vision_config is [1]"),
+        ([], "vision_config is []"),
         ({"image_size": "112"}, "image_size is '112'"),
         ({"image_size": 0}, "image_size is 0"),
         ({"image_size": 112.0}, "image_size is 112.0"),
@@ -674,11 +697,13 @@ def test_sizes_that_cannot_be(folder, vision, words):
     assert str(folder / "config.json") in sentence(error)
 
 
-def test_absent_sizes_are_those_of_paligemma(folder):
-    edit_json(folder / "config.json", vision_config={})
+@pytest.mark.parametrize(("vision", "count"), [(None, 256), ({}, 196), ({"image_size": 112}, 49)])
+def test_absent_sizes_are_those_of_the_model(folder, vision, count):
+    edit_json(folder / "config.json", vision_config=vision)
     (folder / "preprocessor_config.json").unlink()
     processor = Processor.from_folder(folder)
-    assert (processor.image_size, processor.num_image_tokens) == (224, 256)
+    assert processor.num_image_tokens == read_config(folder).num_image_tokens == count
+    assert processor.image_size == read_config(folder).vision.image_size
 
 
 @pytest.mark.parametrize(

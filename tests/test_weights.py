@@ -373,7 +373,7 @@ def test_head_of_a_tied_model(folder, model, head):
     assert same(load_model(folder, "cpu"), model)
     edit_tensors(folder, lambda tensors: tensors.update({head: embedding + 1}))
     message = refusal(folder)
-    assert head in message and "tie_word_embeddings" in message
+    assert head in message and "tie_word_embeddings (or leaves it out, which means the same)" in message
 
 
 def test_a_tied_head_alone_is_no_embedding(folder):
@@ -638,6 +638,13 @@ def test_shards_keep_to_their_size(model, tmp_path, limit):
         total += bytes_here
     assert table["metadata"]["total_size"] == total == sum(4 * p.numel() for p in model.parameters())
     assert same(load_model(tmp_path / "model", "cpu"), model)
+
+
+@pytest.mark.parametrize("limit", ["5GB", 2.5, True, 0])
+def test_a_size_that_is_no_number_of_bytes(model, tmp_path, limit):
+    with pytest.raises(ValueError, match=f"max_shard_bytes is {limit!r}: expected a whole number of bytes"):
+        save_model(model, tmp_path / "model", max_shard_bytes=limit)
+    assert not (tmp_path / "model").exists()
 
 
 def test_saving_over_the_folder_one_reads_from(folder, model):
