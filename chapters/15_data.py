@@ -24,6 +24,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 
@@ -759,14 +760,21 @@ class _CaptionSource:
         image_id = self.annotations.columns["image_id"][index] if self.pictures is None else self.pictures[index]
         numbers = self.find_captions.all(image_id)
         rows = self.annotations.rows(numbers)
-        captions = tuple(_text(row.get("caption"), "caption").strip() for row in rows)
         own = 0 if self.pictures is not None else int(np.flatnonzero(numbers == index)[0])
+        captions = []
+        for place, row in enumerate(rows):
+            try:
+                captions.append(_text(row.get("caption"), "caption").strip())
+            except ValueError:
+                if self.pictures is not None or place == own:
+                    raise  # what is wrong with another of them is said where that is the example
         image = _image_row(self.images, self.find_image, image_id)
         facts = {"image_id": image_id.item(), "file_name": image.get("file_name")}
         if self.pictures is None:
             facts["annotation_id"] = rows[own].get("id")
         path = find_picture(image.get("file_name"), self.folders)
-        return Example(path, "caption en", captions[own], answers=captions, facts=facts)
+        suffix = _text(rows[own].get("caption"), "caption").strip()
+        return Example(path, "caption en", suffix, answers=tuple(captions), facts=facts)
 
 
 def _image_row(images: Table, find: _Find, image_id) -> dict:
@@ -1133,6 +1141,9 @@ def _open_tables(path: Path) -> tuple[dict[str, Table], dict[str, object]]:
 
 def _is_document(window: _Window) -> bool:
     """Whether one JSON object with a known array follows, and not a line with a row."""
+    with suppress(ValueError, RecursionError):  # a document may go on in the next line, a row does not
+        if "image" in json.loads(window.text[window.at :].partition("\n")[0]):
+            return False
     try:
         window.take("{")
         while window.next() != "}":
@@ -1281,7 +1292,10 @@ def _open_instances(path, tables, folders, form, encode_mask) -> Examples:
     for column in columns:
         new[1:] |= column[order][1:] != column[order][:-1]
     begins = np.append(np.flatnonzero(new), len(order))
-    numbers = _ids(categories, "id", "category").tolist()
+    category_ids = _ids(categories, "id", "category")
+    if (twice := _Find(category_ids).repeated()) is not None:
+        raise ValueError(f"{path}: category id {twice} stands twice in 'categories'")
+    numbers = category_ids.tolist()
     named = {number: row.get("name") for number, row in zip(numbers, categories.rows(range(len(numbers))))}
     for number, name in named.items():
         if (

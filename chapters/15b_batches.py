@@ -197,12 +197,11 @@ def token_counts(processor: Processor, example: Example) -> tuple[int, int, int]
     Raises
     ------
     ValueError
-        If the prompt holds `<image>`.
+        If prompt or answer holds `<image>`.
     """
-    if "<image>" in example.prefix:
-        raise ValueError(
-            f"prompt {example.prefix!r} contains <image>: leave it out, the picture's place is set for you"
-        )
+    for name, text in (("prompt", example.prefix), ("suffix", example.suffix)):
+        if "<image>" in text:
+            raise ValueError(f"{name} {text!r} contains <image>: leave it out, the picture's place is set for you")
     encode = processor.tokenizer.encode
     return processor.num_image_tokens + 1, len(encode(f"{example.prefix}\n")), len(encode(example.suffix)) + 1
 

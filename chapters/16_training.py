@@ -33,7 +33,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -825,16 +825,26 @@ class TrainingConfig:
         ):
             value = getattr(self, name)
             least = 0 if name in ("warmup", "weight_decay") else math.ulp(0)  # the smallest number above 0
-            if value is not None and not (math.isfinite(value) and value >= least):
+            good = isinstance(value, int | float) and math.isfinite(value) and value >= least
+            if value is not None and not good:
                 raise ValueError(
                     f"{name} is {value!r}: expected a number {'of 0 or more' if least == 0 else 'above 0'}"
                 )
+        if isinstance(self.freeze, str):
+            raise ValueError(f"freeze is {self.freeze!r}: expected a tuple of parts, such as ('vision',)")
         if unknown := sorted(set(self.freeze) - set(PARTS)):
             raise ValueError(f"freeze names {unknown[0]!r}: expected parts among {', '.join(PARTS)}")
         if self.freeze and self.method != "full":
             raise ValueError(f"freeze goes with method full: {self.method} teaches adapters of the decoder alone")
         if set(self.freeze) == set(PARTS):
             raise ValueError("freeze names all three parts: nothing would learn, leave one out")
+        for part in PARTS:
+            learns = part not in self.freeze and (self.method == "full" or part == "decoder")
+            if not learns and getattr(self, f"{part}_rate") is not None:
+                raise ValueError(f"{part}_rate is given, but the part {part} does not learn: leave the rate out")
+        for name in ("rank", "alpha", "dropout"):
+            if self.method == "full" and getattr(self, name) != getattr(TrainingConfig, name):
+                raise ValueError(f"{name} goes with the methods lora and qlora: leave it out, or choose one of them")
 
     def warmup_steps(self, steps: int) -> int:
         return round(self.warmup * steps if self.warmup < 1 else self.warmup)
@@ -1437,15 +1447,25 @@ def saved_bytes(run: Callable[[], torch.Tensor], besides: Iterable[torch.Tensor]
     return result, sum(kept.values())
 
 
+CGROUP = Path("/sys/fs/cgroup")  # where Linux tells the limits of a container
+
+
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that a device has left, or None where nobody says."""
+    """Memory that a device has left, or None where nobody says; of a container with a limit, at most up to that."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     table = Path("/proc/meminfo")
     if device.type != "cpu" or not table.exists():
         return None
     line = next(line for line in table.read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(line.split()[1]) * 1024
+    free = int(line.split()[1]) * 1024
+    limit = CGROUP / "memory.max"
+    if not limit.exists() or (most := limit.read_text().strip()) == "max":
+        return free
+    table = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    # pages of files that nobody has used of late are held only as long as nobody else wants the room
+    held = int((CGROUP / "memory.current").read_text()) - int(table["inactive_file"])
+    return min(free, max(0, int(most) - held))
 
 
 @dataclass(frozen=True)
@@ -1746,7 +1766,11 @@ assert cheap.optimizer < 0.3 * bills["all kept"].optimizer
 # %%
 # | export
 def claim_folder(
-    out: Path, identity: dict, saved: Sequence[str] = ("checkpoints/*", "final"), alone: bool = True
+    out: Path,
+    identity: dict,
+    saved: Sequence[str] = ("checkpoints/*", "final"),
+    alone: bool = True,
+    later: Collection[str] = (),
 ) -> None:
     """Make a folder the home of a run, or make sure that it is the home of this one already.
 
@@ -1760,6 +1784,8 @@ def claim_folder(
         Patterns of what a run leaves there. As long as there is nothing like it, a run with other values may take over.
     alone : bool
         Whether a folder without `run.json` must be empty, or may hold all but what is `saved`.
+    later : collection of str
+        Keys that came with a later version: in a run that has none of them they count as the same.
 
     Raises
     ------
@@ -1775,7 +1801,8 @@ def claim_folder(
         except ValueError as error:
             raise ValueError(f"{path} is broken ({error}): give another folder, or remove this one") from error
         wanted = json.loads(json.dumps(identity))
-        differing = [key for key in wanted if key not in known or known[key] != wanted[key]]
+        asked = [key for key in wanted if key in known or key not in later]
+        differing = [key for key in asked if key not in known or known[key] != wanted[key]]
         if not differing:
             return
         if begun:
@@ -1945,7 +1972,7 @@ check(mean_over_tokens, (([5.0, 1.0], [2, 8]), 1.8), (([2.0], [7]), 2.0))
 def halvings(scale: float, gradient: float) -> int: ...
 
 
-check(halvings, ((65536.0, 1.0), 1), ((65536.0, 0.5), 0), ((65536.0, 1000.0), 10))
+check(halvings, ((65536.0, 1.0), 1), ((65536.0, 0.01), 0), ((65536.0, 1000.0), 10))
 
 # %% [markdown]
 # **5.** ★★★ A run of `steps` steps saves every `every` steps, which takes as long as `cost` steps. It is killed once, at a

@@ -554,7 +554,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     places = _adapter_places(path, linears, config, values.get("base_model_name_or_path"))
     chosen = {name: linears[name] for name in linears if name in places}
     named = _named_by(model, config.targets)
-    if missing := sorted(named - chosen.keys()) if not any(values.get(key) for key in _NARROWS) else []:
+    narrowed = any(values.get(key) not in (None, [], "") for key in _NARROWS)  # layers_to_transform may be 0
+    if missing := [] if narrowed else sorted(named - chosen.keys()):
         raise ValueError(f"{path} lacks the update of {missing[0]}, which target_modules names: copy it again")
     if named != chosen.keys():
         config = replace(config, targets=tuple(_their_name(name) for name in chosen))
@@ -594,7 +595,8 @@ _REFUSED = ("use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_
 _REFUSED += ("layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens")
 _REFUSED += ("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config")
 _NARROWS = ("exclude_modules", "layers_to_transform")  # with these, target_modules names more than there is
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")  # the others of PEFT change the base as well
+# How PEFT may have begun an adapter; its other ways change the base as well.
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
 def _lora_config(path: Path, values: dict) -> LoraConfig:
@@ -983,12 +985,14 @@ check(break_even, ((4, 4), 2), ((192, 192), 96), ((16384, 2048), 1821))
 def merged(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor: ...
 
 
-ones = torch.ones(2, 2)
-check(merged, ((ones, torch.ones(1, 2), torch.ones(2, 1), 0.5), 1.5 * ones))
+down, up = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]]), torch.tensor([[1.0, 0.0], [2.0, 1.0]])
+check(merged, ((torch.ones(2, 3), down, up, 2.0), torch.tensor([[3.0, 5.0, 7.0], [5.0, 11.0, 13.0]])))
 
 # %% [markdown]
-# **4.** ★★★ Which rank does an update need? Write `needed_rank(update, share)`: the least rank whose best approximation (the
-# largest singular values) keeps this share of the sum of squares.
+# **4.** ★★★ Which rank does an update need? Any matrix is a sum of matrices of rank one, each with a size of its own, its
+# *singular value*; `torch.linalg.svdvals` gives them, largest first. To keep the r largest is the best that rank r can do,
+# and the sum of their squares is the sum of squares of the matrix that is kept. Write `needed_rank(update, share)`: the
+# least rank that keeps this share of it.
 
 
 # %%

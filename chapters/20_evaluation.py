@@ -559,6 +559,8 @@ people = ["red"] * 5 + ["dark red"] * 3 + ["orange", "brown"]
 
 # %% [markdown]
 # Three people of ten are worth 0.9, not 1: when one of the three is left out, only two remain. One person is worth 0.3.
+# So with fewer than four true answers the rule cannot give 1: of three that agree two are left, which is 2/3. A single
+# true answer is compared by itself.
 #
 # $$ \mathrm{accuracy} = \frac{1}{10} \sum_{i=1}^{10} \min\left(1, \frac{\#\{j \neq i : \text{answer}_j = \text{said}\}}{3}\right) $$
 #
@@ -623,7 +625,8 @@ def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
         Put into plain form first.
     people : sequence of str
         The true answers, ten in VQAv2. Where they differ, their punctuation goes. A single one cannot be left out: then
-        both sides are put into plain form, and equal is 1.
+        both sides are put into plain form, and equal is 1. With two or three the rule cannot give 1: of three that agree
+        two are left, which is 2/3.
 
     Raises
     ------

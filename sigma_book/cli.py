@@ -310,7 +310,7 @@ def _train(options: argparse.Namespace) -> None:
 
     given = {field: getattr(options, field) for _, field, _, _ in TRAINING_OPTIONS if hasattr(options, field)}
     config = TrainingConfig(freeze=tuple(options.freeze), **given)
-    common = ("model", "form", "root", "annotations", "truncate", "device")
+    common = ("model", "form", "root", "annotations", "on_error", "truncate", "device")
     arguments = {name: getattr(options, name) for name in common}
     if options.dry_run:
         bill, seconds = estimate(options.data, config, **arguments)
@@ -327,7 +327,6 @@ def _train(options: argparse.Namespace) -> None:
         "save_every",
         "keep",
         "workers",
-        "on_error",
         "parallel",
         "wandb",
     )

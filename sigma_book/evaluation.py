@@ -302,7 +302,8 @@ def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
         Put into plain form first.
     people : sequence of str
         The true answers, ten in VQAv2. Where they differ, their punctuation goes. A single one cannot be left out: then
-        both sides are put into plain form, and equal is 1.
+        both sides are put into plain form, and equal is 1. With two or three the rule cannot give 1: of three that agree
+        two are left, which is 2/3.
 
     Raises
     ------

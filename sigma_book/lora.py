@@ -316,7 +316,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     places = _adapter_places(path, linears, config, values.get("base_model_name_or_path"))
     chosen = {name: linears[name] for name in linears if name in places}
     named = _named_by(model, config.targets)
-    if missing := sorted(named - chosen.keys()) if not any(values.get(key) for key in _NARROWS) else []:
+    narrowed = any(values.get(key) not in (None, [], "") for key in _NARROWS)  # layers_to_transform may be 0
+    if missing := [] if narrowed else sorted(named - chosen.keys()):
         raise ValueError(f"{path} lacks the update of {missing[0]}, which target_modules names: copy it again")
     if named != chosen.keys():
         config = replace(config, targets=tuple(_their_name(name) for name in chosen))
@@ -356,7 +357,8 @@ _REFUSED = ("use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_
 _REFUSED += ("layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens")
 _REFUSED += ("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config")
 _NARROWS = ("exclude_modules", "layers_to_transform")  # with these, target_modules names more than there is
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")  # the others of PEFT change the base as well
+# How PEFT may have begun an adapter; its other ways change the base as well.
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
 def _lora_config(path: Path, values: dict) -> LoraConfig:

@@ -3,7 +3,9 @@
 import json
 import random
 import shutil
+import tempfile
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -73,7 +75,15 @@ from sigma_book.training import (
     train,
     training_bill,
 )
-from sigma_book.weights import find_folder, model_folder_beside, pick_device, read_config, read_json, save_model
+from sigma_book.weights import (
+    find_folder,
+    model_folder_beside,
+    pick_device,
+    read_config,
+    read_header,
+    read_json,
+    save_model,
+)
 
 __all__ = ["asker", "estimate", "evaluate", "file_mark", "finetune", "full_path", "held_alone", "model_mark"]
 
@@ -168,14 +178,15 @@ def finetune(
     if isinstance(ranks, Ranks):
         parallel = _parallel(parallel, base, config, ranks)
         say(f"{ranks.size} ranks, {parallel}: {batch_size} of the {config.batch_size} examples of a batch for each")
+    place = {"form": examples.form, "root": full_path(root)}
     files = {"data": data, "annotations": annotations, "evaluate": evaluate}
     files |= {"evaluate_annotations": evaluate_annotations}
     identity = {"model": model_mark(model)} | {name: file_mark(path) for name, path in files.items() if path}
-    identity |= asdict(config) | ({} if parallel is None else {"processes": "many"})
+    identity |= asdict(config) | place | ({} if parallel is None else {"processes": "many"})
     if ranks.rank == 0:
         with held_alone(out) if (out / "run.json").exists() else nullcontext():  # it may be another's, who is at work
             _same_kind(out, parallel)
-            claim_folder(out, identity)
+            claim_folder(out, identity, later=place)
     with others_there(str(out)), held_alone(out) if ranks.rank == 0 else nullcontext():
         final, steps = out / "final", _steps(config, len(examples))
         if ranks.first(ranks.rank == 0 and final.is_dir()):
@@ -195,6 +206,9 @@ def finetune(
         progress = checkpoints.restore()  # last, so that the random numbers are those of the checkpoint
         if progress.step:
             say(f"going on after step {progress.step} of {steps}")
+        if ranks.rank == 0 and progress.step == 0:  # of a run that was stopped before its first checkpoint
+            (out / "skipped.jsonl").unlink(missing_ok=True)
+        ranks.first(True)  # until then nobody lists a row
         batches = Batches(
             examples,
             learner.processor,
@@ -424,9 +438,23 @@ def model_mark(model: str | Path | None) -> str:
     names = (source / "config.json", source / CONFIG_FILE, *sorted(source.glob("*.safetensors")))
     files = [source] if source.is_file() else [path for path in names if path.is_file()]
     size = sum(path.stat().st_size for path in files)
-    most = 1 << 24  # the first 16 MiB of each file: a large model is not read twice
-    marks = [file_checksum(path, most) for path in files]
-    return f"{source.resolve().name}, {size:,} bytes, CRC-32 {' '.join(f'{mark:08x}' for mark in marks)}"
+    marks = " ".join(f"{_checksum_of_begins(path):08x}" for path in files)
+    return f"{source.resolve().name}, {size:,} bytes, CRC-32 {marks}"
+
+
+def _checksum_of_begins(path: Path) -> int:
+    """CRC-32 of a file of a model. Of a large one not all is read: the first 16 MiB, or 64 KiB of each tensor."""
+    most = 1 << 24
+    if path.suffix != ".safetensors" or path.stat().st_size <= most:
+        return file_checksum(path, most)
+    places = sorted(tuple(entry["data_offsets"]) for entry in read_header(path).values())
+    with path.open("rb") as file:
+        first = 8 + int.from_bytes(file.read(8), "little")
+        value = file_checksum(path, first)
+        for begin, end in places:
+            file.seek(first + begin)
+            value = zlib.crc32(file.read(min(end - begin, 1 << 16)), value)
+    return value
 
 
 def _learner(
@@ -489,7 +517,8 @@ def _look(
 ) -> str:
     """Examine a model, note it, and keep it if it is the best so far; gives a line and some answers."""
     with asked_whole(model):
-        found = {"step": step} | examine(model, model.processor, held_out, autocast=AUTOCAST[config.dtype])
+        settings = {"batch_size": min(32, config.batch_size), "autocast": AUTOCAST[config.dtype]}
+        found = {"step": step} | examine(model, model.processor, held_out, **settings)
     former = [note["loss"] for note in progress.notes if note["step"] > 0]
     if ranks.first(step > 0 and found["loss"] < min(former, default=float("inf"))):
         save(out / "best")
@@ -512,6 +541,7 @@ def estimate(
     form: str = "auto",
     root: str | Path | None = None,
     annotations: str | Path | None = None,
+    on_error: str = "stop",
     truncate: bool = False,
     device: str | torch.device = "auto",
 ) -> tuple[Bill, float | None]:
@@ -541,16 +571,19 @@ def estimate(
     else:
         sizes, processor = read_config(source), Processor.from_folder(source)
     examples = _examples(data, {"form": form, "root": root, "annotations": annotations})
-    batches = Batches(
-        examples,
-        processor,
-        config.batch_size,
-        config.seed,
-        epochs=config.epochs,
-        max_length=sizes.text.max_position_embeddings,
-        truncate=truncate,
-    )
-    few = [one.batch for _, one in zip(range(32), batches, strict=False)]
+    with tempfile.TemporaryDirectory() as folder:
+        batches = Batches(
+            examples,
+            processor,
+            config.batch_size,
+            config.seed,
+            epochs=None if on_error == "skip" else config.epochs,
+            on_error=on_error,
+            skipped=Path(folder) / "skipped.jsonl",
+            max_length=sizes.text.max_position_embeddings,
+            truncate=truncate,
+        )
+        few = [one.batch for _, one in zip(range(32), batches, strict=False)]
     longest = max(few, key=lambda batch: batch.input_ids.numel())
     bill = training_bill(sizes, config, longest, partial(_prepare_shapes, config), device)
     if config.method == "qlora":
@@ -673,6 +706,13 @@ def evaluate(
         waiting = AnswerFile(path).next_index() < min(len(examples), num_examples or len(examples))
         answer = asker(load(model, device=device, dtype=dtype) if waiting else None, max_new_tokens, num_beams)
     records = answer_examples(task, examples, answer, path, batch_size=batch_size, most=num_examples)
+    if next(iter(records), None) is None:  # of the tasks, count alone leaves examples out
+        raise ValueError(
+            f"none of the examples of {data} asks for a number: count takes those whose true answer is one, and whose "
+            "question_type, if there is one, says 'how many'"
+        )
+    if task == "vqa" and (few := sum(len(record["answers"]) in (2, 3) for record in records)):
+        remark(f"questions with two or three true answers: {few:,}; their accuracy cannot reach 1, which takes four")
     if official:
         write_official(task, records, out / "results.json")
     speed = {} if answers else answer_speed(records)

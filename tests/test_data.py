@@ -127,6 +127,8 @@ def test_no_example_and_no_answer_are_refused(processor):
         collate(processor, [])
     with pytest.raises(ValueError, match="t.jsonl, line 2: prompt 'a <image> b' contains <image>"):
         collate(processor, [Example(draw_scene(make_scene(1)), "a <image> b", "x", "t.jsonl, line 2")])
+    with pytest.raises(ValueError, match="t.jsonl, line 2: suffix 'a <image> b' contains <image>"):
+        collate(processor, [Example(draw_scene(make_scene(1)), "x", "a <image> b", "t.jsonl, line 2")])
     with pytest.raises(ValueError, match=r"train\.jsonl, line 17: the answer is empty"):
         collate(processor, [Example(draw_scene(make_scene(1)), "x", "", "train.jsonl, line 17")])
 
@@ -759,6 +761,22 @@ def test_a_damaged_entry_breaks_its_own_examples_only(official, tmp_path, name, 
     assert 1 <= len(said) <= 5 and all(sentence.startswith("x.json, ") and words in sentence for sentence in said)
 
 
+def test_a_caption_that_is_no_text_breaks_its_own_example_only(official, tmp_path):
+    path = change(official["captions"], tmp_path / "x.json", lambda c: c["annotations"][1].update(caption=None))
+    rows = json.loads(path.read_text())["annotations"]
+    same = [number for number, row in enumerate(rows) if row["image_id"] == rows[1]["image_id"]]
+    found = read_examples(path)
+    for number in same:
+        if number == 1:
+            with pytest.raises(ValueError, match=r"x\.json, annotation 2: caption is null"):
+                found[number]
+        else:
+            assert found[number].suffix == rows[number]["caption"].strip()
+            assert len(found[number].answers) == len(same) - 1 > 0
+    with pytest.raises(ValueError, match="caption is null"):  # to measure with, all of them are needed
+        read_examples(path, per_image=True)[0]
+
+
 @pytest.mark.parametrize(
     ("name", "edit", "words"),
     [
@@ -775,6 +793,7 @@ def test_a_damaged_entry_breaks_its_own_examples_only(official, tmp_path, name, 
             "named 'a ; b', expected a name in one line without ';'",
         ),
         ("instances", lambda c: c["categories"][0].update(name="\ud800"), "expected a name in one line"),
+        ("instances", lambda c: c["categories"].append(c["categories"][0]), "stands twice in 'categories'"),
         ("instances", lambda c: [row.update(iscrowd=1) for row in c["annotations"]], "holds no example"),
         ("questions", lambda c: c.update(questions=[]), "holds no example"),
     ],
@@ -868,6 +887,10 @@ def test_rows_with_a_list_named_like_cocos_are_rows(tmp_path, gallery):
     rows = [{"image": "1.png", "text": "a", "annotations": [{"bbox": [1, 2, 3, 4]}]}] * 2
     found = read_examples(write_rows(tmp_path / "t.jsonl", rows), root=gallery)
     assert found.form == "text" and len(found) == 2
+    for count in (1, 2):  # keys in the order of the alphabet
+        rows = [{"categories": ["animal"], "image": "1.png", "text": "a"}] * count
+        found = read_examples(write_rows(tmp_path / "t.jsonl", rows), root=gallery)
+        assert found.form == "text" and len(found) == count
 
 
 @pytest.mark.parametrize(
@@ -1143,6 +1166,14 @@ def test_broken_rows_are_skipped_counted_and_listed_once(small, broken_file, tmp
     again = Batches(found, small, 4, 0, **arguments, start=got[4].state)
     assert all(map(same, again, got[5:]))
     assert len(read_list(path)) == 5 == again.num_skipped  # a run that goes on lists nothing twice
+
+
+def test_an_answer_with_a_picture_s_place_is_a_broken_row(small, gallery, tmp_path):
+    rows = [{"image": "1.png", "text": text} for text in ("a star", "an <image> in it")]
+    found = read_examples(write_rows(tmp_path / "t.jsonl", rows), root=gallery)
+    made = Batches(found, small, 2, 0, epochs=1, on_error="skip", skipped=tmp_path / "s.jsonl")
+    assert [batch.where for batch in made] == [("t.jsonl, line 1",)] and made.num_skipped == 1
+    assert [where for where, _ in survey(found, small).broken] == ["t.jsonl, line 2"]
 
 
 def test_ranks_skip_into_one_list_and_stay_in_step(small, broken_file, tmp_path):

@@ -383,6 +383,23 @@ def test_captions_and_boxes_of_plain_rows(world, tmp_path):
         assert scores["asked"] == 8 and scores[key] > least, scores
 
 
+def test_a_row_s_own_boxes_are_not_the_truth(world, tiny_folder, tmp_path):
+    """Keys of these names may hold anything; what the row says of boxes stands in its suffix, and must be readable."""
+    example, out = read_examples(world["instances"])[0], tmp_path / "out"
+    row = {"image": str(example.image), "prefix": example.prefix, "suffix": example.suffix, "boxes": [[0.1, 0.2, 1, 1]]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row | {"height": "tall"}))
+    evaluate("detect", path, out, model=tiny_folder, max_new_tokens=1)
+    (record,) = AnswerFile(out / "answers.jsonl")
+    assert record["size"] == [112, 112] and record["labels"] == example.facts["labels"]
+    for box, true in zip(record["boxes"], example.facts["boxes"], strict=True):
+        assert box == pytest.approx(true, abs=0.2)
+    path.write_text(json.dumps(row | {"suffix": "<loc0100><loc0100><loc0500> red star"}))
+    with pytest.raises(ValueError, match=r"line 1: the true answer cannot be read: .*3 loc tokens"):
+        evaluate("detect", path, tmp_path / "second", model=tiny_folder, max_new_tokens=1)
+    assert not said_in(tmp_path / "second" / "answers.jsonl")
+
+
 def test_a_file_of_captions_is_read_through_once(world, tiny_folder, tmp_path, monkeypatch):
     """COCO's are hundreds of megabytes. Once to index it; its checksum is another matter."""
     read, index = [], data.index_document
@@ -527,6 +544,35 @@ def test_answers_of_others_that_do_not_fit(results, capsys):
     arguments[3] = Path(arguments[3]).with_name("instances_val2014.json")
     assert "not for detect" in refused(capsys, *arguments)
     assert not os.path.exists(arguments[5])
+
+
+def test_counts_go_out_and_come_back(world, tiny_folder, tmp_path, capsys):
+    """Answers to the counting questions alone are enough for the task count; what is wrong in a file is told."""
+    base = ["--task", "count", "--data", world["questions"], "--annotations", world["annotations"]]
+    first = [*base, "--out", tmp_path / "out", "--model", tiny_folder, "--max-new-tokens", 2, "--official"]
+    assert main(["evaluate", *map(str, first)]) == 0
+    path = tmp_path / "out" / "results.json"
+    again = [*base, "--out", tmp_path / "again", "--answers", path]
+    assert main(["evaluate", *map(str, again)]) == 0
+    scores = [json.loads((tmp_path / name / "scores.json").read_text()) for name in ("out", "again")]
+    assert scores[0] | {"speed": {}} == scores[1]
+    capsys.readouterr()
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps([row | {"question_id": str(row["question_id"])} for row in rows]))
+    assert "its ids are texts, the data's are numbers" in refused(capsys, *again)
+    path.write_text(json.dumps([row | {"answer": 2} for row in rows]))
+    assert "entry 1: answer is 2, it must be a text" in refused(capsys, *again)
+
+
+def test_nothing_to_count_and_too_few_to_agree(world, tiny_folder, tmp_path, capsys):
+    picture = str(read_examples(world["captions"])[0].image)
+    row = {"image": picture, "question": "which colour?", "answer": ["red", "red", "blue"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    base = ["--data", tmp_path / "rows.jsonl", "--model", tiny_folder, "--max-new-tokens", 1]
+    said = refused(capsys, "--task", "count", *base, "--out", tmp_path / "count")
+    assert "asks for a number" in said and "'how many'" in said
+    assert main(["evaluate", "--task", "vqa", *map(str, base), "--out", str(tmp_path / "vqa")]) == 0
+    assert "questions with two or three true answers: 1; their accuracy cannot reach 1" in capsys.readouterr().err
 
 
 def test_official_answers_need_official_data(world, tiny_folder, tmp_path, capsys):

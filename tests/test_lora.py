@@ -329,6 +329,15 @@ DAMAGES = {
 }
 
 
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal", "eva", "mica"])
+def test_where_plain_lora_began_does_not_matter(adapted, adapter, tiny_folder, pictures, start):
+    """With these starts PEFT leaves the base as it is: the file alone says what the adapter adds."""
+    edit(adapter, init_lora_weights=start)
+    fresh = load(tiny_folder, device="cpu", dtype="float32")
+    load_adapter(fresh, adapter)
+    assert torch.equal(scores(fresh, pictures), scores(adapted, pictures))
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damaged_folders_are_refused_and_leave_the_model_alone(name, adapter, model, pictures):
     damage, kind, words = DAMAGES[name]
@@ -340,6 +349,14 @@ def test_damaged_folders_are_refused_and_leave_the_model_alone(name, adapter, mo
     assert "\n" not in str(error.value) and str(adapter) in str(error.value)
     assert torch.equal(scores(fresh, pictures), before)
     assert not any(isinstance(module, LoraLinear) for module in fresh.modules())
+
+
+def test_an_adapter_of_layer_zero_alone(adapter, tiny_folder):
+    """PEFT takes the number of one layer as well as a list of them."""
+    edit(adapter, layers_to_transform=0)
+    rewrite(adapter, lambda tensors: {name: value for name, value in tensors.items() if "layers.0." in name})
+    model = load(tiny_folder, device="cpu", adapter=adapter)
+    assert {".layers.0." in name for name, one in model.named_modules() if isinstance(one, LoraLinear)} == {True}
 
 
 def test_an_adapter_for_another_model(adapter, make_tiny, tmp_path):

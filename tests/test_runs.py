@@ -12,16 +12,16 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from sigma_book import TrainingConfig, evaluate, finetune, generate, load
+from sigma_book import TrainingConfig, evaluate, finetune, generate, load, runs
 from sigma_book.answers import write_world_files
 from sigma_book.assemble import POCKET
 from sigma_book.data import read_examples
 from sigma_book.lora import LoraLinear, merge_lora
 from sigma_book.qlora import NF4Linear, nf4_bytes
-from sigma_book.runs import estimate
+from sigma_book.runs import estimate, model_mark
 from sigma_book.world import ask, draw_scene, make_scene
 
 FEW = TrainingConfig(method="lora", max_steps=4, batch_size=3, learning_rate=3e-3, rank=4, alpha=8)
@@ -41,7 +41,8 @@ def data(tmp_path_factory) -> Path:
 
 
 def with_method(method: str) -> TrainingConfig:
-    return TrainingConfig(**(vars(FEW) | {"method": method}))
+    adapters = {} if method != "full" else {"rank": TrainingConfig.rank, "alpha": TrainingConfig.alpha}
+    return TrainingConfig(**(vars(FEW) | {"method": method} | adapters))
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
@@ -185,7 +186,9 @@ def world(tmp_path_factory) -> dict[str, Path]:
     return write_world_files(tmp_path_factory.mktemp("world"), 10)
 
 
-def test_held_out_answers_may_lie_in_a_file_of_their_own(world, tmp_path):
+def test_held_out_answers_may_lie_in_a_file_of_their_own(world, tmp_path, monkeypatch):
+    examine, sizes = runs.examine, []
+    monkeypatch.setattr(runs, "examine", lambda *a, **b: sizes.append(b["batch_size"]) or examine(*a, **b))
     questions, answers = world["questions"], world["annotations"]
     finetune(
         questions,
@@ -199,6 +202,7 @@ def test_held_out_answers_may_lie_in_a_file_of_their_own(world, tmp_path):
     )
     before, after = json.loads((tmp_path / "run" / "evaluations.json").read_text())
     assert before["asked"] == after["asked"] == 5 and before["step"] == 0
+    assert sizes == [2, 2], "no more are asked at once than are learned from"
 
 
 def test_evaluation_takes_beams_and_tells_runs_apart(world, tmp_path):
@@ -215,6 +219,18 @@ def test_evaluation_takes_beams_and_tells_runs_apart(world, tmp_path):
     changed.write_text(text.replace("a ", "o ", 1))  # as long as before
     with pytest.raises(ValueError, match="data"):
         evaluate("caption", changed, tmp_path / "out", root=data.parent.parent, num_beams=2, device="cpu")
+
+
+def test_models_that_share_a_large_tower_are_two(tmp_path):
+    """A frozen tower of more than 16 MiB stands first in the file; what was learned comes behind it."""
+    marks, tower = set(), torch.zeros(17 << 18)
+    for name, learned in (("a", 0.0), ("b", 1.0)):
+        folder = tmp_path / name / "final"
+        folder.mkdir(parents=True)
+        save_file({"tower": tower, "tower_end": torch.full((8,), learned)}, folder / "model.safetensors")
+        marks.add(model_mark(folder))
+        assert model_mark(folder) in marks
+    assert len(marks) == 2
 
 
 def test_evaluation_takes_the_folder_of_an_adapter(world, data, tmp_path):

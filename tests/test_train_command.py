@@ -230,6 +230,10 @@ def test_a_finished_run_says_so_and_changes_nothing(arguments, tmp_path, capsys)
     captured = capsys.readouterr()
     assert "is finished" in captured.err and captured.out == f"{out / 'final'}\n"
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+    known = json.loads((out / "run.json").read_text())
+    del known["form"], known["root"]  # as a version before wrote it
+    (out / "run.json").write_text(json.dumps(known))
+    assert main(arguments(out, steps=2)) == 0
 
 
 @pytest.mark.parametrize(
@@ -242,6 +246,8 @@ def test_a_finished_run_says_so_and_changes_nothing(arguments, tmp_path, capsys)
         (("--schedule", "linear"), "schedule = 'cosine'"),
         (("--data", "test"), "data = 'train.jsonl"),
         (("--model", "pocket"), "model = 'model, "),
+        (("--form", "text"), "form = 'prefix', this one has 'text'"),
+        (("--root", "/"), "root = None, this one has '/'"),
     ],
 )
 def test_another_run_does_not_enter_the_folder(arguments, data, tmp_path, capsys, more, named):
@@ -387,6 +393,9 @@ def test_rows_that_cannot_be_read(arguments, data, tiny_folder, tmp_path, capsys
     given = arguments(tmp_path / "run", "--data", spoilt, "--epochs", 1)
     assert main(given) == 2
     assert "spoilt.jsonl, line " in capsys.readouterr().err
+    assert main([*given, "--on-error", "skip", "--dry-run"]) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "skipped.jsonl").write_text('{"where": "spoilt.jsonl, line 1", "reason": "mended since"}\n')
     assert main([*given, "--on-error", "skip"]) == 0, "the same run goes on, told to leave them out"
     assert "2 rows were left out and listed in" in capsys.readouterr().err
     listed = [json.loads(line)["where"] for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]

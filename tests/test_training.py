@@ -396,12 +396,21 @@ def test_each_part_has_its_own_rate(tiny_folder):
         {"warmup": -0.1},
         {"freeze": ("eyes",)},
         {"freeze": ("vision", "projector", "decoder")},
+        {"learning_rate": "1e-5"},
+        {"rank": 8},
+        {"alpha": 8},
+        {"dropout": 0.1},
+        {"vision_rate": 1e-4, "freeze": ("vision",)},
+        {"vision_rate": 1e-4, "method": "lora"},
+        {"projector_rate": 1e-4, "method": "qlora"},
     ],
 )
 def test_a_wrong_value_is_named(values):
-    (name,) = values
+    name = next(iter(values))
     with pytest.raises(ValueError, match=name):
         TrainingConfig(**values)
+    with pytest.raises(ValueError, match="freeze is 'vision': expected a tuple of parts"):
+        TrainingConfig(freeze="vision")
 
 
 def test_eight_bit_adamw_learns(tiny_folder):
