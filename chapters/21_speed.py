@@ -320,9 +320,19 @@ def vision_bill(config: PaliGemmaConfig, pictures: int, precision: str, exact: i
 # the length of the prompt. In a step `length` is 1, and `seen` is what the cache holds, at most the window where a layer
 # slides. (In prefill a sliding layer of ours computes all scores and masks them, so they are on the bill.)
 #
-# Gemma's RMSNorm is written out in plain operations, which pass seven numbers for each number of a token: read it to
-# square it, write the square, read that for the mean, and so on. Rotation passes nine. Gemma 2's softcap keeps attention
-# out of the fused kernel, so every score is passed fourteen times.
+# Gemma's RMSNorm and the rotation are written out in plain operations, and each operation reads numbers and writes numbers.
+# For each number of a token:
+#
+# | RMSNorm | read | written | | rotation | read | written |
+# |---|---|---|---|---|---|---|
+# | square | 1 | 1 | | both halves, times cosine and times sine | 2 | 2 |
+# | mean of the squares | 1 | 0 | | their difference and their sum | 2 | 1 |
+# | times the inverse root | 1 | 1 | | both halves side by side | 1 | 1 |
+# | times 1 + w | 1 | 1 | | | | |
+# | **together** | | **7** | | | | **9** |
+#
+# (Cosines, means and gains are few beside that.) Gemma 2's softcap keeps attention out of the fused kernel, so every score is
+# passed fourteen times.
 
 
 # %%
@@ -674,6 +684,8 @@ def wait_for(device: str | torch.device) -> None:
     """Wait until a device has done what it was asked to; a CPU always has."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+    elif torch.device(device).type == "mps":
+        torch.mps.synchronize()
 
 
 # %% [markdown]
@@ -1150,10 +1162,11 @@ def gpu_machine(name: str, dtype: str = "bfloat16") -> Machine:
         If the card is not in `GPUS`.
     """
     spelled = name.replace(" GB", "GB").replace("-", " ").lower()
+    # other chips, or parts of one, under the same number
+    other = {"laptop", "mig", "ti", "d", "super", "nvl"} & set(re.findall(r"\w+", spelled))
     for card in GPUS:
-        if "laptop" in spelled:  # other chips under the same number
-            break
-        if all(re.search(rf"\b{word.lower()}\b", spelled) for word in card.words):
+        words = [word.lower() for word in card.words]
+        if other <= set(words) and all(re.search(rf"\b{word}\b", spelled) for word in words):
             on_tensor_units = dtype == "float16" or (dtype == "bfloat16" and card.bfloat16)
             peak = card.tensor if on_tensor_units else card.plain
             return Machine(f"{card.name}, computed", peak, card.bandwidth, card.bandwidth, card.bandwidth)

@@ -721,13 +721,7 @@ class RankCheckpoints(Checkpoints):
         """
         wanted = self.folder / f"step-{progress.step:06d}"
         fresh = wanted.with_name(f".{wanted.name}")
-        problem = None
-        try:
-            if self.ranks.rank == 0:
-                shutil.rmtree(fresh, ignore_errors=True)
-                fresh.mkdir(parents=True)
-        except OSError as error:
-            problem = error
+        problem = self._make_for_all(fresh)
         if self._all_well(problem):
             try:
                 self._write(fresh, progress)
@@ -757,12 +751,23 @@ class RankCheckpoints(Checkpoints):
         ------
         ValueError
             If all checkpoints are damaged, or the newest is of other weights.
+        RuntimeError
+            If a rank does not see the folder of the others.
         """
         if self.ranks.rank == 0:
             for rest in self.folder.glob(".step-*"):  # of a save that was killed
                 shutil.rmtree(rest)
-        self.ranks.sum(0)
-        found = self._found()
+        trial = self.folder / ".step-seen"
+        problem = self._make_for_all(trial)
+        shared = self._all_well(problem)
+        if self.ranks.rank == 0:
+            shutil.rmtree(trial, ignore_errors=True)
+        if not shared:
+            raise RuntimeError(str(problem or f"another rank does not see {self.folder} as this one does"))
+        own = self._found()  # rank 0 names them: for a while, a shared disk may show others an older list
+        count = int(self.ranks.first(len(own)))
+        steps = [int(self.ranks.first(int(own[n].name[5:]) if n < len(own) else 0)) for n in range(count)]
+        found = [self.folder / f"step-{step:06d}" for step in steps]
         for path in found:
             problem = self._problem(path)
             if problem is not None:
@@ -776,6 +781,21 @@ class RankCheckpoints(Checkpoints):
 
     def _all_well(self, problem: object) -> bool:
         return self.ranks.sum(problem is not None) == (0.0,)
+
+    def _make_for_all(self, path: Path) -> OSError | None:
+        """Rank 0 makes a folder; what is wrong with it on this rank, or None."""
+        problem = None
+        try:
+            if self.ranks.rank == 0:
+                shutil.rmtree(path, ignore_errors=True)
+                path.mkdir(parents=True)
+        except OSError as error:
+            problem = error
+        if self._all_well(problem) and not path.is_dir():
+            return OSError(
+                f"{path} is not seen by rank {self.ranks.rank}: all machines must share the folder of the run"
+            )
+        return problem
 
     def _tables(self) -> dict[str, dict[str, torch.Tensor]]:
         """What each rank has a part of, by folder and name; tensors with the memory of what they are read into."""
@@ -852,8 +872,9 @@ class RankCheckpoints(Checkpoints):
 
 
 # %% [markdown]
-# Two limits. All ranks must see one folder, so several machines need a shared disk. And while ranks agree on who writes what,
-# that library sends small pickles between them: in memory, between processes of one run, never on disk.
+# Two limits. All ranks must see one folder, so several machines need a shared disk; a run looks whether they have one before
+# its first step. And while ranks agree on who writes what, that library sends small pickles between them: in memory, between
+# processes of one run, never on disk.
 #
 # ## What each rank keeps and sends
 #
@@ -863,8 +884,8 @@ class RankCheckpoints(Checkpoints):
 # | FSDP | $\frac1N$ of everything, and what is borrowed | $\frac{N-1}{N}$ of the blocks, twice, and of the gradients |
 #
 # FSDP sends the weights twice, in 16 bits, and the gradients once, in 32. That is $2 \cdot 2 + 4 = 8$ bytes a number, just
-# what DDP sends: $2 \cdot 4$. The saved memory costs no extra traffic. What it costs is that ranks wait for weights in the
-# middle of a step.
+# what DDP sends: $2 \cdot 4$. So in bfloat16 the saved memory costs no extra traffic, for weights travel in half the bits.
+# In float32 it costs half as much again: $2 \cdot 4 + 4 = 12$. And ranks wait for weights in the middle of a step.
 #
 # A frozen block through which no gradient comes back is gathered once: the tower, when adapters of the decoder learn. Its last
 # block is the exception. FSDP fetches ahead, and gathers that one in vain.

@@ -48,6 +48,7 @@ from sigma_book.data import Example, find_picture, index_lines
 from sigma_book.generation import whole_number
 from sigma_book.paligemma import PaliGemma
 from sigma_book.processor import file_beside, load_image
+from sigma_book.training import CGROUP
 
 # %%
 import shutil
@@ -349,7 +350,7 @@ for found in rows.read(3, 10):
 # Batches are faster, but an error stops a whole batch. Which row was it? Cut the batch into halves and try each; a half
 # that fails is cut again. A single row that fails is the one: its error becomes its sentence.
 #
-# With one bad row among $B$, halving asks $1 + 2\log_2 B$ times at most, where one by one asks $1 + B$ times.
+# With one bad row among $B$, halving asks $1 + 2\lceil\log_2 B\rceil$ times at most, where one by one asks $1 + B$ times.
 
 
 # %%
@@ -389,10 +390,10 @@ def answers_or_reasons(
 
 
 # %% [markdown]
-# The proof, for every place of the bad row: it alone has a reason, and the asking stays below the bound.
+# The proof, for several sizes and every place of the bad row: it alone has a reason, and the asking stays below the bound.
 
 # %%
-for bad in range(16):
+for size, bad in ((count, place) for count in (3, 12, 16, 17) for place in range(count)):
     asked = []
 
     def picky(examples, asked=asked, bad=bad):
@@ -401,10 +402,10 @@ for bad in range(16):
             raise ValueError("I do not like this one")
         return [example.prefix for example in examples]
 
-    outcomes = answers_or_reasons([Example(b"", str(number), "") for number in range(16)], picky)
-    assert [reason is not None for _, reason in outcomes] == [number == bad for number in range(16)]
-    assert [text for text, _ in outcomes if text] == [str(number) for number in range(16) if number != bad]
-    assert len(asked) <= 1 + 2 * math.log2(16) == 9
+    outcomes = answers_or_reasons([Example(b"", str(number), "") for number in range(size)], picky)
+    assert [reason is not None for _, reason in outcomes] == [number == bad for number in range(size)]
+    assert [text for text, _ in outcomes if text] == [str(number) for number in range(size) if number != bad]
+    assert len(asked) <= 1 + 2 * math.ceil(math.log2(size))
 
 # %% [markdown]
 # Now a range of rows becomes a list of records: which row, where it stands, what was asked, and the answer or the reason.
@@ -820,12 +821,25 @@ def _start(ray, chances: int = 3) -> None:
 
 
 def processors() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many this process may use: a container may have the time of fewer than it sees."""
+    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = CGROUP / "cpu.max"
+    quota, period = limit.read_text().split() if limit.exists() else ("max", "1")  # microseconds
+    return seen if quota == "max" else max(1, min(seen, int(quota) // int(period)))
 
 
 def claims(parts: int, device: str) -> tuple[float, float]:
-    """CPUs and GPUs that one process claims of Ray: of this machine one in so many parts, on a cluster a whole one."""
+    """CPUs and GPUs that one process claims of Ray: of this machine one in so many parts, on a cluster a whole one.
+
+    Raises
+    ------
+    ValueError
+        If the device is one GPU of several, or is to be found out and this machine cannot tell what the cluster has.
+    """
+    if device.startswith("cuda:"):
+        raise ValueError(f"device is {device!r}: Ray gives each process a GPU of its own, so give cuda")
+    if device == "auto" and "RAY_ADDRESS" in os.environ and not torch.cuda.is_available():
+        raise ValueError("device is auto, and this machine has no GPU but its cluster may: give cuda or cpu")
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     cpus = 1.0 if "RAY_ADDRESS" in os.environ else min(1.0, round(processors() / parts, 3))
     return cpus, 1.0 if cuda else 0.0
@@ -880,13 +894,13 @@ else:
 # %% [markdown]
 # ## How fast with A actors?
 #
-# Loading takes $t_0$ once, an actor needs $t$ for a row, and the driver needs $d$ to have a row dealt out by Ray and its
+# Loading takes $t_0$ once, an actor needs $t_1$ for a row, and the driver needs $d$ to have a row dealt out by Ray and its
 # answer written. With $A$ actors that do not share a processor, $N$ rows take
 #
-# $$ T(A) = t_0 + N \, \max\left(\frac{t}{A},\; d\right) $$
+# $$ t(A) = t_0 + N \, \max\left(\frac{t_1}{A},\; d\right) $$
 #
-# More than $t / d$ actors are of no use to one driver. Ray's part of $d$ is for a block, so larger batches make it smaller.
-# We measure $t$ with the pocket model, Ray's part of $d$ with the two actors above, and the time to write here. Where Ray is
+# More than $t_1 / d$ actors are of no use to one driver. Ray's part of $d$ is for a block, so larger batches make it smaller.
+# We measure $t_1$ with the pocket model, Ray's part of $d$ with the two actors above, and the time to write here. Where Ray is
 # not installed, its part is left out.
 
 # %%
@@ -903,7 +917,7 @@ write_seconds = (time.perf_counter() - begun) / len(expected)
 driver_seconds = block_seconds / 16 + write_seconds  # in batches of 16
 limit = row_seconds / driver_seconds
 of_ray = f"{block_seconds / 16 * 1e3:.3f} ms of Ray and " if block_seconds else ""
-print(f"t: {row_seconds * 1e3:.1f} ms; d: {of_ray}{write_seconds * 1e3:.3f} ms to write")
+print(f"t1: {row_seconds * 1e3:.1f} ms; d: {of_ray}{write_seconds * 1e3:.3f} ms to write")
 print(f"one driver serves {limit:,.0f} actors with the pocket model")
 
 figure, axis = plt.subplots(figsize=(5.6, 2.8))
@@ -1369,7 +1383,7 @@ check(first_try, ((0.0, 16), 1.0), ((0.01, 16), 0.99**16), ((0.5, 1), 0.5))
 
 # %% [markdown]
 # **3.** ★★ Write `useful_actors(row, driver, rows, load)`: the smallest number of actors for which the whole run takes at
-# most 1.1 times what it would take with as many as one likes, by the formula for $T(A)$.
+# most 1.1 times what it would take with as many as one likes, by the formula for $t(A)$.
 
 
 # %%

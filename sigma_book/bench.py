@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -297,7 +298,7 @@ def bench(work: Work, *, against: Sequence[str] = (), warmup: int = 1, repeat: i
 
 
 def check_work(work: Work, against: Sequence[str], warmup: int, repeat: int) -> None:
-    """Raise a ValueError that names the argument if one cannot be."""
+    """Raise a ValueError that names the argument if one cannot be, or a RuntimeError that names a package that it lacks."""
     whole_number("batch", work.batch, least=1)
     whole_number("new_tokens", work.new_tokens, least=1)
     whole_number("warmup", warmup, least=0)
@@ -312,6 +313,8 @@ def check_work(work: Work, against: Sequence[str], warmup: int, repeat: int) -> 
             raise ValueError(f"--against is {name!r}: expected transformers")
     if len(set(against)) < len(against):
         raise ValueError(f"--against names {against[0]} twice: once is enough")
+    if against and find_spec("transformers") is None:
+        raise RuntimeError("--against transformers needs that package: pip install transformers")
     pick_device(work.device)
 
 
@@ -350,9 +353,10 @@ def _ratios(contenders: dict) -> dict[str, float]:
     ratios = {"first_token": ours["first_token"]["median"] / theirs["first_token"]["median"]}
     if ours["next_token"]:
         ratios["next_token"] = ours["next_token"]["median"] / theirs["next_token"]["median"]
-    peaks = ours["memory"]["peak_resident"], theirs["memory"]["peak_resident"]
+    peak = "gpu_peak" if "gpu_peak" in ours["memory"] else "peak_resident"
+    peaks = ours["memory"][peak], theirs["memory"][peak]
     if all(peaks):
-        ratios["peak_resident"] = peaks[0] / peaks[1]
+        ratios[peak] = peaks[0] / peaks[1]
     return ratios
 
 
@@ -381,7 +385,7 @@ def compare(costs: InferenceBill, machine: Machine, parts: dict[str, dict]) -> l
     for part in (*costs.first, *step):
         line(part.name, [part], [part.name])
     line("first token", costs.first, [part.name for part in costs.first])
-    line("next token", step, [part.name for part in step])
+    line("next token", step, ["step and head"] if "step and head" in parts else [part.name for part in step])
     return rows
 
 
@@ -488,6 +492,8 @@ def run_bench(
     for path, ending in ((json_file, ".json"), (picture, ".png")):
         if path is not None and (path.suffix.lower() != ending or path.is_dir() or not path.parent.is_dir()):
             raise ValueError(f"{path}: expected the name of a file that ends in {ending}, in a folder that is there")
+    if picture is not None and find_spec("matplotlib") is None:  # said before the measurement, not after it
+        raise RuntimeError("--save draws with matplotlib: pip install matplotlib, or leave it out")
     if model is not None and size is not None:
         raise ValueError(f"both --model {model} and --size {size}: give one of them")
     if size is not None:

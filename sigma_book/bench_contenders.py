@@ -110,7 +110,11 @@ class Ours:
             parts["vision"] = [times["pictures"][0] - times["projector"][0]]
         if heads:
             parts["prefill"] = [times["prefill"][0] - heads[0]]
-            parts["step"] = [step - head for step, head in zip(times.get("step", []), heads[1:], strict=False)]
+            steps = times.get("step", [])
+            if heads[1:]:
+                parts["step"] = [step - head for step, head in zip(steps, heads[1:], strict=True)]
+            else:  # a compiled step has its head inside
+                parts["step and head"] = steps
         return {name: values for name, values in parts.items() if values}
 
 

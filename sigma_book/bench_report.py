@@ -11,19 +11,20 @@ def bench_lines(found: dict) -> list[str]:
     """What `bench` found, as a table for people."""
     facts, work = found["machine"], found["work"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
+    peak, title = ("gpu_peak", "GPU MB") if work["device"].startswith("cuda") else ("peak_resident", "peak MB")
     processor = facts["cpu"] if work["device"] == "cpu" else facts["gpu"] or work["device"]
     lines = [
         f"{processor}, {facts['cores']} cores, {facts['threads']} threads; {versions}; {facts['date']}",
         f"{work['folder']}: {work['quantize'] or work['dtype']}{', compiled' * work['compile']}, batch {work['batch']}, "
         f"{work['prompt_length']} prompt tokens, {work['new_tokens']} new; {work['repeat']} turns after {work['warmup']}",
         "",
-        f"{'':14}{'first token, ms':>28}{'next token, ms':>28}{'tokens/s':>10}{'peak MB':>10}{'own':>8}{'mapped':>8}",
+        f"{'':14}{'first token, ms':>28}{'next token, ms':>28}{'tokens/s':>10}{title:>10}{'own':>8}{'mapped':>8}",
         f"{'':14}{'min / median / p95':>28}{'min / median / p95':>28}",
     ]
     for name, one in found["contenders"].items():
         megabytes = [
             "-" if one["memory"][key] is None else f"{one['memory'][key] / 1e6:,.0f}"
-            for key in ("peak_resident", "anonymous", "file_mapped")
+            for key in (peak, "anonymous", "file_mapped")
         ]
         speed = one["tokens_per_second"]
         lines.append(
@@ -37,6 +38,8 @@ def bench_lines(found: dict) -> list[str]:
         limits = found["limits"]
         how = "measured" if limits["measured"] else "computed from published peaks, not measured"
         lines += ["", f"limits ({how}): {limits['peak'] / 1e9:,.0f} GFLOP/s, {limits['read'] / 1e9:,.1f} GB/s"]
+        held = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in found["held"].items())
+        lines.append(f"held, computed, MB: {held}")
         lines.append(f"{'part':14}{'GFLOP':>10}{'MB moved':>10}{'predicted ms':>14}{'measured ms':>14}{'ratio':>8}")
         for row in found["bill"]:
             measured = "-" if row["measured"] is None else f"{row['measured'] * 1e3:,.1f}"

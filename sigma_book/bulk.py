@@ -32,6 +32,7 @@ from sigma_book.data import Example, find_picture, index_lines
 from sigma_book.generation import whole_number
 from sigma_book.paligemma import PaliGemma
 from sigma_book.processor import file_beside, load_image
+from sigma_book.training import CGROUP
 
 __all__ = [
     "ANSWER_FORMS",
@@ -609,12 +610,25 @@ def _start(ray, chances: int = 3) -> None:
 
 
 def processors() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many this process may use: a container may have the time of fewer than it sees."""
+    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = CGROUP / "cpu.max"
+    quota, period = limit.read_text().split() if limit.exists() else ("max", "1")  # microseconds
+    return seen if quota == "max" else max(1, min(seen, int(quota) // int(period)))
 
 
 def claims(parts: int, device: str) -> tuple[float, float]:
-    """CPUs and GPUs that one process claims of Ray: of this machine one in so many parts, on a cluster a whole one."""
+    """CPUs and GPUs that one process claims of Ray: of this machine one in so many parts, on a cluster a whole one.
+
+    Raises
+    ------
+    ValueError
+        If the device is one GPU of several, or is to be found out and this machine cannot tell what the cluster has.
+    """
+    if device.startswith("cuda:"):
+        raise ValueError(f"device is {device!r}: Ray gives each process a GPU of its own, so give cuda")
+    if device == "auto" and "RAY_ADDRESS" in os.environ and not torch.cuda.is_available():
+        raise ValueError("device is auto, and this machine has no GPU but its cluster may: give cuda or cpu")
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     cpus = 1.0 if "RAY_ADDRESS" in os.environ else min(1.0, round(processors() / parts, 3))
     return cpus, 1.0 if cuda else 0.0

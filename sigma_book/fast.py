@@ -652,7 +652,7 @@ class Preparation:
         in_four = self.quantize == "int4" and owner.startswith("language_model") and fits
         self._parts[owner] = self._shrink(owner, tensor, in_four)
         if all(part in self._parts for part in self._groups[group]):
-            self._start(group, self._build, [self._parts.pop(part) for part in self._groups[group]])
+            self._start(group, self._build, [self._parts.pop(part) for part in self._groups[group]], in_four)
         return {}
 
     def _start(self, group: str, make: Callable[..., nn.Module], *given) -> None:
@@ -679,12 +679,12 @@ class Preparation:
             return _named(owner, quantize_groups, weight)
         return _named(owner, quantize_rows, weight, int8_levels())
 
-    def _build(self, parts: list[tuple[torch.Tensor, ...]]) -> nn.Module:
+    def _build(self, parts: list[tuple[torch.Tensor, ...]], in_four: bool = False) -> nn.Module:
         first, *steps = (list(kind) for kind in zip(*parts))
         whole = torch.cat(first) if len(first) > 1 else first[0]
         del first
         if not steps:
-            return dense_map(whole, self.quantize)
+            return dense_map(whole, self.quantize and ("int4" if in_four else "int8"))
         if whole.dtype == torch.int8:
             return Int8Linear(whole, torch.cat(steps[0]))
         return Int4Linear(whole, torch.cat(steps[0], dim=1))
@@ -747,9 +747,12 @@ def dense_map(weight: torch.Tensor, quantize: str | None = None) -> nn.Module:
     Raises
     ------
     RuntimeError
-        If torchao is wanted and not installed.
+        As `torchao_map`, where torchao is wanted.
     """
-    packable = weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+    packable = torch.backends.mkldnn.is_available() and (
+        weight.dtype == torch.float32
+        or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())  # from AVX-512 on
+    )
     if weight.device.type == "cpu" and packable and type(weight) in (torch.Tensor, nn.Parameter):
         return PackedLinear(weight.detach())
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -760,17 +763,32 @@ def dense_map(weight: torch.Tensor, quantize: str | None = None) -> nn.Module:
 def torchao_map(linear: nn.Linear, quantize: str) -> nn.Linear:
     """The same map with a weight that torchao keeps in eight or four bits, for accelerators; its input is not rounded.
 
+    Four bits want a weight in bfloat16 and a GPU of compute capability 8.0 or more, as torchao's source says; here they
+    were tried with shapes alone.
+
     Raises
     ------
     RuntimeError
-        If torchao is not installed.
+        If torchao is not installed, or cannot do it with this weight on this device.
     """
     try:
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise RuntimeError(f"quantize={quantize!r} on this device needs torchao: pip install torchao") from error
     whole = nn.Sequential(linear)  # torchao replaces weights inside of something
-    quantize_(whole, Int4WeightOnlyConfig(group_size=GROUP) if quantize == "int4" else Int8WeightOnlyConfig())
+    as_it_is = {"set_inductor_config": False}  # settings of torch belong to the whole process
+    try:
+        if quantize == "int4":  # its default layout needs a third package
+            how = Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d", **as_it_is)
+        else:
+            how = Int8WeightOnlyConfig(**as_it_is)
+        quantize_(whole, how)
+    except (ImportError, AssertionError, ValueError) as error:
+        weight, why = linear.weight, " ".join(str(error).split()).rstrip(".")
+        raise RuntimeError(
+            f"torchao cannot keep a {str(weight.dtype).removeprefix('torch.')} weight on {weight.device.type} in {quantize} "
+            f"({why}): {'take int8, or ' * (quantize == 'int4')}load without quantize"
+        ) from error
     return whole[0]
 
 

@@ -442,13 +442,7 @@ class RankCheckpoints(Checkpoints):
         """
         wanted = self.folder / f"step-{progress.step:06d}"
         fresh = wanted.with_name(f".{wanted.name}")
-        problem = None
-        try:
-            if self.ranks.rank == 0:
-                shutil.rmtree(fresh, ignore_errors=True)
-                fresh.mkdir(parents=True)
-        except OSError as error:
-            problem = error
+        problem = self._make_for_all(fresh)
         if self._all_well(problem):
             try:
                 self._write(fresh, progress)
@@ -478,12 +472,23 @@ class RankCheckpoints(Checkpoints):
         ------
         ValueError
             If all checkpoints are damaged, or the newest is of other weights.
+        RuntimeError
+            If a rank does not see the folder of the others.
         """
         if self.ranks.rank == 0:
             for rest in self.folder.glob(".step-*"):  # of a save that was killed
                 shutil.rmtree(rest)
-        self.ranks.sum(0)
-        found = self._found()
+        trial = self.folder / ".step-seen"
+        problem = self._make_for_all(trial)
+        shared = self._all_well(problem)
+        if self.ranks.rank == 0:
+            shutil.rmtree(trial, ignore_errors=True)
+        if not shared:
+            raise RuntimeError(str(problem or f"another rank does not see {self.folder} as this one does"))
+        own = self._found()  # rank 0 names them: for a while, a shared disk may show others an older list
+        count = int(self.ranks.first(len(own)))
+        steps = [int(self.ranks.first(int(own[n].name[5:]) if n < len(own) else 0)) for n in range(count)]
+        found = [self.folder / f"step-{step:06d}" for step in steps]
         for path in found:
             problem = self._problem(path)
             if problem is not None:
@@ -497,6 +502,21 @@ class RankCheckpoints(Checkpoints):
 
     def _all_well(self, problem: object) -> bool:
         return self.ranks.sum(problem is not None) == (0.0,)
+
+    def _make_for_all(self, path: Path) -> OSError | None:
+        """Rank 0 makes a folder; what is wrong with it on this rank, or None."""
+        problem = None
+        try:
+            if self.ranks.rank == 0:
+                shutil.rmtree(path, ignore_errors=True)
+                path.mkdir(parents=True)
+        except OSError as error:
+            problem = error
+        if self._all_well(problem) and not path.is_dir():
+            return OSError(
+                f"{path} is not seen by rank {self.ranks.rank}: all machines must share the folder of the run"
+            )
+        return problem
 
     def _tables(self) -> dict[str, dict[str, torch.Tensor]]:
         """What each rank has a part of, by folder and name; tensors with the memory of what they are read into."""

@@ -431,6 +431,8 @@ def wait_for(device: str | torch.device) -> None:
     """Wait until a device has done what it was asked to; a CPU always has."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+    elif torch.device(device).type == "mps":
+        torch.mps.synchronize()
 
 
 def product_rates(
@@ -771,10 +773,11 @@ def gpu_machine(name: str, dtype: str = "bfloat16") -> Machine:
         If the card is not in `GPUS`.
     """
     spelled = name.replace(" GB", "GB").replace("-", " ").lower()
+    # other chips, or parts of one, under the same number
+    other = {"laptop", "mig", "ti", "d", "super", "nvl"} & set(re.findall(r"\w+", spelled))
     for card in GPUS:
-        if "laptop" in spelled:  # other chips under the same number
-            break
-        if all(re.search(rf"\b{word.lower()}\b", spelled) for word in card.words):
+        words = [word.lower() for word in card.words]
+        if other <= set(words) and all(re.search(rf"\b{word}\b", spelled) for word in words):
             on_tensor_units = dtype == "float16" or (dtype == "bfloat16" and card.bfloat16)
             peak = card.tensor if on_tensor_units else card.plain
             return Machine(f"{card.name}, computed", peak, card.bandwidth, card.bandwidth, card.bandwidth)

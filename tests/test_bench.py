@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from sigma_book.assemble import POCKET
 from sigma_book.bench import (
     SIZES,
     Child,
+    _ratios,
     bench,
+    compare,
     equal_tokens,
     growth,
     random_folder,
@@ -21,12 +24,13 @@ from sigma_book.bench import (
     spread,
     write_random_model,
 )
-from sigma_book.bench_contenders import Work, make_batch
+from sigma_book.bench_contenders import Ours, Work, make_batch
 from sigma_book.bench_report import bench_lines
 from sigma_book.cli import main
+from sigma_book.fast import static_step
 from sigma_book.paligemma import PaliGemma, count_parameters
 from sigma_book.processor import Processor
-from sigma_book.speed import inference_bill
+from sigma_book.speed import gpu_machine, inference_bill
 from sigma_book.weights import load_model, read_config
 
 PARTS = ["vision", "projector", "prefill", "head", "step", "step head", "first token", "next token"]
@@ -85,6 +89,7 @@ def test_every_turn_has_pictures_of_its_own(tiny_folder):
     assert not torch.equal(first[0], first[1])
 
 
+@pytest.mark.slow
 def test_other_tokens_are_seen(tiny_folder):
     """The comparison can fail: two contenders that are asked for answers to different turns."""
     work = Work(str(tiny_folder), new_tokens=6)
@@ -201,6 +206,14 @@ def test_odd_arguments_get_a_sentence(capsys, arguments, words):
     assert out == "" and words in err.splitlines()[-1] and err.splitlines()[-1].startswith("sigma-book: ")
 
 
+@pytest.mark.parametrize(("option", "package"), [("--save", "matplotlib"), ("--against", "transformers")])
+def test_a_package_that_is_not_there_is_said_before_the_measurement(tmp_path, monkeypatch, capsys, option, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    given = {"--save": str(tmp_path / "a.png"), "--against": "transformers"}[option]
+    assert main(["bench", option, given]) == 2
+    assert f"pip install {package}" in capsys.readouterr().err
+
+
 def test_a_contender_that_dies_is_said():
     """A real process, really killed."""
     with Child("sigma_book", Work(folder=str(POCKET))) as child:
@@ -227,7 +240,8 @@ def test_a_card_is_looked_up_before_any_work(tiny_folder, tmp_path, monkeypatch,
 
     def take_turns(*given, probe):
         before.append(capsys.readouterr().err)
-        return [Ran()], {"sigma_book": dict.fromkeys(("peak_resident", "anonymous", "file_mapped"))}, []
+        memory = dict.fromkeys(("peak_resident", "anonymous", "file_mapped"), 7e9) | {"gpu_peak": 5e9}
+        return [Ran()], {"sigma_book": memory}, []
 
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: {"cuda:1": card}[device])
@@ -235,12 +249,38 @@ def test_a_card_is_looked_up_before_any_work(tiny_folder, tmp_path, monkeypatch,
     table = tmp_path / "found.json"
     assert main(["bench", "--model", str(tiny_folder), "--device", "cuda:1", "--json", str(table)]) == 0
     shown, found = capsys.readouterr().out, json.loads(table.read_text())
+    assert "GPU MB" in shown and "5,000" in shown.splitlines()[5]
     assert shown.startswith(f"{card}, ") and found["contenders"]["sigma_book"]["next_token"]["median"] == 2
     if card == "Voodoo 2":
         assert "no published peaks of 'Voodoo 2'" in before[0] and "no predictions" in before[0]
         assert "bill" not in found
     else:
         assert before == [""] and [row["part"] for row in found["bill"]] == PARTS and "not measured" in shown
+        assert "held, computed, MB: weights " in shown
+
+
+def test_on_a_card_its_own_memory_is_compared():
+    one = {"first_token": {"median": 1.0}, "next_token": None, "memory": {"peak_resident": 6, "gpu_peak": 2}}
+    other = one | {"memory": {"peak_resident": 6, "gpu_peak": 8}}
+    assert _ratios({"sigma_book": one, "transformers": other}) == {"first_token": 1.0, "gpu_peak": 0.25}
+
+
+def test_a_compiled_step_is_measured_with_its_head(tiny_folder):
+    """As on a card, where the step is compiled; here it is not, but is one call all the same."""
+    ours = Ours(Work(str(tiny_folder), compile=True, new_tokens=4))
+    ours.model.compiled_step = partial(static_step, ours.model)
+    turn = ours.turn(1)
+    assert {name: len(seconds) for name, seconds in turn["parts"].items()} == {
+        "vision": 1,
+        "projector": 1,
+        "prefill": 1,
+        "head": 1,
+        "step and head": 3,
+    }
+    costs = inference_bill(ours.model.config, 1, turn["prompt_length"], 4)
+    rows = compare(costs, gpu_machine("L4"), {name: spread(seconds) for name, seconds in turn["parts"].items()})
+    measured = {row["part"]: row["measured"] for row in rows}
+    assert measured["next token"] == spread(turn["parts"]["step and head"])["median"] and measured["step"] is None
 
 
 @pytest.mark.parametrize(

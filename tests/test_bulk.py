@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sigma_book import bulk, generate
+from sigma_book import bulk, generate, training
 from sigma_book.bulk import (
     AnswerParts,
     BulkConfig,
@@ -425,6 +425,41 @@ def test_arguments_out_of_range_leave_nothing_behind(options, words, shelf, tmp_
 def test_claims_out_of_range(claim):
     with pytest.raises(ValueError, match=next(iter(claim))):
         BulkConfig(**claim)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("200000 100000", 2), ("250000 100000", 2), ("50000 100000", 1), ("max 100000", 16), (None, 16)],
+)
+def test_a_container_has_the_processors_that_it_has_time_for(limit, expected, tmp_path, monkeypatch):
+    """`docker run --cpus 2` on a machine of 16: Ray has 2 to give."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr(bulk, "CGROUP", tmp_path)
+    if limit is not None:
+        (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    assert bulk.processors() == expected
+
+
+def test_a_container_has_the_memory_up_to_its_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CGROUP", tmp_path)
+    cpu = torch.device("cpu")
+    assert training.free_bytes(cpu) > 5000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert training.free_bytes(cpu) > 5000
+    for name, text in (("max", "9000"), ("current", "6000"), ("stat", "file 1500\ninactive_file 1000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert training.free_bytes(cpu) == 4000
+
+
+def test_a_device_that_ray_cannot_give(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device is 'cuda:1': Ray gives each process a GPU of its own, so give cuda"):
+        bulk.claims(2, "cuda:1")
+    assert bulk.claims(1, "auto") == (1.0, 0.0)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert bulk.claims(2, "cuda") == (1.0, 1.0) and bulk.claims(2, "cpu") == (1.0, 0.0)
+    with pytest.raises(ValueError, match="this machine has no GPU but its cluster may: give cuda or cpu"):
+        bulk.claims(2, "auto")
 
 
 @pytest.mark.parametrize("package", ["ray", "pyarrow"])

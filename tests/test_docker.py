@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,25 @@ def test_what_runs_is_not_root_and_says_that_it_lives():
     assert "/health/live" in values["HEALTHCHECK"]
     assert values["EXPOSE"] == "8000" and values["ENTRYPOINT"] == '["sigma-book"]'
     assert "DEVICE" in [value.partition("=")[0] for name, value in instructions() if name == "ARG"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_only_a_gpu_gets_torchao_and_a_compiler(device, tmp_path):
+    """The commands as a shell runs them, with programs that only say how they were called."""
+    for name in ("pip", "apt-get", "rm"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    commands = [value for name, value in instructions() if name == "RUN" and "DEVICE" in value]
+    environment = {"PATH": str(tmp_path), "DEVICE": device, "TORCH": "9"}
+    called = [
+        subprocess.run(["/bin/sh", "-c", one], env=environment, capture_output=True, text=True, check=True).stdout
+        for one in commands
+    ]
+    extras = ".[hub,serve,gpu]" if device == "cuda" else ".[hub,serve]"
+    assert called[1] == f"pip install {extras}\n"
+    assert ("gcc libc6-dev" in called[2]) == (device == "cuda") == bool(called[2])
+    extras = tomllib.loads((DOCKER.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert [extra.partition(">")[0] for extra in extras["gpu"]] == ["torchao"]
 
 
 def test_every_file_that_the_wheel_needs_is_copied_and_not_ignored():

@@ -527,7 +527,7 @@ PEAK = """
 """
 
 
-@pytest.mark.parametrize("kind", ["int8", "float32"])
+@pytest.mark.parametrize("kind", ["int8", pytest.param("float32", marks=pytest.mark.slow)])
 def test_peak_while_loading(tmp_path, kind):
     """63 million numbers, 251 MB in the file: in int8 the full model is never there, in float32 its embedding is not."""
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -701,7 +701,7 @@ def test_numbers_that_overflow_are_still_noticed():
 
 
 def test_torchao_makes_maps_for_accelerators(monkeypatch):
-    """Its eight-bit weights work on a CPU too, so they are tried here; four bits want a GPU."""
+    """Its eight-bit weights work on a CPU too, so they are tried here; four bits want a GPU and bfloat16."""
     pytest.importorskip("torchao")
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 48, bias=False).requires_grad_(False)
@@ -709,6 +709,11 @@ def test_torchao_makes_maps_for_accelerators(monkeypatch):
     exact = linear(given)
     error = (torchao_map(linear, "int8")(given) - exact).norm() / exact.norm()
     assert 0 < error < 0.02
+    assert not torch._inductor.config.coordinate_descent_tuning  # settings of the whole process stay as they were
+    with pytest.raises(
+        RuntimeError, match="cannot keep a float16 weight on cpu in int4 .*: take int8, or load without"
+    ):
+        torchao_map(torch.nn.Linear(64, 48, bias=False).half(), "int4")
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(RuntimeError, match="needs torchao: pip install torchao"):
         torchao_map(torch.nn.Linear(64, 48), "int4")
@@ -730,6 +735,15 @@ def test_without_kernels_it_still_answers(tiny_folder, monkeypatch, pictures, sh
     model = load(tiny_folder, device="cpu", compile=True)
     assert not isinstance(model.head, ShortlistHead)
     assert generate(pictures, PROMPTS, model=model, max_new_tokens=8) == expected
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_16_bits_on_any_cpu(tiny_folder, pictures, dtype, monkeypatch):
+    """oneDNN lays out bfloat16 only where the CPU has AVX-512 or the like; elsewhere the maps are plain."""
+    model = load(tiny_folder, device="cpu", dtype=dtype, compile=True)
+    assert len(generate(pictures, "caption en", model=model, max_new_tokens=4)) == len(pictures)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert isinstance(dense_map(torch.randn(3, 4).bfloat16()), torch.nn.Linear)
 
 
 @needs_both

@@ -11,8 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -188,6 +190,7 @@ def test_fsdp_on_two_ranks_is_the_run_of_one(arguments, alone, tmp_path):
     assert sum(held) == rank_bill(sizes, config, "ddp", 2).weights
 
 
+@pytest.mark.slow
 def test_a_rank_killed_in_a_step_is_no_loss(arguments, alone, tmp_path):
     """torchrun starts all ranks again, they go on from the last checkpoint, and end where the run of one ends."""
     out = tmp_path / "run"
@@ -401,7 +404,7 @@ from sigma_book.training import TrainingConfig, adamw_by_part, answer_loss
 folder, method, dtype = sys.argv[1:]
 torch.manual_seed(0)
 ranks = join_ranks("cpu")
-config = TrainingConfig(method=method, dtype=dtype, rank=3)
+config = TrainingConfig(method=method, dtype=dtype, **({} if method == "full" else {"rank": 3}))
 model = load_sharded(folder, config, ranks)
 optimizer = adamw_by_part(model, config)
 seen = {}
@@ -576,6 +579,39 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_others(tmp_path, one_ran
     assert [path.name for path in checkpoints._found()] == ["step-000001"]
 
 
+class Threads(Ranks):
+    """Two ranks that are threads of this process."""
+
+    def __init__(self, rank: int, slots: list, barrier: threading.Barrier):
+        super().__init__(rank, 2, torch.device("cpu"))
+        self.slots, self.barrier = slots, barrier
+
+    def sum(self, *numbers: float) -> tuple[float, ...]:
+        self.barrier.wait()
+        self.slots[self.rank] = numbers
+        self.barrier.wait()
+        return tuple(float(sum(column)) for column in zip(*self.slots, strict=True))
+
+
+@pytest.mark.parametrize("act", ["save", "restore"])
+def test_ranks_without_one_folder_stop_with_a_sentence(tmp_path, act):
+    """As on two machines that share no disk: neither saves, nor waits for the other."""
+    slots, barrier = [None, None], threading.Barrier(2, timeout=20)
+
+    def rank(number: int) -> str:
+        _, _, checkpoints = state(tmp_path / f"machine-{number}", Threads(number, slots, barrier))
+        (checkpoints.folder / "step-000001").mkdir(parents=True)  # of a run before
+        with pytest.raises(RuntimeError) as caught:
+            checkpoints.save(progress(2)) if act == "save" else checkpoints.restore()
+        assert [path.name for path in checkpoints._found()] == ["step-000001"]
+        return str(caught.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(rank, range(2)))
+    assert "another rank" in said[0]
+    assert "is not seen by rank 1: all machines must share the folder of the run" in said[1]
+
+
 @given(count=st.integers(1, 60), size=st.integers(1, 12))
 def test_rows_are_cut_as_torch_cuts_them(count, size):
     whole = torch.arange(count)
@@ -612,7 +648,7 @@ def test_a_batch_that_teaches_nothing_has_a_loss_all_the_same(tiny_model):
 def test_the_bill_of_ddp_is_what_a_process_holds(tiny_folder):
     sizes = read_config(tiny_folder)
     for method, dtype in (("full", "float32"), ("lora", "bfloat16"), ("qlora", "bfloat16")):
-        config = TrainingConfig(method=method, dtype=dtype, rank=3)
+        config = TrainingConfig(method=method, dtype=dtype, **({} if method == "full" else {"rank": 3}))
         bill = rank_bill(shape_model(sizes, config), config, "ddp", 4)
         model, _ = _learner(tiny_folder, config, torch.device("cpu"))
         held = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())

@@ -12,7 +12,17 @@ from sigma_book.gemma import GemmaConfig
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 from sigma_book.qlora import nf4_bytes
 from sigma_book.siglip import SiglipConfig
-from sigma_book.speed import GPUS, Machine, Part, Product, gpu_machine, inference_bill, median_machine, product_rates
+from sigma_book.speed import (
+    GPUS,
+    Machine,
+    Part,
+    Product,
+    gpu_machine,
+    inference_bill,
+    median_machine,
+    product_rates,
+    wait_for,
+)
 
 TOWERS = {
     "plain": SiglipConfig(48, 100, 3, 4, image_size=56, patch_size=14),
@@ -273,7 +283,17 @@ def test_cards_by_the_name_that_the_driver_gives(driver, card):
 
 
 @pytest.mark.parametrize(
-    "driver", ["NVIDIA L40", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GH200 480GB", "Voodoo 2"]
+    "driver",
+    [
+        "NVIDIA L40",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA H200 NVL",
+        "NVIDIA GH200 480GB",
+        "Voodoo 2",
+    ],
 )
 def test_unknown_cards_are_said(driver):
     with pytest.raises(ValueError, match="no published peaks of"):
@@ -317,6 +337,15 @@ def test_a_prediction_by_hand():
     assert machine.overhead(Part("x", (), tower_blocks=2)) == 6
     for megabytes, block in ((0, 7), (16, 11), (32, 15), (99, 15)):  # of weights in each of two blocks
         assert machine.overhead(Part("x", (), weight_bytes=2 * megabytes * 2**20, decoder_blocks=2)) == 2 * block
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_devices_that_work_beside_are_waited_for(monkeypatch, kind):
+    waited = []
+    monkeypatch.setattr(getattr(torch, kind), "synchronize", lambda *device: waited.append(device))
+    wait_for(kind)
+    wait_for("cpu")
+    assert len(waited) == 1
 
 
 def test_the_median_of_looks():

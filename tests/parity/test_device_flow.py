@@ -5,6 +5,7 @@ the real device, and no GPU is needed. Autograd on fake `cuda` does not work in 
 """
 
 import ctypes
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -137,7 +138,7 @@ def test_inference_on_fake_cuda(kind, tied, dtype, cuda_guard):
 
 @KINDS
 @DTYPES
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("static", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_prepared_model_on_fake_cuda(kind, tied, dtype, static, cuda_guard):
     """Fused maps, and the step that `torch.compile` is given; off the CPU nothing is packed."""
     model = on_meta(config(kind, tied))
@@ -147,6 +148,34 @@ def test_a_prepared_model_on_fake_cuda(kind, tied, dtype, static, cuda_guard):
         if static:
             ready.compiled_step = partial(static_step, ready)
         check_inference(ready, "cuda", dtype)
+
+
+class AtOnce(ThreadPoolExecutor):
+    """Makes each map in this thread: a fake mode is that of one thread, and torchao makes new tensors."""
+
+    def submit(self, make, *given) -> Future:
+        done = Future()
+        done.set_result(make(*given))
+        return done
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_few_bits_on_fake_cuda(quantize, cuda_guard, monkeypatch):
+    """torchao's weights: of the decoder in four bits where its shapes suit, of tower and head in eight."""
+    torchao = pytest.importorskip("torchao.quantization")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    monkeypatch.setattr("sigma_book.fast.ThreadPoolExecutor", AtOnce)
+    model = on_meta(config("gemma"))
+    with FakeTensorMode(), torch.no_grad():
+        ready = prepare(to_fake_cuda(model, torch.bfloat16), quantize)
+        held = {name: type(m.weight) for name, m in ready.named_modules() if isinstance(m, torch.nn.Linear)}
+        del held["multi_modal_projector.linear"]  # it keeps its dtype
+        decoder = ("self_attn.qkv_proj", "mlp.gate_proj", "mlp.up_proj")  # 48 and 40 columns divide into no groups
+        for name, kind in held.items():
+            in_four = quantize == "int4" and name.startswith("language_model") and name.endswith(decoder)
+            assert kind is (torchao.Int4TilePackedTo4dTensor if in_four else torchao.Int8Tensor), name
+        assert len(held) == 2 * 5 + 2 * 4 + 1
+        check_inference(ready, "cuda", torch.bfloat16)
 
 
 def test_fake_cuda_catches_a_tensor_left_on_the_cpu(cuda_guard):
