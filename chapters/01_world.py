@@ -559,7 +559,7 @@ check(count_colour, ((five, "black"), 2), ((five, "green"), 0))
 def rightmost(scene: Scene) -> str: ...
 
 
-check(rightmost, ((five,), five.things[-1].kind))
+check(rightmost, ((five,), five.things[-1].kind), ((make_scene(3),), make_scene(3).things[-1].kind))
 
 # %% [markdown]
 # **3.** ★★ The area that two boxes share, in pixels.
@@ -569,7 +569,7 @@ check(rightmost, ((five,), five.things[-1].kind))
 def shared_area(one: tuple, other: tuple) -> int: ...
 
 
-check(shared_area, (((0, 0, 4, 4), (2, 2, 6, 6)), 4), (((0, 0, 4, 4), (5, 5, 6, 6)), 0))
+check(shared_area, (((0, 0, 4, 4), (2, 2, 6, 6)), 4), (((0, 0, 4, 4), (0, 6, 4, 9)), 0))
 
 # %% [markdown]
 # Next: such a picture becomes a row of vectors.

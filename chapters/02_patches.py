@@ -147,6 +147,9 @@ embed_naive([1.0, -1.0, 0.5], weight=[[1.0, 1.0, 1.0], [2.0, 0.0, 4.0]], bias=[0
 #
 # ## All patches at once
 #
+# From here on a tensor holds several pictures at once, a *batch*. Its size B stands first in every shape; `picture[None]` is a
+# batch of one.
+#
 # PyTorch calls the cutting `unfold`. It hands back one patch a column, so we turn the result around.
 
 
@@ -205,8 +208,8 @@ by_linear = F.linear(patches, weight, convolution.bias)  # (1, P, D)
 torch.testing.assert_close(by_linear, by_convolution, rtol=1e-5, atol=1e-5)
 
 # %% [markdown]
-# Checkpoints store the folded shape, (D, 3, 14, 14). We keep it, so that files load without a conversion, and flatten
-# it when we use it.
+# Trained models on disk, called *checkpoints*, store the folded shape, (D, 3, 14, 14). We keep it, so that files load
+# without a conversion, and flatten it when we use it.
 #
 # This only works because `patchify` writes channel, row, column, and `flatten` reads in that order. A patch written
 # row, column, channel has the same 588 numbers and the same shape. Nothing crashes. The tokens are wrong.
@@ -244,7 +247,7 @@ save(figure, "02_shuffled")
 # %% [markdown]
 # *Figure: the scene, and beside it the same squares in random order, a mosaic in which no shape is left.*
 #
-# The remedy is a table with one row for each place. Row $p$ is added to whatever token stands at place $p$. The rows
+# The remedy is a table with one row for each place. Row $i$ is added to whatever token stands at place $i$. The rows
 # are learned like any other weight: the model finds out for itself what is worth knowing about a place.
 #
 # The class below holds both parts. In `forward`, read the shapes.
@@ -348,8 +351,8 @@ except ValueError as error:
 # ## What a patch loses
 #
 # Three things can go missing between pixels and tokens. The first is **detail, in the linear map**. It depends on the
-# width. PaliGemma's tokens have 1,152 numbers, more than the 588 that come in: the map can be undone, and we get the
-# pixels back.
+# width. PaliGemma's tokens have 1,152 numbers, more than the 588 that come in. So such a map need not lose anything: here a
+# random one is undone, and we get the pixels back.
 
 # %%
 wide = torch.randn(1152, 588, dtype=torch.float64)
@@ -358,8 +361,10 @@ torch.testing.assert_close(pixels_back, patches[0].double(), rtol=0, atol=1e-9)
 
 # %% [markdown]
 # The pocket's tokens have 128 numbers. 588 do not fit in. But patches are not noise: neighbouring pixels are nearly
-# equal, so a few directions say nearly everything. The best ones are the eigenvectors of $X^\top X$, where each row of $X$
-# is a patch less the mean of all patches. We take them from 200 scenes, keep $D$ of them, and look at what comes back.
+# equal, so a few directions say nearly everything. The best ones are among the eigenvectors of $X^\top X$, where each row of
+# $X$ is a patch less the mean of all patches. Each eigenvector is a direction, and its eigenvalue says how much the patches
+# differ along it: `energy` in the code. We take 200 scenes, sort by it, keep the first $D$ directions, and look at what comes
+# back.
 
 # %%
 many = torch.stack([torch.from_numpy(np.array(draw_scene(make_scene(seed)))) for seed in range(200)])
@@ -471,7 +476,7 @@ assert embedding_parameters(112, 128) == 83_584
 assert embedding_parameters(224, 1152) == 973_440
 
 # %% [markdown]
-# Work: each of $P$ patches costs $C s^2 D$ multiplications and as many additions. We count both, and call that FLOPs.
+# Work: each of $P$ patches costs $C p^2 D$ multiplications and as many additions. We count both, and call that FLOPs.
 
 # %%
 flops = {side: 2 * 588 * width * (side // 14) ** 2 for side, width in ((112, 128), (224, 1152), (896, 1152))}
@@ -525,7 +530,8 @@ def grow(table: torch.Tensor, side: int) -> torch.Tensor: ...
 
 places = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
 doubled = [0, 0.25, 0.75, 1, 0.5, 0.75, 1.25, 1.5, 1.5, 1.75, 2.25, 2.5, 2, 2.25, 2.75, 3]
-check(grow, ((places, 2), places), ((places, 4), torch.tensor(doubled)[:, None]))
+wide = torch.tensor(doubled)[:, None]
+check(grow, ((places, 2), places), ((torch.cat((places, -places), 1), 4), torch.cat((wide, -wide), 1)))
 
 # %% [markdown]
 # **4.** ★★★ `patchify` without `unfold`: a picture (B, C, S, S) is already all the numbers, and only the order is

@@ -388,7 +388,7 @@ check(allowed_pairs, ((1,), 1), ((5,), 15), ((100,), 5050))
 def softmax(numbers: list) -> list: ...
 
 
-check(softmax, (([0.0, 0.0],), [0.5, 0.5]), (([1000.0, 1000.0],), [0.5, 0.5]))
+check(softmax, (([0.0, 0.0],), [0.5, 0.5]), (([1000.0, 999.0, 0.0],), [0.7310586, 0.2689414, 0.0]))
 
 # %% [markdown]
 # **3.** ★★ At how many tokens do the pairs cost as much as the maps, for width `D`?

@@ -126,6 +126,9 @@ plt.show()
 #
 # ## The tensor version
 #
+# Texts of one batch differ in length. The short ones are filled up in front with places that mean nothing, the *padding*:
+# nobody may look at them, and they do not count as positions. (Chapter 11 shows such a batch.)
+#
 # One cache for each layer. A *column* is a place in the padded batch, the same for all rows.
 
 
@@ -320,10 +323,14 @@ def looks(caches: list[KVCache]) -> torch.Tensor:
     angles = rotary_angles(torch.tensor([[seen]]), text.head_dim, text.rope_theta)  # positions count from 1
     for layer, query, cache in zip(decoder.layers, queries, caches, strict=True):
         query = rotate(split_heads(query, text.num_attention_heads), *angles)  # (1, H, 1, Dh)
-        key = cache.key[:, :, :seen].repeat_interleave(text.num_attention_heads // text.num_key_value_heads, dim=1)
+        columns = cache.columns()  # (S,): in a ring the newest may stand first
+        key = cache.key[:, :, : len(columns)]
+        key = key.repeat_interleave(text.num_attention_heads // text.num_key_value_heads, dim=1)
         scores = (query @ key.transpose(-2, -1) * layer.self_attn.scale)[0, :, 0]  # (H, S)
-        parts = scores.softmax(-1).tensor_split(ends, dim=-1)
-        shares.append(torch.stack([part.sum(-1).mean() for part in parts]))
+        if text.attn_logit_softcapping is not None:  # Gemma 2
+            scores = text.attn_logit_softcapping * torch.tanh(scores / text.attn_logit_softcapping)
+        kinds = torch.bucketize(columns, torch.tensor(ends), right=True)  # (S,): 0, 1 or 2
+        shares.append(torch.zeros(3).index_add(0, kinds, scores.softmax(-1).mean(0)))
     return torch.stack(shares).mean(0)  # (3,)
 
 
@@ -422,7 +429,7 @@ check(keys_made, ((0, 100), 4950), ((1, 100), 5050), ((260, 100), 30_950))
 def column_of(slot: int, seen: int, window: int) -> int: ...
 
 
-check(column_of, ((0, 8, 5), 5), ((2, 8, 5), 7), ((3, 8, 5), 3))
+check(column_of, ((0, 8, 5), 5), ((3, 8, 5), 3), ((0, 23, 5), 20), ((4, 23, 5), 19))
 
 # %% [markdown]
 # Next: all the parts on the table become the voice.

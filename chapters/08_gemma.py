@@ -94,8 +94,8 @@ by_hand = [number / root for number in token]
 # %% [markdown]
 # $$ \mathrm{norm}(x) = \frac{x}{\sqrt{\frac{1}{D} \sum_i x_i^2 + \epsilon}} \odot (1 + w) $$
 #
-# With $w = 0$ nothing is scaled, so a fresh model starts plain. Who forgets the 1 multiplies by nearly zero, 37
-# times in a row.
+# With $w = 0$ nothing is scaled, so a fresh model starts plain. Who forgets the 1 shrinks the input of every attention and
+# every GeGLU to nearly nothing, or to nothing in a fresh model. The blocks then add hardly anything, and nothing crashes.
 
 
 # %%
@@ -219,7 +219,8 @@ torch.testing.assert_close(ours(x), by_hand)
 
 # %% [markdown]
 # **Not SwiGLU.** One often reads that Gemma uses SwiGLU, as Llama does. The two differ in the bend: SwiGLU has
-# $g\,\sigma(g)$, called SiLU. Gemma's files say `gelu_pytorch_tanh`, and with the other bend the answers change.
+# $g\,\sigma(g)$, called SiLU. Gemma has the tanh form of GELU, and with the other bend the answers change. (Files of Gemma 1
+# may say `gelu` and mean that form; those of Gemma 2 say `gelu_pytorch_tanh`.)
 
 # %%
 line = torch.linspace(-4, 3, 300)

@@ -308,7 +308,7 @@ save(figure, "19_error")
 #
 # ## The scales, quantized too
 #
-# Half a bit is an eighth of the whole. So the scales are quantized themselves, this time with eight bits, 256 values. They
+# Half a bit is a ninth of the whole. So the scales are quantized themselves, this time with eight bits, 256 values. They
 # are all positive and of similar size: first their mean is taken off, then blocks of 256 share a scale of their own.
 #
 # The 256 levels are an older invention: like numbers with a decimal point that moves. Seven decades, and the larger the
@@ -817,14 +817,14 @@ check(surviving, ((list(NF4_LEVELS),), 63), (([-1.0, 0.0, 1.0],), 0))
 
 # %% [markdown]
 # **4.** ★★★ Three bits have eight values. Write `three_bits(weights)`: the eight quantiles (areas 1/16,
-# 3/16, ... 15/16) of the given weights, divided by the largest magnitude among the eight.
+# 3/16, ... 15/16) of the given weights, divided by the largest magnitude among the eight. `torch.quantile` finds them.
 
 
 # %%
 def three_bits(weights: torch.Tensor) -> torch.Tensor: ...
 
 
-bell = torch.arange(-8.0, 9.0)
+bell = torch.tensor([-9.0, -3.0, -1.0, 0.0, 0.5, 1.0, 2.0])
 areas = torch.tensor([1, 3, 5, 7, 9, 11, 13, 15]) / 16
 check(three_bits, ((bell,), bell.quantile(areas) / bell.quantile(areas).abs().max()))
 

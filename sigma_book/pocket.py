@@ -200,7 +200,8 @@ def new_pocket(seed: int) -> PaliGemma:
 
     References
     ----------
-    Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers".
+    Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers": there the product of value and output
+    maps is negative, here it is positive.
     """
     torch.manual_seed(seed)
     model = PaliGemma(POCKET)

@@ -72,7 +72,7 @@ def prefix_mask(attention_mask: torch.Tensor, token_type_ids: torch.Tensor, wind
 
     References
     ----------
-    Beyer et al. 2024, "PaliGemma", section 3.2.1 and figure 2.
+    Beyer et al. 2024, "PaliGemma", section 3.1 and figure 2.
     """
     column = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     back = column[:, None] - column[None, :]  # (T, T): how many columns back

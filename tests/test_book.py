@@ -111,6 +111,7 @@ def small_book(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_chapters_run_when_asked_each_in_a_folder_of_its_own_and_one_that_raises_fails_the_run(small_book):
     cells = "# %% [markdown]\n# # Broken\n\n# %%\nx = 1\n\n# %%\nx / 0  # on purpose\n"
     (small_book / "chapters" / "05_broken.py").write_text(cells)

@@ -255,7 +255,7 @@ def test_the_folder_that_the_reader_chose(checkout, tmp_path):
     usual.unlink()
 
 
-@pytest.mark.parametrize("origin", [None, {"url": "file:///x", "dir_info": {}}])
+@pytest.mark.parametrize("origin", [None, pytest.param({"url": "file:///x", "dir_info": {}}, marks=pytest.mark.slow)])
 def test_a_package_that_is_a_copy_writes_beside_nobody(checkout, tmp_path, origin):
     """Installed, not editable: even where a folder named figures lies beside it, that is not the reader's to fill."""
     path = run(tmp_path, installed(checkout, origin))
