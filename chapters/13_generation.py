@@ -21,7 +21,6 @@
 # | export
 import math
 import numbers
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -340,7 +339,11 @@ class Sampling:
     def __post_init__(self):
         for name in ("temperature", "top_p", "repetition_penalty"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(value) <= sys.float_info.max:
+            try:
+                finite = not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
+            except OverflowError:  # a whole number beyond all floats
+                finite = False
+            if not finite:
                 raise ValueError(f"{name} is {value!r}: expected a finite number")
             object.__setattr__(self, name, float(value))  # torch knows no fractions
         if self.temperature < 0:
