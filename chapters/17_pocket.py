@@ -749,8 +749,8 @@ assert not mask[0, 0, 64:70, 70:].any()  # the first question does not see the s
 # itself (two dark squares on the diagonal), answers only backwards.*
 #
 # **A mistake, and what mended it.** "What colour is the star?" needs two steps: find the star, then say its colour. For
-# minutes the model only guessed among the colours it saw. Then, suddenly, it knew; when that happens is a matter of
-# luck. What helped was to let it *name what it looks at* for a while: `caption star` is answered by `the star red`. Right
+# minutes the model did little better than guess among the colours it saw. Then, suddenly, it knew; when that happens is a
+# matter of luck. What helped was to let it *name what it looks at* for a while: `caption star` is answered by `the star red`. Right
 # after the word "star" the answer is one step away.
 
 # %%
