@@ -750,8 +750,8 @@ assert not mask[0, 0, 64:70, 70:].any()  # the first question does not see the s
 #
 # **A mistake, and what mended it.** "What colour is the star?" needs two steps: find the star, then say its colour. For
 # minutes the model did little better than guess among the colours it saw. Then, suddenly, it knew; when that happens is a
-# matter of luck. What helped was to let it *name what it looks at* for a while: `caption star` is answered by `the star red`. Right
-# after the word "star" the answer is one step away.
+# matter of luck. What helped was to let it *name what it looks at* for a while: `caption star` is answered by `the star
+# red`. Right after the word "star" the answer is one step away.
 
 # %%
 # Colour questions answered right on 60 unseen scenes, after so many steps of 8 pictures (2026-11-24, three runs).
