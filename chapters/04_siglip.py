@@ -583,9 +583,9 @@ assert before < 0.1
 # For each number of the model, `backward` finds in which direction the loss rises: its *gradient*. An *optimizer* then moves
 # each number a small step the other way. Chapter 16 takes this apart.
 #
-# Two optimizers. Muon makes each step of a matrix equally strong in all directions, and so gets further here in 160 steps than
-# AdamW does; AdamW takes the rest. (It is PyTorch's Muon; chapter 17 says how it works, and has it multiply in float32.) In a
-# batch, two red stars may meet: then both captions match both pictures, and `matches` says so.
+# Two optimizers. Muon makes each step of a matrix equally strong in all directions; AdamW takes the rest. (It is PyTorch's Muon;
+# chapter 17 says how it works, and has it multiply in float32.) In a batch, two red stars may meet: then both captions match
+# both pictures, and `matches` says so.
 #
 # In the code, the formula's $t$ is `log_scale.exp()`: $t$ must stay above zero, so we learn its logarithm. The bias $b$ is called
 # `offset`.

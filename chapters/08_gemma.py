@@ -94,8 +94,8 @@ by_hand = [number / root for number in token]
 # %% [markdown]
 # $$ \mathrm{norm}(x) = \frac{x}{\sqrt{\frac{1}{D} \sum_i x_i^2 + \epsilon}} \odot (1 + w) $$
 #
-# With $w = 0$ nothing is scaled, so a fresh model starts plain. Who forgets the 1 shrinks the input of every attention and
-# every GeGLU to nearly nothing, or to nothing in a fresh model. The blocks then add hardly anything, and nothing crashes.
+# With $w = 0$ nothing is scaled, so a fresh model starts plain. Who forgets the 1 makes the inputs of attention and GeGLU far
+# too small, and zero in a fresh model. Nothing crashes; the blocks only add too little.
 
 
 # %%

@@ -783,7 +783,7 @@ def save_model(
         If the files cannot be written.
     """
     folder = Path(folder)
-    if type(max_shard_bytes) is not int or max_shard_bytes < 1:
+    if type(max_shard_bytes) not in (int, float) or not max_shard_bytes >= 1 or max_shard_bytes % 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes!r}: expected a whole number of bytes, 1 or more")
     with torch.device("meta"):
         plain = PaliGemma(model.config).state_dict().keys()

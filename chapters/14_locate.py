@@ -491,7 +491,7 @@ class AnswerGrammar:
         if not ends:
             raise ValueError(
                 f"the stop tokens are {list(stop_ids)} and the vocabulary has {vocab_size}: a grammar needs one that the "
-                "model can say, so correct eos_token_id in generation_config.json"
+                "model can say, so correct eos_token_id in generation_config.json or config.json"
             )
         self.task = task
         self.head = 4 + (MASK_TOKENS if task == "segment" else 0)  # tokens of an item before its label

@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 from sigma_book.batches import collate
 from sigma_book.data import Example
-from sigma_book.generation import Sampling, generate_answers
+from sigma_book.generation import Sampling, generate_answers, is_finite
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 from sigma_book.processor import Batch, Processor, file_beside, folder_beside, load_image
 
@@ -825,11 +825,13 @@ class TrainingConfig:
         ):
             value = getattr(self, name)
             least = 0 if name in ("warmup", "weight_decay") else math.ulp(0)  # the smallest number above 0
-            good = isinstance(value, int | float) and math.isfinite(value) and value >= least
-            if value is not None and not good:
+            if value is None:
+                continue
+            if not is_finite(value) or value < least:
                 raise ValueError(
                     f"{name} is {value!r}: expected a number {'of 0 or more' if least == 0 else 'above 0'}"
                 )
+            object.__setattr__(self, name, float(value))  # JSON knows no numbers of numpy
         if isinstance(self.freeze, str):
             raise ValueError(f"freeze is {self.freeze!r}: expected a tuple of parts, such as ('vision',)")
         if unknown := sorted(set(self.freeze) - set(PARTS)):

@@ -321,7 +321,7 @@ def vision_bill(config: PaliGemmaConfig, pictures: int, precision: str, exact: i
 # slides. (In prefill a sliding layer of ours computes all scores and masks them, so they are on the bill.)
 #
 # Gemma's RMSNorm and the rotation are written out in plain operations, and each operation reads numbers and writes numbers.
-# For each number of a token:
+# We say that a number is *passed* when it is read or written. For each number of a token:
 #
 # | RMSNorm | read | written | | rotation | read | written |
 # |---|---|---|---|---|---|---|
@@ -329,7 +329,7 @@ def vision_bill(config: PaliGemmaConfig, pictures: int, precision: str, exact: i
 # | mean of the squares | 1 | 0 | | their difference and their sum | 2 | 1 |
 # | times the inverse root | 1 | 1 | | both halves side by side | 1 | 1 |
 # | times 1 + w | 1 | 1 | | | | |
-# | **together** | | **7** | | | | **9** |
+# | **together 7** | 4 | 3 | | **together 9** | 5 | 4 |
 #
 # (Cosines, means and gains are few beside that.) Gemma 2's softcap keeps attention out of the fused kernel, so every score is
 # passed fourteen times.

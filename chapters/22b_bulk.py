@@ -838,10 +838,11 @@ def claims(parts: int, device: str) -> tuple[float, float]:
     """
     if device.startswith("cuda:"):
         raise ValueError(f"device is {device!r}: Ray gives each process a GPU of its own, so give cuda")
-    if device == "auto" and "RAY_ADDRESS" in os.environ and not torch.cuda.is_available():
+    if device == "auto" and os.environ.get("RAY_ADDRESS") and not torch.cuda.is_available():
         raise ValueError("device is auto, and this machine has no GPU but its cluster may: give cuda or cpu")
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    cpus = 1.0 if "RAY_ADDRESS" in os.environ else min(1.0, round(processors() / parts, 3))
+    here = max(0.001, math.floor(1000 * processors() / parts) / 1000)  # rounded down, or the last would not fit
+    cpus = 1.0 if os.environ.get("RAY_ADDRESS") else min(1.0, here)
     return cpus, 1.0 if cuda else 0.0
 
 

@@ -890,7 +890,7 @@ class Service:
         seed: Annotated[int | None, Form(ge=0, lt=2**63)] = None,
         stop: Annotated[list[str] | None, Form(max_length=4)] = None,
     ):
-        """Ask about a picture, as a form: `curl -F file=@cat.png -F prompt="caption en"`."""
+        """Ask about a picture, as a form: `curl -F file=@cat.png -F prompt="caption en"`. Other fields are refused."""
         sampling = read_sampling(temperature, top_p, top_k, repetition_penalty, seed)
         ask = Ask(prompt, max_tokens or self.default_tokens, sampling, read_stops(tuple(stop or ())))
         answer, finish, reply = await self._answer(request, await file.read(), ask)
@@ -910,7 +910,10 @@ class Service:
         max_tokens: MaxTokens = None,
         drawn: Annotated[bool, Form(description="the picture with boxes on it, in place of JSON")] = False,
     ):
-        """Find things: boxes in pixels, or with `drawn` (or `Accept: image/png`) a PNG with the boxes on it."""
+        """Find things: boxes in pixels, or with `drawn` (or `Accept: image/png`) a PNG with the boxes on it.
+
+        Other fields are refused.
+        """
         if not prompt.startswith(("detect ", "segment ")):
             prompt = f"detect {prompt}"
         content = await file.read()
@@ -932,7 +935,7 @@ class Service:
         prompt: Annotated[str, Form()],
         answer: Annotated[str, Form(description="as the model gave it")],
     ):
-        """Which patches of the picture each token of an answer looked at."""
+        """Which patches of the picture each token of an answer looked at. Other fields are refused."""
         self._check_length(Ask(prompt + answer, 1, Sampling()))
         if self._explainers.statistics().tasks_waiting >= 8:
             raise _busy("8 explanations are waiting")
@@ -1078,6 +1081,8 @@ _METRICS_FORM = {200: {"content": {"text/plain": {}}}}
 
 async def _check_form(request: Request) -> None:
     """Refuse fields that nobody would read: unknown ones, and all but the last of several with one name."""
+    for name in request.query_params:
+        raise ApiError(400, f"{name!r:.80} stands in the address: put it into the form", param=name[:80])
     names = [name for name, _ in (await request.form()).multi_items()]  # parsed already
     known = inspect.signature(request.scope["endpoint"]).parameters.keys() - {"request"}
     for name in names:

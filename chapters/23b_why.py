@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from sigma_book.fast import FastPaliGemma
 from sigma_book.generation import AnswerText
 from sigma_book.paligemma import PaliGemma
 from sigma_book.processor import Batch, Processor, load_image
@@ -505,6 +506,8 @@ def explain(
     processor = getattr(model, "processor", None)
     if not isinstance(processor, Processor):
         raise ValueError("this model has no processor: take one from sigma_book.load, or set model.processor")
+    if isinstance(model, FastPaliGemma):
+        raise ValueError(_NO_WAY_BACK)
     batch, groups = _set_out(processor, image, prompt, answer, max_tokens, model.config.text.max_position_embeddings)
     batch = batch.to(model.device)
     with torch.inference_mode(False), torch.enable_grad():
@@ -604,6 +607,9 @@ def _read_on(model: PaliGemma, patches: torch.Tensor, batch: Batch) -> torch.Ten
     return decoder.norm(hidden_states)
 
 
+_NO_WAY_BACK = "no gradient reaches the picture: load the model without quantize and compile"
+
+
 def _lead(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """How far the scores (N, V) of these tokens (N,) are above the best of the others, summed."""
     said = tokens[:, None]
@@ -618,7 +624,7 @@ def _evidence(lead: torch.Tensor, patches: torch.Tensor, keep: bool) -> torch.Te
         (gradient,) = torch.autograd.grad(lead, patches, retain_graph=keep)
         reached = bool(gradient.any())
     if not reached:
-        raise ValueError("no gradient reaches the picture: load the model without quantize and compile")
+        raise ValueError(_NO_WAY_BACK)
     patches = patches.detach()[0].float()  # (P, Dv)
     weights = (gradient[0].float() * (patches - patches.median(0).values)).norm(dim=-1).cpu()  # (P,)
     if not weights.isfinite().all():

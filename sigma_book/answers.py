@@ -231,9 +231,9 @@ def _ask_rows(task: str, rows: list[tuple[int, Example]], answer: Callable) -> l
     for _, example in rows:
         if not any(text.strip() for text in example.answers):
             raise ValueError(f"{example.where}: there is no true answer to compare with")
-        if task == "detect" and not _has_boxes(example) and "<loc" in example.suffix:
-            _, remarks = parse(example.suffix, 1, 1)
-            if remarks:
+        if task == "detect" and not _has_boxes(example):
+            boxes, remarks = parse(example.suffix, 1, 1)
+            if remarks and 4 * len(boxes) < example.suffix.count("<loc"):  # other remarks cost no box
                 raise ValueError(f"{example.where}: the true answer cannot be read: {remarks[0]}")
     begun = time.perf_counter()
     try:
@@ -245,8 +245,8 @@ def _ask_rows(task: str, rows: list[tuple[int, Example]], answer: Callable) -> l
 
 
 def _has_boxes(example: Example) -> bool:
-    """Whether its facts are those of COCO; a row of one's own may use their names for something else."""
-    return "annotation_ids" in example.facts
+    """Whether its facts are those of COCO; a row of one's own may use one of their names for something else."""
+    return {"annotation_ids", "boxes", "labels", "height", "width"} <= example.facts.keys()
 
 
 def _blamed(examples: list[Example], error: Exception) -> Exception:

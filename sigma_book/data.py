@@ -519,19 +519,18 @@ class _CaptionSource:
         numbers = self.find_captions.all(image_id)
         rows = self.annotations.rows(numbers)
         own = 0 if self.pictures is not None else int(np.flatnonzero(numbers == index)[0])
-        captions = []
-        for place, row in enumerate(rows):
+        suffix, captions = _text(rows[own].get("caption"), "caption").strip(), []
+        for row in rows:
             try:
                 captions.append(_text(row.get("caption"), "caption").strip())
             except ValueError:
-                if self.pictures is not None or place == own:
-                    raise  # what is wrong with another of them is said where that is the example
+                if self.pictures is not None:
+                    raise  # else it is said where that caption is the example
         image = _image_row(self.images, self.find_image, image_id)
         facts = {"image_id": image_id.item(), "file_name": image.get("file_name")}
         if self.pictures is None:
             facts["annotation_id"] = rows[own].get("id")
         path = find_picture(image.get("file_name"), self.folders)
-        suffix = _text(rows[own].get("caption"), "caption").strip()
         return Example(path, "caption en", suffix, answers=tuple(captions), facts=facts)
 
 

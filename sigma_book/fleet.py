@@ -117,7 +117,7 @@ def answer_file(
 def _shared(actors: int, batch_size: int, device: str) -> BulkConfig:
     """Claims that leave half of this machine's processors for Ray itself."""
     whole_number("actors", actors, least=1)
-    if "RAY_ADDRESS" not in os.environ:  # on a cluster, other machines have the devices
+    if not os.environ.get("RAY_ADDRESS"):  # on a cluster, other machines have the devices
         pick_device(device)
     return BulkConfig(actors, batch_size, *claims(2 * actors, device))
 

@@ -35,6 +35,7 @@ __all__ = [
     "finite_scores",
     "generate_answers",
     "generate_tokens",
+    "is_finite",
     "keep_top_k",
     "keep_top_p",
     "penalize_repetition",
@@ -126,11 +127,7 @@ class Sampling:
     def __post_init__(self):
         for name in ("temperature", "top_p", "repetition_penalty"):
             value = getattr(self, name)
-            try:
-                finite = not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
-            except OverflowError:  # a whole number beyond all floats
-                finite = False
-            if not finite:
+            if not is_finite(value):
                 raise ValueError(f"{name} is {value!r}: expected a finite number")
             object.__setattr__(self, name, float(value))  # torch knows no fractions
         if self.temperature < 0:
@@ -152,6 +149,14 @@ class Sampling:
     def takes_best(self) -> bool:
         """Whether the best score decides as it is."""
         return self.greedy and self.repetition_penalty == 1
+
+
+def is_finite(value: object) -> bool:
+    """Whether it is a number that a float can hold; NumPy's are numbers too, True is none."""
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def whole_number(name: str, value: object, *, least: int, most: int | None = None) -> int:

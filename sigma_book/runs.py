@@ -178,11 +178,13 @@ def finetune(
     if isinstance(ranks, Ranks):
         parallel = _parallel(parallel, base, config, ranks)
         say(f"{ranks.size} ranks, {parallel}: {batch_size} of the {config.batch_size} examples of a batch for each")
-    place = {"form": examples.form, "root": full_path(root)}
+    place = {"form": examples.form, "root": None if root is None else str(root)}
     files = {"data": data, "annotations": annotations, "evaluate": evaluate}
     files |= {"evaluate_annotations": evaluate_annotations}
     identity = {"model": model_mark(model)} | {name: file_mark(path) for name, path in files.items() if path}
     identity |= asdict(config) | place | ({} if parallel is None else {"processes": "many"})
+    if config.method == "full":  # they decide nothing there
+        identity = {key: value for key, value in identity.items() if key not in ("rank", "alpha", "dropout")}
     if ranks.rank == 0:
         with held_alone(out) if (out / "run.json").exists() else nullcontext():  # it may be another's, who is at work
             _same_kind(out, parallel)
@@ -224,7 +226,7 @@ def finetune(
             truncate=truncate,
             start=same_place(progress.data, batch_size, ranks.size),
         )
-        look = partial(_look, out, learner, held_out, config, progress, save, follower, ranks)
+        look = partial(_look, out, learner, held_out, config, batch_size, progress, save, follower, ranks)
         if held_out and progress.step == 0:
             found = look(0)
             say(f"before: {found}")
@@ -509,6 +511,7 @@ def _look(
     model: PaliGemma,
     held_out: list[Example],
     config: TrainingConfig,
+    batch_size: int,
     progress: Progress,
     save: Callable[[Path], None],
     follower: _Follower | None,
@@ -517,7 +520,7 @@ def _look(
 ) -> str:
     """Examine a model, note it, and keep it if it is the best so far; gives a line and some answers."""
     with asked_whole(model):
-        settings = {"batch_size": min(32, config.batch_size), "autocast": AUTOCAST[config.dtype]}
+        settings = {"batch_size": min(32, batch_size), "autocast": AUTOCAST[config.dtype]}
         found = {"step": step} | examine(model, model.processor, held_out, **settings)
     former = [note["loss"] for note in progress.notes if note["step"] > 0]
     if ranks.first(step > 0 and found["loss"] < min(former, default=float("inf"))):
@@ -583,7 +586,15 @@ def estimate(
             max_length=sizes.text.max_position_embeddings,
             truncate=truncate,
         )
-        few = [one.batch for _, one in zip(range(32), batches, strict=False)]
+        try:
+            few = [one.batch for _, one in zip(range(32), batches, strict=False)]
+        except RuntimeError as error:  # the list that it names is about to go
+            if not batches.num_skipped:
+                raise
+            first = json.loads((Path(folder) / "skipped.jsonl").read_text(encoding="utf-8").partition("\n")[0])
+            raise RuntimeError(f"no row can be read; {first['where']}: {first['reason']}") from error
+        if batches.num_skipped:
+            remark(f"rows that cannot be read, so far: {batches.num_skipped}")
     longest = max(few, key=lambda batch: batch.input_ids.numel())
     bill = training_bill(sizes, config, longest, partial(_prepare_shapes, config), device)
     if config.method == "qlora":
@@ -707,8 +718,10 @@ def evaluate(
         answer = asker(load(model, device=device, dtype=dtype) if waiting else None, max_new_tokens, num_beams)
     records = answer_examples(task, examples, answer, path, batch_size=batch_size, most=num_examples)
     if next(iter(records), None) is None:  # of the tasks, count alone leaves examples out
+        path.unlink(missing_ok=True)  # it is empty: the folder is free for another task
+        looked_at = "examples" if num_examples is None else f"first {num_examples} examples"
         raise ValueError(
-            f"none of the examples of {data} asks for a number: count takes those whose true answer is one, and whose "
+            f"none of the {looked_at} of {data} asks for a number: count takes those whose true answer is one, and whose "
             "question_type, if there is one, says 'how many'"
         )
     if task == "vqa" and (few := sum(len(record["answers"]) in (2, 3) for record in records)):

@@ -214,9 +214,14 @@ def remembering(model: PaliGemma) -> Callable[[torch.Tensor], torch.Tensor]:
     return partial(PictureCache().encode, model.encode_images)
 
 
-def explainer(model: PaliGemma) -> Callable:
-    """Chapter 23b's maps of evidence, in the form that `create_app` takes and the demo page reads."""
-    # what `checkpoint` imports when it is first called takes seconds: neither the first visitor nor the port waits for it
+def explainer(model: PaliGemma) -> Callable | None:
+    """Chapter 23b's maps of evidence, in the form that `create_app` takes and the demo page reads.
+
+    None for a model that was made ready for speed: its maps give no gradient.
+    """
+    if isinstance(model, FastPaliGemma):
+        return None
+    # what `checkpoint` imports when it is first called takes seconds: it begins now, so that hardly a visitor waits for it
     threading.Thread(target=importlib.import_module, args=("torch._dynamo",), name="explainer").start()
     return lambda image, prompt, answer, given_up: looks_as_json(
         explain(model, image, prompt, answer, given_up=given_up)

@@ -456,6 +456,10 @@ def test_a_device_that_ray_cannot_give(monkeypatch):
     with pytest.raises(ValueError, match="device is 'cuda:1': Ray gives each process a GPU of its own, so give cuda"):
         bulk.claims(2, "cuda:1")
     assert bulk.claims(1, "auto") == (1.0, 0.0)
+    for parts in (1, 3, 7, 12, 10**6):  # Ray counts what does not fit
+        assert parts * bulk.claims(parts, "cpu")[0] <= max(bulk.processors(), 0.001 * parts)
+    monkeypatch.setenv("RAY_ADDRESS", "")  # is no cluster
+    assert bulk.claims(1, "auto") == (1.0, 0.0)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     assert bulk.claims(2, "cuda") == (1.0, 1.0) and bulk.claims(2, "cpu") == (1.0, 0.0)
     with pytest.raises(ValueError, match="this machine has no GPU but its cluster may: give cuda or cpu"):

@@ -388,7 +388,7 @@ def test_a_row_s_own_boxes_are_not_the_truth(world, tiny_folder, tmp_path):
     example, out = read_examples(world["instances"])[0], tmp_path / "out"
     row = {"image": str(example.image), "prefix": example.prefix, "suffix": example.suffix, "boxes": [[0.1, 0.2, 1, 1]]}
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(row | {"height": "tall"}))
+    path.write_text(json.dumps(row | {"height": "tall", "annotation_ids": [7], "suffix": f"{example.suffix} ;"}))
     evaluate("detect", path, out, model=tiny_folder, max_new_tokens=1)
     (record,) = AnswerFile(out / "answers.jsonl")
     assert record["size"] == [112, 112] and record["labels"] == example.facts["labels"]
@@ -569,9 +569,11 @@ def test_nothing_to_count_and_too_few_to_agree(world, tiny_folder, tmp_path, cap
     row = {"image": picture, "question": "which colour?", "answer": ["red", "red", "blue"]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     base = ["--data", tmp_path / "rows.jsonl", "--model", tiny_folder, "--max-new-tokens", 1]
-    said = refused(capsys, "--task", "count", *base, "--out", tmp_path / "count")
-    assert "asks for a number" in said and "'how many'" in said
-    assert main(["evaluate", "--task", "vqa", *map(str, base), "--out", str(tmp_path / "vqa")]) == 0
+    base += ["--out", tmp_path / "out"]
+    said = refused(capsys, "--task", "count", *base)
+    assert "none of the examples" in said and "asks for a number" in said and "'how many'" in said
+    assert "none of the first 1 examples" in refused(capsys, "--task", "count", *base, "--num-examples", 1)
+    assert main(["evaluate", "--task", "vqa", *map(str, base)]) == 0, "nothing was written, so the folder is free"
     assert "questions with two or three true answers: 1; their accuracy cannot reach 1" in capsys.readouterr().err
 
 

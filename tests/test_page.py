@@ -342,6 +342,7 @@ def test_text_goes_into_the_prompt(open_page):
     page = open_page()
     give = """([kind, text, name]) => { const data = new DataTransfer();
       if (text) data.setData('text/plain', text);
+      if (name.endsWith('cells.png')) data.setData('text/html', `<td>${text}</td>`);
       if (name) data.items.add(new File([Uint8Array.from(atob('%s'), (c) => c.charCodeAt(0))], name, {type: 'image/png'}));
       const more = {bubbles: true, cancelable: true};
       const event = kind === 'paste' ? new ClipboardEvent(kind, {clipboardData: data, ...more})
@@ -355,6 +356,8 @@ def test_text_goes_into_the_prompt(open_page):
     for kind in ("paste", "drop"):
         page.evaluate(give, [kind, "", f"{kind}.png"])
         see(page, "#shown", f"{kind}.png")
+    page.evaluate(give, ["paste", "copied.png", "copied.png"])  # as file managers do
+    see(page, "#shown", "copied.png")
 
 
 @pytest.mark.browser
@@ -368,6 +371,8 @@ def test_what_comes_late_or_is_no_picture_changes_nothing(open_page):
 
     page.route(f"**/{SCENES[1]['file']}", hold)
     page.click("#scenes button >> nth=1")
+    page.click('#examples button:text-is("caption en")')
+    see(page, "#error", "still on its way")
     page.click("#scenes button >> nth=2")
     see(page, "#shown", SCENES[2]["shows"])
     page.click('#examples button:text-is("caption en")')

@@ -297,6 +297,7 @@ def test_a_form_has_known_fields_and_each_once(start_server, tiny_model, scenes)
     for name in ("temperature", "seed", "stop"):
         assert assert_error(post("/detect", (name, "1")), 400, "unknown field")["param"] == name
     assert post("/generate", ("stop", "x"), ("stop", "y")).status_code == 200
+    assert assert_error(post("/detect?drawn=true"), 400, "'drawn' stands in the address")["param"] == "drawn"
 
 
 def test_explain_and_the_page(start_server, tiny_model, scenes, tmp_path):

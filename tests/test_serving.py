@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -19,7 +20,8 @@ from PIL import Image
 
 from sigma_book import generate, load
 from sigma_book.cli import main
-from sigma_book.serving import explainer, read_api_keys, remembering
+from sigma_book.server import ServerConfig
+from sigma_book.serving import app_for, explainer, read_api_keys, remembering
 
 # A request waits and is answered for (rows + queue) / capacity seconds under load: few of both keep that short.
 ROWS, QUEUE = (int(number) for number in os.environ.get("SIGMA_BOOK_LOAD_ROWS", "2,0").split(","))
@@ -182,6 +184,12 @@ def test_the_first_explanation_waits_for_no_import(monkeypatch, tiny_model):
     explainer(tiny_model)  # comes back while the import runs
     done.set()
     assert imported.get(timeout=20) == ("torch._dynamo", True)
+
+
+def test_a_model_made_for_speed_is_served_without_explanations(tiny_folder):
+    app = app_for(load(tiny_folder, compile=True), ServerConfig("tiny"), {})
+    with closing(app.state.service.engine):
+        assert "/generate" in (paths := app.openapi()["paths"]) and "/explain" not in paths
 
 
 def test_a_second_question_on_a_picture_skips_the_tower(tiny_folder, pictures, monkeypatch):

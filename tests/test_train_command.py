@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -232,6 +233,7 @@ def test_a_finished_run_says_so_and_changes_nothing(arguments, tmp_path, capsys)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
     known = json.loads((out / "run.json").read_text())
     del known["form"], known["root"]  # as a version before wrote it
+    known |= {"rank": 8, "alpha": 64.0, "dropout": 0.0}  # which decide nothing where all learns
     (out / "run.json").write_text(json.dumps(known))
     assert main(arguments(out, steps=2)) == 0
 
@@ -394,6 +396,10 @@ def test_rows_that_cannot_be_read(arguments, data, tiny_folder, tmp_path, capsys
     assert main(given) == 2
     assert "spoilt.jsonl, line " in capsys.readouterr().err
     assert main([*given, "--on-error", "skip", "--dry-run"]) == 0
+    assert "rows that cannot be read, so far: 2" in capsys.readouterr().err
+    (data / "none.jsonl").write_text(rows[7] + "\n")
+    assert main([*arguments(tmp_path / "none", "--data", data / "none.jsonl"), "--on-error", "skip", "--dry-run"]) == 2
+    assert re.search(r"no row can be read; none.jsonl, line 1: .*gone.png", capsys.readouterr().err)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     (tmp_path / "run" / "skipped.jsonl").write_text('{"where": "spoilt.jsonl, line 1", "reason": "mended since"}\n')
     assert main([*given, "--on-error", "skip"]) == 0, "the same run goes on, told to leave them out"

@@ -397,6 +397,8 @@ def test_each_part_has_its_own_rate(tiny_folder):
         {"freeze": ("eyes",)},
         {"freeze": ("vision", "projector", "decoder")},
         {"learning_rate": "1e-5"},
+        {"learning_rate": 10**400},
+        {"warmup": True},
         {"rank": 8},
         {"alpha": 8},
         {"dropout": 0.1},

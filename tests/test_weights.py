@@ -78,7 +78,7 @@ def folder(model, tmp_path):
 
 @pytest.fixture
 def sharded(model, tmp_path):
-    save_model(model, tmp_path / "sharded", max_shard_bytes=8_000)
+    save_model(model, tmp_path / "sharded", max_shard_bytes=8e3)
     return tmp_path / "sharded"
 
 

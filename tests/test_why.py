@@ -272,6 +272,14 @@ def test_maps_without_gradient_are_told(tiny_folder, pictures):
         explain(model, pictures[0], "caption en", "red")
 
 
+@pytest.mark.parametrize("options", [{"compile": True}, {"quantize": "int8"}], ids=str)
+def test_models_made_for_speed_are_told(tiny_folder, pictures, options):
+    with pytest.raises(
+        ValueError, match="no gradient reaches the picture: load the model without quantize and compile"
+    ):
+        explain(load(tiny_folder, device="cpu", **options), pictures[0], "caption en", "red")
+
+
 def test_what_is_given_up_begins_no_further_token(tiny_model, pictures):
     answer = "a red star"
     looks = explain(tiny_model, pictures[0], "caption en", answer)

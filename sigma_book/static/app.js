@@ -19,6 +19,7 @@ const state = {
   looking: null, // and that of its explanation
   turn: 0, // grows with each picture and question: what comes late for an earlier one is dropped
   pick: 0, // grows with each picture that is chosen, before it is known to be one
+  settled: 0, // the last of them that came, or that will not come
 };
 
 // ---- sentences -------------------------------------------------------------------------------------------------
@@ -69,9 +70,7 @@ async function takePicture(blob, name, scene = null) {
   try {
     bitmap = await createImageBitmap(blob);
   } catch {
-    if (pick === state.pick) {
-      fail(`“${name}” is not a picture that this browser can read: choose a JPEG, PNG, WebP or GIF.`);
-    }
+    lost(pick, `“${name}” is not a picture that this browser can read: choose a JPEG, PNG, WebP or GIF.`);
     return;
   }
   let sent = blob;
@@ -79,10 +78,11 @@ async function takePicture(blob, name, scene = null) {
   try {
     if (large || !SENT_AS_IT_IS.has(blob.type)) sent = await copyOf(bitmap);
   } catch (error) {
-    if (pick === state.pick) fail(`“${name}” could not be made smaller: ${reasonOf(error)}`);
+    lost(pick, `“${name}” could not be made smaller: ${reasonOf(error)}`);
     return;
   }
   if (pick !== state.pick) return;
+  state.settled = pick;
   forget();
   state.picture = { blob: sent, bitmap, name };
   const sides = `${bitmap.width} × ${bitmap.height} pixels`;
@@ -121,8 +121,15 @@ async function takeScene(scene) {
     const blob = await response.blob();
     if (pick === state.pick) await takePicture(blob, scene.file.split("/").pop(), scene);
   } catch (error) {
-    if (pick === state.pick) fail(reasonOf(error));
+    lost(pick, reasonOf(error));
   }
+}
+
+/** A picture that was chosen will not come; nothing is said where another was chosen since. */
+function lost(pick, sentence) {
+  if (pick !== state.pick) return;
+  state.settled = pick;
+  fail(sentence);
 }
 
 /** Forget question, answer and maps; gives the number of the new turn. */
@@ -240,6 +247,9 @@ async function ask() {
   const prompt = $("prompt").value;
   const most = $("most").value ? Number($("most").value) : undefined; // the server has a default
   const temperature = Number($("heat").value);
+  if (state.picture && state.settled !== state.pick) {
+    return fail("The picture that you chose is still on its way: ask again when it is here.");
+  }
   const turn = forget();
   if (!state.picture) return fail("There is no picture yet: choose one, drop one, or take a drawn scene.");
   if (!prompt.trim()) {
@@ -251,7 +261,7 @@ async function ask() {
   }
   if (!$("heat").value || !(temperature >= 0)) return fail("“Temperature” is a number, 0 or more.");
   const { picture } = state;
-  state.pick += 1; // a picture that is still on its way is too late
+
   const stop = new AbortController();
   state.asking = stop;
   busy(true);
@@ -283,7 +293,9 @@ async function ask() {
   if (turn !== state.turn) return;
   if (stop.signal.aborted) $("note").textContent = "Stopped.";
   else if (end.reason === "length") {
-    $("note").textContent = `Cut at ${most ?? "the usual number of"} tokens: Settings has the limit.`;
+    $("note").textContent = most
+      ? `Cut at ${most} tokens: Settings has the limit.`
+      : "Cut at the length that the server gives by itself: Settings can ask for more.";
   }
   else if (end.reason === "stop" && !end.text) $("note").textContent = "The model had nothing to say.";
   if (end.text) await explainAnswer(turn, picture.blob, prompt, end.text);
@@ -461,7 +473,7 @@ function takeFiles(files) {
 }
 
 function inField(event) {
-  return event.target.matches?.("input");
+  return event.target.matches?.("input:not([type=file])");
 }
 
 function wire() {
@@ -481,7 +493,8 @@ function wire() {
   document.addEventListener("paste", (event) => {
     const given = event.clipboardData;
     if (!given?.files.length) return;
-    if (inField(event) && given.types.includes("text/plain")) return; // Word and Excel put a picture beside the text
+    // Word and Excel put a picture beside their text; file managers only put the file's name beside the file
+    if (inField(event) && ["text/html", "text/rtf"].some((type) => given.types.includes(type))) return;
     takeFiles(given.files);
   });
   document.addEventListener("dragover", (event) => {
