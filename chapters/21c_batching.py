@@ -677,6 +677,13 @@ class QueueFull(RuntimeError):
         self.retry_after = retry_after
 
 
+class EngineClosed(RuntimeError):
+    """The engine takes no more requests."""
+
+    def __init__(self):
+        super().__init__("the engine is closed and takes no more requests")
+
+
 class Ticket:
     """A request that was taken.
 
@@ -970,8 +977,8 @@ class Engine:
             If there is no such picture.
         QueueFull
             If too many requests wait already.
-        RuntimeError
-            If the engine is closed.
+        EngineClosed
+            If it has been closed.
         """
         due = _read_deadline(deadline)
         sampling = Sampling() if sampling is None else sampling
@@ -1005,7 +1012,7 @@ class Engine:
     def _check_place(self) -> None:
         with self._changed:
             if self._closed:
-                raise RuntimeError("the engine is closed and takes no more requests")
+                raise EngineClosed
             requests = len(self._waiting) + len(self._reading) + len(self._running)
             if requests >= self.max_rows + self.queue_size:
                 # each of `max_rows` rows takes a new request every `_held` seconds
@@ -1033,7 +1040,7 @@ class Engine:
                     request.ticket.cancel()
         if not inside:
             self._thread.join()
-        atexit.unregister(self.close)
+            atexit.unregister(self.close)  # called from a listener, the thread runs on, and is waited for at exit
 
     def stats(self) -> EngineStats:
         """Plain numbers, for metrics."""

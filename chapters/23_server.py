@@ -55,7 +55,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from starlette.exceptions import HTTPException
 
-from sigma_book.batching import Engine, EngineStats, Event, QueueFull
+from sigma_book.batching import Engine, EngineClosed, EngineStats, Event, QueueFull
 from sigma_book.generation import Sampling, whole_number
 from sigma_book.locate import describe, draw
 from sigma_book.protocol import (
@@ -290,7 +290,8 @@ class ServerConfig:
     Raises
     ------
     ValueError, FileNotFoundError
-        If a number is out of its range, one of `cors_origins` is not an origin, or the folder is missing.
+        If a number is out of its range, `max_body` is more than `max_held`, one of `cors_origins` is not an origin, or
+        the folder is missing.
     """
 
     model_name: str
@@ -310,6 +311,8 @@ class ServerConfig:
         for name in ("max_body", "max_held", "max_pixels", "max_new_tokens", "max_waiting"):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), least=1)
+        if self.max_body > self.max_held:
+            raise ValueError(f"max_body is {self.max_body:,}, max_held {self.max_held:,}: lower the first")
         for name in ("body_seconds", "deadline"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected seconds, more than 0")
@@ -470,11 +473,13 @@ class Guard:
         except ApiError as error:
             record.fields["code"] = error.code
             await error_response(error)(scope, receive, answer)
-        except asyncio.CancelledError:  # the server stops, and the time it gave its requests is over
-            record.fields["code"] = "stopping"
+        except asyncio.CancelledError:
+            # the server stops, and the time it gave its requests is over; or Ray Serve has seen the client leave
+            fault = _stopping() if self.service.draining else _gone()
+            record.fields["code"] = fault.code
             if status:
                 raise
-            await error_response(_stopping())(scope, receive, answer)
+            await error_response(fault)(scope, receive, answer)
         except Exception:
             logger.exception("failed", extra={"fields": {"id": record.id}})
             record.fields["code"] = "internal_error"
@@ -655,9 +660,7 @@ class Reply:
         fault = ApiError(500, f"the model failed: {event.error}", code="model_failed")
         if event.finish == "deadline":
             fault = _too_late()
-        if event.finish == "cancelled" and self.service.draining:
-            fault = _stopping()
-        elif event.finish == "cancelled":
+        if event.finish == "cancelled":  # a server that stops cancels tasks, and no answers
             fault = _gone()
         self.record.fields["code"] = fault.code
         return fault
@@ -692,7 +695,8 @@ async def cancelled_when_gone(request: Request, cancel: Callable[[], None]) -> A
 # `begin` is the way of every question: look at its size, unpack the picture in a thread of its own (the loop has other
 # clients), shrink it to the square that the model sees (a waiting request then holds that, and not a photograph), and hand it
 # to the engine, which says no if its queue is full. Threads are few. A request waits for one no longer than its client does,
-# and not beyond its deadline.
+# and not beyond its deadline. A thread itself cannot be cancelled: where nobody waits any more, it asks the engine for
+# nothing.
 #
 # What differs is only the form of the answer: whole or as *server-sent events*, lines that begin with `data:` and come
 # one by one; a chat completion, plain JSON, boxes in pixels, or a picture with the boxes drawn.
@@ -735,7 +739,9 @@ class Service:
         self.asked = 0  # requests that are being answered or wait for it
         self._done, self._done_at = (-1, -1, -1), time.monotonic()  # what the engine had done when it was asked last
         self._readers = anyio.CapacityLimiter(2)  # pictures unpacked at a time
+        self._unpacking = threading.Semaphore(2)  # the same of threads: a cancelled task does not wait for its own
         self._explainers = anyio.CapacityLimiter(1)
+        self.explaining = 0  # explanations that are made or wait for it
 
     async def begin(self, request: Request, picture: Callable[[], bytes], ask: Ask) -> Reply:
         """Unpack a picture off the loop and hand it to the engine."""
@@ -747,9 +753,12 @@ class Service:
         side = self.engine.processor.image_size
 
         def prepare(given_up: threading.Event) -> None:
-            image = open_picture(picture(), self.config.max_pixels)
-            reply.size = (image.height, image.width)
-            square = image.resize((side, side), Image.Resampling.BICUBIC)  # as the processor does; little is held
+            with self._unpacking:
+                if given_up.is_set():
+                    return
+                image = open_picture(picture(), self.config.max_pixels)
+                reply.size = (image.height, image.width)
+                square = image.resize((side, side), Image.Resampling.BICUBIC)  # as the processor does; little is held
             reply.ticket = self.engine.submit(
                 square,
                 ask.prompt,
@@ -761,6 +770,8 @@ class Service:
                 top=ask.top,
                 deadline=self._left(record),
             )
+            if given_up.is_set():  # perhaps by a task that was cancelled before there was a ticket
+                reply.ticket.cancel()
 
         self.check_room()  # again: others may have come while the body did
         if self.asked == 0:
@@ -773,7 +784,7 @@ class Service:
             raise _busy("the queue is full", full.retry_after) from full
         except ValueError as error:
             raise ApiError(400, str(error)) from error
-        except RuntimeError as error:  # the engine is closed
+        except EngineClosed as error:
             raise _stopping() from error
         self.meters.tokens.labels("prompt").inc(reply.ticket.prompt_tokens)
         return reply
@@ -937,17 +948,20 @@ class Service:
     ):
         """Which patches of the picture each token of an answer looked at. Other fields are refused."""
         self._check_length(Ask(prompt + answer, 1, Sampling()))
-        if self._explainers.statistics().tasks_waiting >= 8:
+        if self.explaining > 8:
             raise _busy("8 explanations are waiting")
-        content = await file.read()
+        self.explaining += 1  # before anything is waited for, or others slip in
 
         def work(given_up: threading.Event) -> object:
             return self._explain(open_picture(content, self.config.max_pixels), prompt, answer, given_up)
 
         try:
+            content = await file.read()
             return PlainJson(await self._in_thread(request, self._explainers, work))
         except ValueError as error:
             raise ApiError(400, str(error)) from error
+        finally:
+            self.explaining -= 1
 
     async def models(self):
         """The models that this server has: one."""

@@ -4,6 +4,7 @@ import logging
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,14 +60,16 @@ class ReplicaConfig:
             if not least <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected a number, {least} or more")
 
-    def options(self, max_ongoing: int) -> dict:
-        """The same as Ray Serve calls it; a replica is given at most `max_ongoing` requests at a time."""
+    def options(self, room: int, deadline: float) -> dict:
+        """The same as Ray Serve calls it; a replica takes `room` requests, each for at most `deadline` seconds."""
+        given = room + 16  # more than a replica takes, so that it is asked and refuses with a 429
         number = {"num_replicas": self.replicas}
         if self.most is not None:
             scale = {"min_replicas": self.replicas, "initial_replicas": self.replicas, "max_replicas": self.most}
             number = {"autoscaling_config": scale | {"target_ongoing_requests": self.busy}}
         claims = {"num_cpus": self.cpus, "num_gpus": self.gpus}
-        return number | {"max_ongoing_requests": max_ongoing, "ray_actor_options": claims}
+        bounds = {"max_ongoing_requests": given, "max_queued_requests": given}  # beyond both, Ray answers with a 503
+        return number | bounds | {"graceful_shutdown_timeout_s": deadline + 5, "ray_actor_options": claims}
 
 
 class Replica:
@@ -135,7 +138,7 @@ def replicas_running(
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
             serve.start(http_options={"host": host, "port": port})
             deployment = serve.deployment(serve.ingress()(Replica)).options(
-                name=NAME, **shared.options(max_rows + queue_size)
+                name=NAME, **shared.options(max_rows + queue_size, config.deadline)
             )
             try:
                 serve.run(deployment.bind(make_app), name=NAME, route_prefix="/")
@@ -143,7 +146,9 @@ def replicas_running(
                 raise RuntimeError(f"the replicas do not start: {_why(serve.status())}") from error
             yield f"http://{host}:{port}"
             # replicas finish what they are at, while the proxies still hold the connections of their clients
-            serve.delete(NAME)
+            serve.delete(NAME, _blocking=False)
+            while NAME in serve.status().applications:  # as long as the deadline allows; Ray itself waits for 60 s
+                time.sleep(0.2)
         finally:
             serve.shutdown()
 

@@ -74,16 +74,29 @@ class CarefulProtocol(H11Protocol):
             self._late.cancel()
             self._late = None
         elif not answering and self._late is None:
-            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+            # soon, for uvloop sends at the end of its turn: only then it is known what the client has not taken
+            self._late = self.loop.call_soon(self._expire_later, "_late")
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalled = self.loop.call_later(STALLED_SECONDS, self.transport.abort)
+        self._expire_later("_stalled")
 
     def resume_writing(self) -> None:
         super().resume_writing()
         if self._stalled is not None:
             self._stalled.cancel()
+
+    def _expire_later(self, name: str) -> None:
+        left = self.transport.get_write_buffer_size()
+        seconds = STALLED_SECONDS if left else HEAD_SECONDS  # the time for the next head begins when the answer is out
+        setattr(self, name, self.loop.call_later(seconds, self._expire, name, left))
+
+    def _expire(self, name: str, left: int) -> None:
+        """Let the client go, unless it has taken some of the `left` bytes that were still to be sent."""
+        if self.transport.get_write_buffer_size() < left:
+            self._expire_later(name)
+        else:
+            self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
         """What is not HTTP gets an answer in the shape of all others."""
@@ -111,7 +124,7 @@ class GracefulServer(uvicorn.Server):
     port : int
         0 takes a free one: `port` tells which, once `started` is true.
     grace : float
-        Seconds that running requests have after the signal.
+        Seconds that running requests have after the signal, until the last byte of their answers has been sent.
     """
 
     def __init__(self, app: FastAPI, host: str = "127.0.0.1", port: int = 0, grace: float = 30.0):
@@ -151,7 +164,9 @@ class GracefulServer(uvicorn.Server):
         self.stop()
 
     async def on_tick(self, counter: int) -> bool:
-        over = self.service.in_flight == 0 or time.monotonic() > self._until
+        # what a client still has to take of its answer is under way too
+        sending = any(one.transport.get_write_buffer_size() for one in self.server_state.connections)
+        over = not (self.service.in_flight or sending) or time.monotonic() > self._until
         self.should_exit = self.should_exit or (self.service.draining and over)
         return await super().on_tick(counter)
 

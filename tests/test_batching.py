@@ -19,7 +19,7 @@ from PIL import Image
 
 from sigma_book import generate, load
 from sigma_book.assemble import POCKET
-from sigma_book.batching import Engine, Event, QueueFull, RunningBatch, SlotCache
+from sigma_book.batching import Engine, EngineClosed, Event, QueueFull, RunningBatch, SlotCache
 from sigma_book.gemma import GemmaConfig
 from sigma_book.generation import Sampling, generate_answers
 from sigma_book.gqa import cache_bytes
@@ -907,7 +907,7 @@ def test_close_finishes(held, pictures, tiny_model):
     for one in heard:
         assert one.over.is_set()
         same(one, alone(tiny_model, pictures[1], "caption en", max_new_tokens=6))
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(EngineClosed, match="takes no more requests"):
         engine.submit(pictures[1], "x", Heard(), max_new_tokens=6)
     engine.close()  # twice is once
 
@@ -923,8 +923,10 @@ def test_close_cancels(held, pictures, options):
     assert [one.finish for one in heard] == ["cancelled"] * 3 and gate.over.is_set()
 
 
-def test_close_from_a_listener(tiny_model, pictures):
-    engine, heard = Engine(tiny_model), Heard()
+def test_close_from_a_listener(tiny_model, pictures, monkeypatch):
+    """The thread runs on, so a process that ends now must still wait for it."""
+    engine, heard, unregistered = Engine(tiny_model), Heard(), []
+    monkeypatch.setattr("atexit.unregister", unregistered.append)
 
     def listen(event):
         if not heard.events:
@@ -933,6 +935,8 @@ def test_close_from_a_listener(tiny_model, pictures):
 
     engine.submit(pictures[0], "x", listen, max_new_tokens=5)
     same(heard.wait(), alone(tiny_model, pictures[0], "x", max_new_tokens=5))
+    assert not unregistered
+    monkeypatch.undo()
     engine.close()
 
 

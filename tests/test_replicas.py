@@ -49,10 +49,11 @@ def test_settings_are_those_that_ray_serve_knows():
     class Nothing:
         pass
 
-    fixed = serve.deployment(Nothing).options(**ReplicaConfig(3, cpus=0.5, gpus=1).options(72))
-    assert (fixed.num_replicas, fixed.max_ongoing_requests) == (3, 72)
+    fixed = serve.deployment(Nothing).options(**ReplicaConfig(3, cpus=0.5, gpus=1).options(72, 90.0))
+    assert (fixed.num_replicas, fixed.max_ongoing_requests, fixed.max_queued_requests) == (3, 88, 88)
+    assert fixed._deployment_config.graceful_shutdown_timeout_s == 95
     assert fixed.ray_actor_options == {"num_cpus": 0.5, "num_gpus": 1}
-    scaled = serve.deployment(Nothing).options(**ReplicaConfig(2, most=9, busy=6).options(72))
+    scaled = serve.deployment(Nothing).options(**ReplicaConfig(2, most=9, busy=6).options(72, 60.0))
     config = scaled._deployment_config.autoscaling_config
     assert (config.min_replicas, config.max_replicas, config.target_ongoing_requests) == (2, 9, 6)
 

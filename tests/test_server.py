@@ -1,5 +1,6 @@
 """The HTTP service: real sockets, the real `openai` client, and whatever strangers may send."""
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -29,9 +30,10 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from sigma_book import generate, load
+from sigma_book.batching import Engine, Event
 from sigma_book.locate import describe, draw
 from sigma_book.protocol import ApiError, TokenNames, check_extras, open_picture
-from sigma_book.server import ServerConfig, Service, _busy
+from sigma_book.server import Reply, ServerConfig, Service, _busy, create_app
 from sigma_book.world import draw_scene, make_scene
 
 
@@ -627,9 +629,9 @@ def test_a_large_body_is_refused_and_not_held(server):
 
 
 def test_bodies_are_held_within_a_budget(start_server, tiny_model, scenes):
-    server = start_server(tiny_model, max_held=1_000_000)
+    server = start_server(tiny_model, max_held=1_000_000, max_body=1_000_000)
     with socket.create_connection(("127.0.0.1", server.port)) as hog:
-        hog.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 1100000\r\n\r\n" + bytes(900_000))
+        hog.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 950000\r\n\r\n" + bytes(900_000))
         wait_for(lambda: server.service.held_bytes == 900_000)
         answer = httpx.post(f"{server.url}/generate", content=bytes(200_000))
         assert_error(answer, 429, "holds as many bytes")
@@ -644,6 +646,9 @@ def test_slow_heads_and_slow_bodies_do_not_stay(start_server, tiny_model, monkey
     server = start_server(tiny_model, body_seconds=0.6)
     start = time.monotonic()
     slow = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(50)]
+    slow[1].sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")  # what was answered before does not matter
+    while not slow[1].recv(65536).endswith(b"}"):
+        pass
     for connection in slow[:25]:
         connection.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\n")  # a head that does not end
     for connection in slow[25:]:
@@ -710,6 +715,32 @@ def test_a_reader_that_does_not_read_is_let_go(start_server, long_model, scenes,
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         wait_for(lambda: server.engine.stats().finished["cancelled"] == 1, 60)
     wait_for(lambda: server.service.in_flight == 0)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_who_reads_slowly_gets_all(start_server, tiny_model, scenes, monkeypatch, stopped):
+    """A large answer takes longer than any of the limits, which are for those who take nothing, as `idle`."""
+    for limit in ("HEAD_SECONDS", "STALLED_SECONDS"):
+        monkeypatch.setattr(f"sigma_book.serving.{limit}", 0.4)
+    size = 16_000_000  # more than the system itself buffers
+    server = start_server(tiny_model, explain=lambda *given: "x" * size)
+    server.config.timeout_graceful_shutdown = 0.1
+    sent = {"files": {"file": scenes[0]}, "data": {"prompt": "a", "answer": "b"}}
+    request = httpx.Request("POST", f"{server.url}/explain", **sent)
+    head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+    with socket.socket() as connection, socket.socket() as idle:
+        for one in (idle, connection):
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            one.connect(("127.0.0.1", server.port))
+            one.sendall(f"POST /explain HTTP/1.1\r\n{head}\r\n".encode() + request.read())
+        got = len(connection.recv(1000))
+        if stopped:
+            server.stop()
+        while got < size and (piece := connection.recv(65536)):
+            got += len(piece)
+            time.sleep(len(piece) / 12e6)
+        assert got > size
+        wait_for(lambda: not server.server_state.connections)
 
 
 def test_what_is_not_http(server):
@@ -831,6 +862,7 @@ def test_the_docs_need_nobody_else(server):
     ("settings", "words"),
     [
         ({"max_body": 0}, "max_body"),
+        ({"max_body": 2000, "max_held": 1000}, "max_body is 2,000, max_held 1,000"),
         ({"deadline": 0}, "deadline"),
         ({"deadline": float("nan")}, "deadline"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
@@ -975,6 +1007,71 @@ def test_explanations_are_given_up(start_server, tiny_model, scenes, caplog):
     assert assert_error(httpx.post(f"{slow.url}/explain", **sent), 504)["code"] == "deadline"
 
 
+def test_explanations_wait_in_bounds(tiny_model, scenes):
+    free = threading.Event()
+    sent = {"files": {"file": scenes[0] + bytes(1_100_000)}, "data": {"prompt": "a", "answer": "b"}}  # read from a disk
+
+    async def ask_at_once(client: httpx.AsyncClient, service: Service) -> None:
+        tasks = [asyncio.create_task(client.post("/explain", **sent)) for _ in range(12)]
+        try:
+            async with asyncio.timeout(10):
+                while sum(task.done() for task in tasks) < 3:
+                    await asyncio.sleep(0.01)
+        finally:
+            free.set()
+        answers = await asyncio.gather(*tasks)
+        assert Counter(answer.status_code for answer in answers) == {200: 9, 429: 3} and service.explaining == 0
+
+    within_a_loop(tiny_model, ask_at_once, explain=lambda *given: free.wait(60))
+
+
+def test_a_task_that_is_cancelled_leaves_no_work(long_model, scenes, monkeypatch):
+    """Ray Serve cancels the task of a client who leaves; its thread runs on, and must not ask in that client's name."""
+    opened, free = [], threading.Event()
+    monkeypatch.setattr(
+        "sigma_book.server.open_picture", lambda *given: opened.append(1) or free.wait(60) and open_picture(*given)
+    )
+    sent = {"files": {"file": scenes[0]}, "data": {"prompt": "caption en", "max_tokens": "16000"}}
+
+    async def leave(client: httpx.AsyncClient, service: Service) -> None:
+        for number in range(4):
+            task = asyncio.create_task(client.post("/generate", **sent))
+            await asyncio.sleep(0.1)
+            async with asyncio.timeout(10):
+                while len(opened) < min(number + 1, 2):
+                    await asyncio.sleep(0.01)
+            task.cancel()
+            assert assert_error(await task, 499)["code"] == "client_gone"
+        free.set()
+        wait_for(lambda: service.engine.stats().finished["cancelled"] == 2, 5)
+        assert len(opened) == 2  # at a time; the others found that nobody waits any more
+
+    try:
+        within_a_loop(long_model, leave)
+    finally:
+        free.set()
+
+
+def test_who_goes_away_while_the_server_stops_is_noted_as_that():
+    reply = SimpleNamespace(record=SimpleNamespace(fields={}), service=SimpleNamespace(draining=True))
+    assert Reply._fault(reply, Event("", finish="cancelled")).code == "client_gone"
+
+
+def within_a_loop(model, asking, explain=None) -> None:
+    """Run `asking(client, service)`, whose requests are tasks of the loop that answers them."""
+    engine = Engine(model)
+    app = create_app(engine, ServerConfig("pocket"), explain=explain)
+
+    async def run() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            await asking(client, app.state.service)
+
+    try:
+        asyncio.run(run())
+    finally:
+        engine.close(finish=False)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_goes_away_frees_the_place(start_server, long_model, scenes, stream, caplog):
     caplog.set_level(logging.INFO, "sigma_book.server")
@@ -1095,6 +1192,24 @@ def test_a_bug_is_a_500_with_an_id_and_no_details(start_server, tiny_model, scen
     answer = httpx.post(f"{server.url}/explain", **sent)
     assert_error(answer, 500, answer.headers["x-request-id"])
     assert "inner secret" not in answer.text
+
+
+def test_a_failure_while_a_picture_is_prepared_is_not_a_stop(start_server, tiny_model, scenes, caplog, monkeypatch):
+    server = start_server(tiny_model)
+
+    def fail(*given, **options):
+        raise RuntimeError("inner secret")
+
+    sent = {"files": {"file": scenes[0]}, "data": {"prompt": "a"}}
+    with monkeypatch.context() as patch:
+        patch.setattr(server.engine, "submit", fail)
+        answer = httpx.post(f"{server.url}/generate", **sent)
+    assert_error(answer, 500, answer.headers["x-request-id"])
+    assert "inner secret" not in answer.text and any(
+        "inner secret" in str(record.exc_info) for record in caplog.records
+    )
+    server.engine.close()
+    assert assert_error(httpx.post(f"{server.url}/generate", **sent), 503)["code"] == "stopping"
 
 
 @pytest.mark.parametrize("orientation", [3, 6])
