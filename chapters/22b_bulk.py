@@ -47,7 +47,7 @@ from sigma_book.answers import AnswerFile
 from sigma_book.data import Example, find_picture, index_lines
 from sigma_book.generation import whole_number
 from sigma_book.paligemma import PaliGemma
-from sigma_book.processor import file_beside, load_image
+from sigma_book.processor import file_beside, load_image, to_disk
 from sigma_book.training import CGROUP
 
 # %%
@@ -465,7 +465,9 @@ assert {record["index"]: record["answer"] for record in records if record["answe
 # cut off a line that is torn, and how to keep others out.
 #
 # A million answers are easier to handle in parts of, say, ten thousand. A finished part can become a Parquet file. Where
-# does a run go on? Behind the last line of the last part.
+# does a run go on? Behind the last line of the last part. For a kill that is enough, but when the power fails, lines that
+# were written may never have reached the disk. So a part is forced onto the disk when it is full, before the next begins,
+# and a part that others follow must be full.
 
 
 # %%
@@ -511,7 +513,7 @@ class AnswerParts:
         Raises
         ------
         ValueError
-            If a part is missing before the last one, or a file was edited.
+            If a part before the last one is missing or short, or a file was edited.
         """
         found = {int(match[1]) for path in self.folder.iterdir() if (match := _PART.fullmatch(path.name))}
         if not found:
@@ -519,6 +521,9 @@ class AnswerParts:
         last = max(found)
         if missing := sorted(set(range(last)) - found):
             raise ValueError(f"{self.folder} lacks {self.path(missing[0], self.form).name}: give a new folder")
+        for part in range(last):
+            if not self.path(part, "parquet").exists():
+                self._expect_full(part, AnswerFile(self.path(part)).next_index())
         if self.path(last, "parquet").exists():
             self.path(last).unlink(missing_ok=True)  # a kill came between writing the one and removing the other
             return self.end(last)
@@ -558,9 +563,19 @@ class AnswerParts:
                         bar.update()
                 if start < self.end(part):
                     raise RuntimeError(f"the answers end before row {start}: give the same command again")
+                for path in (self.path(part), self.folder):
+                    to_disk(path)  # before the next part begins
                 if self.form == "parquet":
                     self._seal(part)
         return seen
+
+    def _expect_full(self, part: int, following: int) -> None:
+        """Of a part that others follow: a disk without power may have lost its last rows."""
+        if following < self.end(part):
+            raise ValueError(
+                f"{self.path(part)} ends before row {max(following, part * self.rows_per_part)}, though other parts follow: "
+                "remove it and all parts behind it, then give the same command again"
+            )
 
     def _seal(self, part: int) -> None:
         """Turn a full part into Parquet: written beside its place, moved there, then the lines go."""
@@ -576,7 +591,13 @@ class AnswerParts:
         self.path(part).unlink()
 
     def __iter__(self) -> Iterator[dict]:
-        """All records so far, in order."""
+        """All records so far, in order.
+
+        Raises
+        ------
+        ValueError
+            If a part is short and others follow.
+        """
         for part in range(math.ceil(self.total / self.rows_per_part)):
             if self.path(part, "parquet").exists():
                 import pyarrow.parquet
@@ -584,7 +605,12 @@ class AnswerParts:
                 for batch in pyarrow.parquet.ParquetFile(self.path(part, "parquet")).iter_batches():
                     yield from batch.to_pylist()
             else:
-                yield from AnswerFile(self.path(part))
+                following = 0
+                for record in AnswerFile(self.path(part)):
+                    yield record
+                    following = record["index"] + 1
+                if any(self.path(part + 1, form).exists() for form in ANSWER_FORMS):
+                    self._expect_full(part, following)
 
 
 def _whole_letters(value: str | int | None) -> str | int | None:

@@ -4,7 +4,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -95,7 +95,9 @@ def answer_file(
     run |= {"quantize": quantize, "adapter": None if adapter is None else model_mark(adapter)}
     run |= {"max_new_tokens": max_new_tokens, "form": form, "rows_per_part": rows_per_part}
     parts = AnswerParts(Path(out), len(rows), rows_per_part, form)
-    claim_folder(parts.folder, run, saved=("part-*",))
+    begun = (parts.folder / "run.json").exists()  # it may be another's, who is at work
+    with held_alone(parts.folder) if begun else nullcontext():
+        claim_folder(parts.folder, run, saved=("part-*",))
     with held_alone(parts.folder):
         if (start := parts.next_index()) < len(rows):
             if start:

@@ -1,6 +1,8 @@
 """Whole runs, put together: fine-tuning a model on a file, and evaluating one. Thin; the ideas stay in the chapters."""
 
 import json
+import math
+import os
 import random
 import shutil
 import tempfile
@@ -128,7 +130,8 @@ def finetune(
         What to begin from; the pocket model by default.
     evaluate : path, optional
         Examples that are not learned from, in the same form: asked before the first step, after the last, and every
-        `evaluate_every` steps between; at most `evaluate_limit` of them. The best model so far stands in `best/`.
+        `evaluate_every` steps between; at most `evaluate_limit` of them. The best model so far stands in `best/`;
+        where the limit has changed on the way, the best since.
     evaluate_annotations : path, optional
         The answers to them, where they lie in a file of their own, as in VQAv2; `annotations` by default.
     save_every, keep : int
@@ -196,8 +199,7 @@ def finetune(
             ranks.leave()
             return final
         if ranks.rank == 0:
-            for rest in (*out.glob(".*best-*"), *out.glob(".*final-*")):  # save_model writes beside its folder as well
-                shutil.rmtree(rest)  # of a write that was killed
+            _tidy(out)
         torch.manual_seed(config.seed)
         random.seed(config.seed)
         learner, save, loss = _ready(model, config, device, ranks, parallel)
@@ -208,9 +210,7 @@ def finetune(
         progress = checkpoints.restore()  # last, so that the random numbers are those of the checkpoint
         if progress.step:
             say(f"going on after step {progress.step} of {steps}")
-        if ranks.rank == 0 and progress.step == 0:  # of a run that was stopped before its first checkpoint
-            (out / "skipped.jsonl").unlink(missing_ok=True)
-        ranks.first(True)  # until then nobody lists a row
+        begun = progress.step
         batches = Batches(
             examples,
             learner.processor,
@@ -254,11 +254,11 @@ def finetune(
             found = look(steps)
             say(f"after: {found}")
         (cut,) = ranks.sum(batches.num_truncated)
-        if ranks.rank == 0:
-            _say_and_draw(out, progress, batches.num_skipped, int(cut))
         if follower is not None:
             follower.run.finish()
         save(final)
+        if ranks.rank == 0:
+            _say_and_draw(out, progress, batches.num_skipped, int(cut), begun)
         ranks.leave()
         return final
 
@@ -273,6 +273,19 @@ def _meet(device: str | torch.device, parallel: str | None) -> tuple[Alone, torc
             f"parallel is {parallel!r}, but this process is alone: start it with torchrun, or leave it out"
         )
     return ALONE, pick_device(device)
+
+
+def _tidy(out: Path) -> None:
+    """Remove what a run that was killed left behind, and all of one that had no checkpoint: it may have been another."""
+    if not (out / "best").exists():
+        for old in out.glob(".old-best-*"):  # the kill came between two renamings
+            os.replace(old, out / "best")
+    for rest in (*out.glob(".*best-*"), *out.glob(".*final-*")):  # save_model writes beside its folder as well
+        shutil.rmtree(rest)
+    if not any(out.glob("checkpoints/[!.]*")):
+        shutil.rmtree(out / "best", ignore_errors=True)
+        for name in ("evaluations.json", "skipped.jsonl", "wandb-id.txt"):
+            (out / name).unlink(missing_ok=True)
 
 
 def _say_nothing(text: str) -> None:
@@ -325,9 +338,22 @@ def _ready(
     return learner, save, lambda batch: loss(never_empty(batch))
 
 
+@contextmanager
+def _whole_in_place(folder: Path) -> Iterator[Path]:
+    """`model_folder_beside` that puts a new model in the place of an old one as a whole, so that no kill mixes the two."""
+    fresh, old = (folder.with_name(f".{age}-{folder.name}-model") for age in ("new", "old"))
+    with model_folder_beside(fresh if folder.is_dir() else folder) as written:
+        yield written
+    if fresh.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+        os.replace(fresh, folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def _write_first(write: Callable[[Path], None], ranks: Alone, folder: Path) -> None:
     if ranks.rank == 0:
-        with model_folder_beside(folder) as fresh:
+        with _whole_in_place(folder) as fresh:
             write(fresh)
 
 
@@ -340,7 +366,7 @@ def _gather_and_write(
         whole = shape_model(learner.config, config)
         whole.load_state_dict(tensors, strict=config.method == "full", assign=True)
         whole.processor, whole.stop_ids = learner.processor, learner.stop_ids
-        with model_folder_beside(folder) as fresh:
+        with _whole_in_place(folder) as fresh:
             _write_model(whole, config, base, fresh)
 
 
@@ -376,18 +402,25 @@ def held_alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _say_and_draw(out: Path, progress: Progress, skipped: int, cut: int) -> None:
-    """What is left to tell of a run: rows that were left out or cut, and the picture of its losses."""
+def _say_and_draw(out: Path, progress: Progress, skipped: int, cut: int, begun: int) -> None:
+    """What is left to tell of a run: rows that were left out or cut, and the picture of its losses.
+
+    Rows that were cut are counted since the step at which this process has `begun`.
+    """
     for count, what in (
         (skipped, f"left out and listed in {out / 'skipped.jsonl'}"),
-        (cut, "cut"),
+        (cut, f"cut since step {begun}" if begun else "cut"),
     ):
         if count:
             remark(f"{count} rows were {what}")
+    path = out / "losses.png"
     try:
-        draw_losses(progress, out / "losses.png")
+        with file_beside(path) as fresh:
+            draw_losses(progress, fresh)
     except ImportError:
         remark("no picture of the losses: install matplotlib (pip install 'sigma-book[book]')")
+    except (OSError, RuntimeError) as error:  # the model is written, and the numbers stand in log.csv
+        remark(f"no picture of the losses in {path}: {error}")
 
 
 def _examples(path: str | Path, source: dict, say: Callable[[str], None] = remark) -> Examples:
@@ -494,7 +527,8 @@ class _Follower:
             raise RuntimeError("--wandb needs the package wandb: pip install wandb, or leave it out") from error
         mark = out / "wandb-id.txt"
         if not mark.exists():
-            mark.write_text(uuid.uuid4().hex[:8])
+            with file_beside(mark) as fresh:
+                fresh.write_text(uuid.uuid4().hex[:8])
         name = mark.read_text().strip()
         self.run = wandb.init(project=project, dir=str(out), id=name, name=out.name, resume="allow", config=config)
 
@@ -522,13 +556,16 @@ def _look(
     with asked_whole(model):
         settings = {"batch_size": min(32, batch_size), "autocast": AUTOCAST[config.dtype]}
         found = {"step": step} | examine(model, model.processor, held_out, **settings)
-    former = [note["loss"] for note in progress.notes if note["step"] > 0]
+    # of other examples, where evaluate_limit has changed, a loss says nothing; nor does one that is no number
+    alike = [note["loss"] for note in progress.notes if note["step"] > 0 and note["asked"] == found["asked"]]
+    former = filter(math.isfinite, alike)
     if ranks.first(step > 0 and found["loss"] < min(former, default=float("inf"))):
         save(out / "best")
     progress.notes.append(found)
     if ranks.rank == 0:
-        with file_beside(out / "evaluations.json") as fresh:
-            fresh.write_text(json.dumps(progress.notes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        notes = [note | {"loss": note["loss"] if math.isfinite(note["loss"]) else None} for note in progress.notes]
+        with file_beside(out / "evaluations.json") as fresh:  # JSON has no NaN
+            fresh.write_text(json.dumps(notes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if follower is not None:
         follower.note(found)
     answers = [f"  {one['prefix']}: {one['answer']!r}, truth {one['suffix']!r}" for one in found["answers"]]
@@ -711,25 +748,30 @@ def evaluate(
         answer = answer_from(task, read_official(task, answers, examples, num_examples))
         run |= {"answers": file_mark(answers)}
     out = Path(out)
-    claim_folder(out, run, saved=("answers.jsonl",), alone=False)
-    path = out / "answers.jsonl"
-    if answers is None:
-        waiting = AnswerFile(path).next_index() < min(len(examples), num_examples or len(examples))
-        answer = asker(load(model, device=device, dtype=dtype) if waiting else None, max_new_tokens, num_beams)
-    records = answer_examples(task, examples, answer, path, batch_size=batch_size, most=num_examples)
-    if next(iter(records), None) is None:  # of the tasks, count alone leaves examples out
-        path.unlink(missing_ok=True)  # it is empty: the folder is free for another task
-        looked_at = "examples" if num_examples is None else f"first {num_examples} examples"
-        raise ValueError(
-            f"none of the {looked_at} of {data} asks for a number: count takes those whose true answer is one, and whose "
-            "question_type, if there is one, says 'how many'"
-        )
-    if task == "vqa" and (few := sum(len(record["answers"]) in (2, 3) for record in records)):
-        remark(f"questions with two or three true answers: {few:,}; their accuracy cannot reach 1, which takes four")
-    if official:
-        write_official(task, records, out / "results.json")
-    speed = {} if answers else answer_speed(records)
-    return write_report(task, records, out, f"{task}: {Path(data).name}", speed)
+    if not out.exists():
+        out.mkdir(parents=True, exist_ok=True)
+    with held_alone(out) if out.is_dir() else nullcontext():  # from the first look at run.json to the scores
+        claim_folder(out, run, saved=("answers.jsonl",), alone=False)
+        path = out / "answers.jsonl"
+        if answers is None:
+            waiting = AnswerFile(path).next_index() < min(len(examples), num_examples or len(examples))
+            answer = asker(load(model, device=device, dtype=dtype) if waiting else None, max_new_tokens, num_beams)
+        records = answer_examples(task, examples, answer, path, batch_size=batch_size, most=num_examples)
+        if next(iter(records), None) is None:  # of the tasks, count alone leaves examples out
+            path.unlink(missing_ok=True)  # it is empty: the folder is free for another task
+            looked_at = "examples" if num_examples is None else f"first {num_examples} examples"
+            raise ValueError(
+                f"none of the {looked_at} of {data} asks for a number: count takes those whose true answer is one, and whose "
+                "question_type, if there is one, says 'how many'"
+            )
+        if task == "vqa" and (few := sum(len(record["answers"]) in (2, 3) for record in records)):
+            remark(
+                f"questions with two or three true answers: {few:,}; their accuracy cannot reach 1, which takes four"
+            )
+        if official:
+            write_official(task, records, out / "results.json")
+        speed = {} if answers else answer_speed(records)
+        return write_report(task, records, out, f"{task}: {Path(data).name}", speed)
 
 
 def _fits_task(task: str, form: str, data: str | Path, annotations: str | Path | None) -> None:

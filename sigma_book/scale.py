@@ -449,6 +449,8 @@ class RankCheckpoints(Checkpoints):
             except (CheckpointException, SafetensorError, RuntimeError, OSError) as error:
                 problem = error
         if not self._all_well(problem):
+            if self.ranks.rank == 0:
+                shutil.rmtree(fresh, ignore_errors=True)  # the disk may be full of it
             what = " ".join(str(problem or "another rank could not write its part").split())
             raise self._unwritten(progress, what) from problem
         if self.ranks.rank == 0:
@@ -473,7 +475,7 @@ class RankCheckpoints(Checkpoints):
         ValueError
             If all checkpoints are damaged, or the newest is of other weights.
         RuntimeError
-            If a rank does not see the folder of the others.
+            If a rank does not see the folder of the others, or cannot read a checkpoint now.
         """
         if self.ranks.rank == 0:
             for rest in self.folder.glob(".step-*"):  # of a save that was killed
@@ -491,6 +493,9 @@ class RankCheckpoints(Checkpoints):
         found = [self.folder / f"step-{step:06d}" for step in steps]
         for path in found:
             problem = self._problem(path)
+            refused = problem if isinstance(problem, OSError) else None
+            if not self._all_well(refused):
+                raise self._unreadable(path, refused or "another rank could not read it") from refused
             if problem is not None:
                 remark(f"{path} is damaged ({problem})")
             if self._all_well(problem):
@@ -553,8 +558,8 @@ class RankCheckpoints(Checkpoints):
     def _shapes(self) -> dict[str, list[int]]:
         return {name: list(parameter.shape) for name, parameter in self.learning.items()}
 
-    def _problem(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint: each rank looks at the files of some of those that wrote it."""
+    def _problem(self, path: Path) -> str | OSError | None:
+        """What is wrong with a checkpoint, or why it cannot be read: each rank looks at the files of some that wrote it."""
         try:
             writers = json.loads((path / "state.json").read_text())["ranks"]
             for writer in range(self.ranks.rank, writers, self.ranks.size):
@@ -562,9 +567,11 @@ class RankCheckpoints(Checkpoints):
                 for name, (size, checksum) in manifest.items():
                     if (path / name).stat().st_size != size or file_checksum(path / name) != checksum:
                         return f"{name} is not as it was written"
-        except FileNotFoundError as error:
-            return f"{Path(error.filename).name} is missing"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
+            return f"{Path(error.filename or path).name} is missing"
+        except OSError as error:  # no proof of damage
+            return error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             return str(error) or type(error).__name__
         return None
 

@@ -696,6 +696,8 @@ class Checkpoints:
         tensors |= {"random.torch": torch.get_rng_state(), "rows": torch.tensor(progress.rows, dtype=torch.float64)}
         for index in range(torch.cuda.device_count()):
             tensors[f"random.cuda.{index}"] = torch.cuda.get_rng_state(index)
+        if torch.backends.mps.is_available():
+            tensors["random.mps"] = torch.mps.get_rng_state()
         kept = {"data": progress.data, "notes": progress.notes, "scale": progress.scale}
         state |= kept | {"step": progress.step, "random": random.getstate()}
         weights = {name: parameter.detach().contiguous() for name, parameter in self.learning.items()}
@@ -723,6 +725,8 @@ class Checkpoints:
         ------
         ValueError
             If all checkpoints are damaged, or the newest is of other weights.
+        RuntimeError
+            If one cannot be read now, which says nothing about its bytes: it stays where it is.
         """
         for rest in self.folder.glob(".step-*"):  # of a save that was killed
             shutil.rmtree(rest)
@@ -730,6 +734,8 @@ class Checkpoints:
         for path in found:
             try:
                 state, weights, tensors = _read_checkpoint(path)
+            except OSError as error:
+                raise self._unreadable(path, error) from error
             except ValueError as error:
                 aside = self._set_aside(path)
                 remark(f"{path} is damaged ({error}): set aside as {aside.name}, the one before it is used")
@@ -749,6 +755,9 @@ class Checkpoints:
             "make room, then give the same command again"
         )
 
+    def _unreadable(self, path: Path, what: object) -> RuntimeError:
+        return RuntimeError(f"{path} cannot be read now ({what}): nothing was changed, check disk and permissions")
+
     def _set_aside(self, path: Path) -> Path:
         aside = path.with_name(f"damaged-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -758,7 +767,10 @@ class Checkpoints:
     def _nothing_whole(self, found: list[Path]) -> Progress:
         """A run that begins; but not where there were checkpoints, and all are damaged."""
         if found or any(self.folder.glob("damaged-*")):
-            raise ValueError(f"no checkpoint in {self.folder} is whole: remove the folder to begin anew")
+            raise ValueError(
+                f"no checkpoint in {self.folder} is whole: rename damaged-step-N back to step-N if the disk was at fault, "
+                "or remove the folder to begin anew"
+            )
         return Progress()
 
     def _expect_same(self, path: Path, shapes: dict[str, Sequence[int]], stored: dict[str, Sequence[int]]) -> None:
@@ -780,6 +792,8 @@ class Checkpoints:
         for index in range(torch.cuda.device_count()):
             if f"random.cuda.{index}" in tensors:
                 torch.cuda.set_rng_state(tensors[f"random.cuda.{index}"], index)
+        if torch.backends.mps.is_available() and "random.mps" in tensors:
+            torch.mps.set_rng_state(tensors["random.mps"])
 
 
 def _pack_optimizers(optimizers: list) -> tuple[dict, dict]:
@@ -810,7 +824,7 @@ def _unpack_optimizers(optimizers: list, tensors: dict, state: dict) -> None:
 
 
 def _read_checkpoint(path: Path) -> tuple[dict, dict, dict]:
-    """State, weights and the other tensors of a checkpoint; a ValueError says what is wrong with it."""
+    """State, weights and the other tensors of a checkpoint; a ValueError says what is wrong with its bytes."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         for name in ("weights.safetensors", "optimizer.safetensors", "state.json"):
@@ -819,9 +833,9 @@ def _read_checkpoint(path: Path) -> tuple[dict, dict, dict]:
                 raise ValueError(f"{name} is not as it was written")
         state = json.loads((path / "state.json").read_text())
         return state, load_file(path / "weights.safetensors"), load_file(path / "optimizer.safetensors")
-    except FileNotFoundError as error:
-        raise ValueError(f"{Path(error.filename).name} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"{Path(error.filename or path).name} is missing") from error
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(str(error) or type(error).__name__) from error
 
 

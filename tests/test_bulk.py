@@ -365,6 +365,30 @@ def test_parts_that_were_edited_are_refused(stubbed, tmp_path):
         parts.next_index()
 
 
+@pytest.mark.parametrize("lost", [30, None])
+def test_a_part_that_a_power_failure_has_cut_is_told(stubbed, tmp_path, lost):
+    """The sentence says what repairs it; None loses all lines of the part."""
+    parts = run_parts(stubbed, tmp_path / "out", "jsonl")
+    expected = list(parts)
+    lines = parts.path(1).read_bytes()
+    parts.path(1).write_bytes(lines[:-lost] if lost else b"")
+    for read in (parts.next_index, lambda: list(parts)):
+        with pytest.raises(
+            ValueError, match=rf"part-00001.jsonl ends before row {11 if lost else 6}, .* remove it and all"
+        ):
+            read()
+    for part in (1, 2, 3):
+        parts.path(part).unlink()
+    assert list(run_parts(stubbed, tmp_path / "out", "jsonl")) == expected
+
+
+def test_a_full_part_is_on_the_disk_before_the_next_begins(stubbed, tmp_path, monkeypatch):
+    forced = []
+    monkeypatch.setattr(bulk, "to_disk", lambda path: forced.append((path.name, len(list(path.parent.glob("part-*"))))))
+    run_parts(stubbed, tmp_path / "out", "jsonl")
+    assert [one for one in forced if one[0].startswith("part-")] == [(f"part-0000{n}.jsonl", n + 1) for n in range(4)]
+
+
 def test_a_record_out_of_turn_is_not_written(tmp_path):
     parts = AnswerParts(tmp_path, 3)
     record = {"index": 0, "error": None}
@@ -477,6 +501,23 @@ def test_without_the_extra_a_sentence_names_it(package, shelf, tiny_folder, tmp_
     assert main(answer_command(data, tmp_path / "out", tiny_folder, "--root", shelf)[3:]) == 2
     said = capsys.readouterr().err
     assert "pip install 'sigma-book[scale]'" in said and "Traceback" not in said
+
+
+def test_a_second_process_leaves_the_folder_as_it_is(shelf, tmp_path):
+    """The first is still loading its model: it has no answer yet, and a lock."""
+    data, out = write_lines(tmp_path / "rows.jsonl", good_rows(3)), tmp_path / "out"
+    out.mkdir()
+    (out / "run.json").write_text("{}")
+    program = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('in', flush=True); time.sleep(99)"
+    other = subprocess.Popen([sys.executable, "-c", program, out / ".lock"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(RuntimeError, match="another process is at work in"):
+            answer_file(data, out, root=shelf, device="cpu")
+    finally:
+        other.kill()
+        other.communicate()
+    assert (out / "run.json").read_text() == "{}"
 
 
 @pytest.mark.slow  # chapter 22b runs Ray too, with actors that pretend

@@ -1,6 +1,9 @@
 """`finetune` with lora and qlora: what learns, what is written, who reads it, and that a killed run ends at the same bits."""
 
+import errno
+import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -8,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -22,6 +26,7 @@ from sigma_book.data import read_examples
 from sigma_book.lora import LoraLinear, merge_lora
 from sigma_book.qlora import NF4Linear, nf4_bytes
 from sigma_book.runs import estimate, model_mark
+from sigma_book.training import ALONE, Progress
 from sigma_book.world import ask, draw_scene, make_scene
 
 FEW = TrainingConfig(method="lora", max_steps=4, batch_size=3, learning_rate=3e-3, rank=4, alpha=8)
@@ -241,3 +246,109 @@ def test_evaluation_takes_the_folder_of_an_adapter(world, data, tmp_path):
     asked = read_examples(world["questions"], annotations=world["annotations"])
     counted = [one for one in asked if "how many" in one.prefix][: len(said)]
     assert said == generate([one.image for one in counted], [one.prefix for one in counted], model=final)
+
+
+def test_a_run_that_takes_over_finds_nothing_of_the_one_before(data, tiny_folder, tmp_path):
+    """The other was killed before its first checkpoint: its best model is of another form, and would be read first."""
+    out = tmp_path / "run"
+    (out / "best").mkdir(parents=True)
+    for name in ("best/model.safetensors", "best/config.json", "wandb-id.txt", "skipped.jsonl"):
+        (out / name).write_text("of the other run")
+    (out / "run.json").write_text("{}")
+    config = TrainingConfig(**(vars(FEW) | {"max_steps": 1}))
+    finetune(data, out, config, model=tiny_folder, evaluate=data, evaluate_limit=1, device="cpu")
+    assert sorted(path.name for path in (out / "best").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert not (out / "wandb-id.txt").exists() and not (out / "skipped.jsonl").exists()
+
+
+def test_the_best_is_the_least_finite_loss_over_the_same_examples(tmp_path, monkeypatch):
+    found = [(5, 9.0), (5, math.nan), (5, 2.0), (5, 3.0), (7, 2.5), (7, 2.6), (7, math.inf)]
+    notes = iter([{"asked": asked, "loss": loss, "exact": 0.0, "answers": []} for asked, loss in found])
+    monkeypatch.setattr(runs, "examine", lambda *given, **options: next(notes))
+    kept, progress, model = [], Progress(), SimpleNamespace(processor=None)
+    config = TrainingConfig(max_steps=1, dtype="float32")
+    for step in range(len(found)):
+        runs._look(tmp_path, model, [], config, 1, progress, lambda _, at=step: kept.append(at), None, ALONE, step)
+    assert kept == [2, 4]
+    written = (tmp_path / "evaluations.json").read_text()
+    losses = [note["loss"] for note in json.loads(written, parse_constant=pytest.fail)]
+    assert losses == [9.0, None, 2.0, 3.0, 2.5, 2.6, None]
+
+
+def test_a_kill_never_mixes_two_best_models(tmp_path):
+    """A child dies before its n-th renaming or removal, for every n: the old model stands or the new one, and none is lost."""
+
+    def write(text: str, folder: Path) -> None:
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).write_text(text)
+
+    def die_before(limit: int) -> None:
+        events, calls = ("os.rename", "os.remove", "os.rmdir"), itertools.count(1)
+        sys.addaudithook(lambda event, _: os._exit(7) if event in events and next(calls) == limit else None)
+
+    def held(out: Path) -> set[str]:
+        return {path.read_text() for path in (out / "best").glob("*")}
+
+    seen = set()
+    for limit in itertools.count(1):
+        out = tmp_path / str(limit)
+        (out / "checkpoints" / "step-000001").mkdir(parents=True)
+        runs._write_first(lambda folder: write("old", folder), ALONE, out / "best")
+        child = os.fork()
+        if child == 0:
+            die_before(limit)
+            runs._write_first(lambda folder: write("new", folder), ALONE, out / "best")
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert held(out) in ({"old"}, {"new"}, set())
+        runs._tidy(out)
+        assert held(out) in ({"old"}, {"new"}) and len(list((out / "best").iterdir())) == 2
+        assert not list(out.glob(".*"))
+        seen |= held(out)
+        if status == 0:
+            break
+    assert seen == {"old", "new"} and limit > 4
+
+
+def test_the_name_of_a_followed_run_is_whole_or_absent(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: given["id"]))
+
+    def half(path, text):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", half)
+        with pytest.raises(RuntimeError, match="cannot be written"):
+            runs._Follower("project", tmp_path, {})
+    assert list(tmp_path.iterdir()) == []
+    first, second = (runs._Follower("project", tmp_path, {}).run for _ in range(2))
+    assert first == second and len(first) == 8
+
+
+def test_a_picture_that_fails_costs_nothing_and_cut_rows_are_counted_since_the_start(tmp_path, monkeypatch, capsys):
+    def fails(progress, path):
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(runs, "draw_losses", fails)
+    runs._say_and_draw(tmp_path, Progress(), 0, 3, 5)
+    said = capsys.readouterr().err
+    assert "3 rows were cut since step 5" in said
+    assert f"no picture of the losses in {tmp_path / 'losses.png'}" in said and "No space left" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_model_is_written_before_the_picture(data, tiny_folder, tmp_path, monkeypatch):
+    def picture(progress, path):
+        assert (path.parent / "final" / "adapter_config.json").is_file()
+        path.touch()
+
+    monkeypatch.setattr(runs, "draw_losses", picture)
+    final = finetune(
+        data, tmp_path / "run", TrainingConfig(**(vars(FEW) | {"max_steps": 1})), model=tiny_folder, device="cpu"
+    )
+    assert final.is_dir() and (tmp_path / "run" / "losses.png").exists()

@@ -1,6 +1,7 @@
 """`sigma-book train` under torchrun: real processes over gloo, killed and started again, in other numbers."""
 
 import csv
+import errno
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from sigma_book import load
+from sigma_book import load, scale
 from sigma_book.batches import epoch_order
 from sigma_book.cli import main
 from sigma_book.paligemma import PaliGemmaConfig
@@ -557,7 +558,9 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, one_rank, capsys, name, how
     err = capsys.readouterr().err
     assert "is damaged" in err and "set aside as damaged-step-000002, the one before it is used" in err
     shutil.rmtree(checkpoints._found()[0])
-    with pytest.raises(ValueError, match="is whole: remove the folder to begin anew"):
+    with pytest.raises(
+        ValueError, match="is whole: rename damaged-step-N back to step-N .*, or remove the folder to begin anew"
+    ):
         checkpoints.restore()
 
 
@@ -577,6 +580,20 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_others(tmp_path, one_ran
     with pytest.raises(RuntimeError, match="the checkpoint of step 2 cannot be written .*; those before it stand"):
         checkpoints.save(progress(2))
     assert [path.name for path in checkpoints._found()] == ["step-000001"]
+
+
+def test_a_full_disk_is_not_kept_full(tmp_path, one_rank, monkeypatch):
+    """What was written of the checkpoint goes, so that there is room again."""
+    _, _, checkpoints = state(tmp_path, one_rank)
+    checkpoints.save(progress(1))
+
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(scale, "to_disk", full)
+    with pytest.raises(RuntimeError, match="the checkpoint of step 2 cannot be written .*No space left"):
+        checkpoints.save(progress(2))
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step-000001"]
 
 
 class Threads(Ranks):
@@ -610,6 +627,28 @@ def test_ranks_without_one_folder_stop_with_a_sentence(tmp_path, act):
         said = list(pool.map(rank, range(2)))
     assert "another rank" in said[0]
     assert "is not seen by rank 1: all machines must share the folder of the run" in said[1]
+
+
+def test_a_checkpoint_that_one_rank_cannot_read_now_stays(tmp_path, one_rank, monkeypatch):
+    """Both ranks stop with a sentence, and nothing is set aside."""
+    state(tmp_path, one_rank)[2].save(progress(1))
+    slots, barrier = [None, None], threading.Barrier(2, timeout=20)
+
+    def fails(path):  # only rank 0 has files to look at
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(scale, "file_checksum", fails)
+
+    def rank(number: int) -> str:
+        _, _, checkpoints = state(tmp_path, Threads(number, slots, barrier))
+        with pytest.raises(RuntimeError, match="step-000001 cannot be read now .*: nothing was changed") as caught:
+            checkpoints.restore()
+        assert [path.name for path in checkpoints.folder.iterdir()] == ["step-000001"]
+        return str(caught.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(rank, range(2)))
+    assert "Input/output error" in said[0] and "another rank could not read it" in said[1]
 
 
 @given(count=st.integers(1, 60), size=st.integers(1, 12))

@@ -5,6 +5,7 @@ The command `sigma-book train`, killed and started again, is in tests/test_train
 
 import contextlib
 import csv
+import errno
 import itertools
 import math
 import os
@@ -661,6 +662,20 @@ def test_without_the_random_numbers_it_would_be_another_run(tmp_path, monkeypatc
     assert bits(model) != bits(whole)
 
 
+def test_the_random_numbers_of_mps_are_kept(tmp_path, monkeypatch):
+    """A Mac draws dropout from a generator of its own; here a stand-in counts."""
+    state = torch.tensor([1, 2, 3], dtype=torch.uint8)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state)
+    given = []
+    monkeypatch.setattr(torch.mps, "set_rng_state", given.append)
+    model, optimizers = build("AdamW")
+    checkpoints = Checkpoints(tmp_path, model, optimizers, every=1)
+    checkpoints.save(Progress([[0.0] * 6]))
+    checkpoints.restore()
+    assert [tensor.tolist() for tensor in given] == [[1, 2, 3]]
+
+
 def test_the_log_is_exact(tmp_path):
     """Numbers read back from the file are those of the run, to the last bit."""
     _, progress = go_on(tmp_path, 8)
@@ -722,6 +737,26 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path, nam
         assert (copy / "checkpoints" / "damaged-step-000005").is_dir()
 
 
+def test_a_checkpoint_that_cannot_be_read_now_is_no_damaged_one(tmp_path, monkeypatch):
+    """The disk refuses once: nothing is set aside, and the next start goes on from the newest."""
+    whole, _ = go_on(tmp_path / "whole", 8)
+    go_on(tmp_path / "cut", 5)
+    before = sorted((tmp_path / "cut").rglob("*"))
+
+    def stale(path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "load_file", stale)
+        with pytest.raises(
+            RuntimeError, match=r"step-000005 cannot be read now \(.*\): nothing was changed, check disk"
+        ):
+            go_on(tmp_path / "cut", 8)
+    assert sorted((tmp_path / "cut").rglob("*")) == before
+    model, _ = go_on(tmp_path / "cut", 8)
+    assert bits(model) == bits(whole)
+
+
 def test_a_save_cut_anywhere_leaves_the_one_before(tmp_path):
     """A child process dies in its n-th call that makes, fills, syncs, renames or removes something; every n is tried.
 
@@ -776,7 +811,7 @@ def test_all_damaged_is_an_error(tmp_path):
     for path in (tmp_path / "checkpoints").glob("step-*/manifest.json"):
         path.write_text("{")
     for _ in range(2):  # and stays one: the run is never begun anew in silence
-        with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
+        with pytest.raises(ValueError, match="no checkpoint in .* is whole: rename damaged-step-N back"):
             go_on(tmp_path, 8)
 
 
