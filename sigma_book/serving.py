@@ -1,12 +1,10 @@
 """A server on a port: a model, an engine and the application of chapter 23 put together, and stopped with care."""
 
-import importlib
 import json
 import logging
 import os
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -236,8 +234,6 @@ def explainer(model: PaliGemma) -> Callable | None:
     """
     if isinstance(model, FastPaliGemma):
         return None
-    # what `checkpoint` imports when it is first called takes seconds: it begins now, so that hardly a visitor waits for it
-    threading.Thread(target=importlib.import_module, args=("torch._dynamo",), name="explainer").start()
     return lambda image, prompt, answer, given_up: looks_as_json(
         explain(model, image, prompt, answer, given_up=given_up)
     )

@@ -1078,6 +1078,7 @@ def test_a_place_of_another_run_is_refused(small, rows37, change, words):
         Batches(rows37, small, 5, 2, start=state | {"next": "x"})
 
 
+@pytest.mark.slow
 def test_examples_and_batches_can_be_sent_to_processes(small, rows37, official):
     """As workers need it where processes are not copied but started anew (macOS, Windows)."""
     for found in (rows37, *(read_examples(official[name]) for name in ("captions", "instances", "questions"))):

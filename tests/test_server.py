@@ -994,11 +994,16 @@ def test_explanations_are_given_up(start_server, tiny_model, scenes, caplog):
     head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
     wire = f"POST /explain HTTP/1.1\r\n{head}\r\n".encode() + request.read()
     clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
-    for client in clients:
+    first, *others = clients
+    first.sendall(wire)
+    wait_for(lambda: begun)
+    for client in others:
         client.sendall(wire)
-    wait_for(lambda: begun and server.service._explainers.statistics().tasks_waiting == 2)
-    for client in clients:
+    wait_for(lambda: server.service._explainers.statistics().tasks_waiting == 2)
+    for client in others:
         client.close()
+    wait_for(lambda: server.service.in_flight == 1)
+    first.close()
     wait_for(lambda: server.service.in_flight == 0)
     assert len(begun) == 1  # nothing is begun for those who have gone
     noted = [record.fields for record in caplog.records if record.fields["path"] == "/explain"]
@@ -1150,16 +1155,17 @@ def test_the_log_has_counts_and_no_prompts(start_server, tiny_model, scenes, cap
     caplog.set_level(logging.INFO, "sigma_book.server")
     sent = {"files": {"file": ("secret-name.png", scenes[0])}, "data": {"prompt": "secret words", "max_tokens": "3"}}
     server = start_server(tiny_model)
-    answer = httpx.post(f"{server.url}/generate?secret=1", **sent).json()
+    answer = httpx.post(f"{server.url}/generate", **sent).json()
     httpx.post(f"{server.url}/generate", files=sent["files"], data={"prompt": "secret <image>"})
-    wait_for(lambda: len(caplog.records) == 2)
+    httpx.post(f"{server.url}/generate?secret=1", **sent)
+    wait_for(lambda: len(caplog.records) == 3)
     lines = [json.loads(JsonLines().format(record)) for record in caplog.records]
     assert "secret" not in json.dumps(lines)
     first = lines[0]
     assert {"time", "id", "seconds", "first_token_seconds"} <= set(first)
     assert (first["method"], first["path"], first["status"], first["finish"]) == ("POST", "/generate", 200, "length")
     assert first["completion_tokens"] == 3 and first["prompt_tokens"] == answer["usage"]["prompt_tokens"]
-    assert lines[1]["status"] == 400
+    assert lines[1]["status"] == lines[2]["status"] == 400
     caplog.clear()
     told = start_server(tiny_model, log_prompts=True)
     httpx.post(f"{told.url}/generate", **sent)

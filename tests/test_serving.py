@@ -4,7 +4,6 @@ import asyncio
 import io
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from PIL import Image
 from sigma_book import generate, load
 from sigma_book.cli import main
 from sigma_book.server import ServerConfig
-from sigma_book.serving import app_for, explainer, read_api_keys, remembering
+from sigma_book.serving import app_for, read_api_keys, remembering
 
 # A request waits and is answered for (rows + queue) / capacity seconds under load: few of both keep that short.
 ROWS, QUEUE = (int(number) for number in os.environ.get("SIGMA_BOOK_LOAD_ROWS", "2,0").split(","))
@@ -113,6 +112,7 @@ def test_sigterm_finishes_what_runs_and_takes_nothing_new(serve, long_folder, pi
     assert len(done) == 1 and "secret" not in json.dumps(lines)
 
 
+@pytest.mark.slow
 def test_a_second_signal_and_the_end_of_grace_do_not_wait(serve, long_folder, picture_file):
     """In both cases the request that was under way hears why it has no answer."""
     started = [(serve("--model", long_folder), 2), (serve("--model", long_folder, "--grace", 0.3), 1)]
@@ -176,14 +176,6 @@ def test_keys_of_the_environment_are_asked_for(serve, tiny_folder, picture_file)
     time.sleep(0.1)
     assert [line["prompt"] for line in process.log() if "prompt" in line] == ["secret words"]
     assert "k1" not in json.dumps(process.log())
-
-
-def test_the_first_explanation_waits_for_no_import(monkeypatch, tiny_model):
-    imported, done = queue.SimpleQueue(), threading.Event()
-    monkeypatch.setattr("importlib.import_module", lambda name: imported.put((name, done.wait(10))))
-    explainer(tiny_model)  # comes back while the import runs
-    done.set()
-    assert imported.get(timeout=20) == ("torch._dynamo", True)
 
 
 def test_a_model_made_for_speed_is_served_without_explanations(tiny_folder):

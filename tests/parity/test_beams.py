@@ -56,7 +56,7 @@ def assert_same(beams, expected, scores) -> None:
         assert abs(beam.score - score) <= 1e-5 * max(1.0, abs(score))
 
 
-@pytest.mark.parametrize("width", [2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("width", [2, *(pytest.param(width, marks=pytest.mark.slow) for width in (3, 4))])
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_a_padded_batch(both, pictures, width, penalty):
     """Stop tokens that some beams reach early, some late and some never; rows of different length, padded on the left."""
