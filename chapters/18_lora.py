@@ -30,8 +30,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from sigma_book.processor import folder_beside
-from sigma_book.weights import DTYPES, read_json, write_json, our_name, read_header, write_tensors
+from sigma_book.processor import folder_beside, read_json
+from sigma_book.weights import DTYPES, write_json, our_name, read_header, write_tensors
 
 # %%
 import random

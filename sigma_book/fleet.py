@@ -25,9 +25,10 @@ from sigma_book.data import Example
 from sigma_book.generation import whole_number
 from sigma_book.lora import CONFIG_FILE, LoraLinear, merge_lora
 from sigma_book.paligemma import PaliGemma
+from sigma_book.processor import read_json
 from sigma_book.runs import asker, file_mark, full_path, held_alone, model_mark
 from sigma_book.training import claim_folder, remark
-from sigma_book.weights import DTYPES, find_folder, model_folder_beside, pick_device, read_json, save_model
+from sigma_book.weights import DTYPES, find_folder, model_folder_beside, pick_device, save_model
 from sigma_book.world import TASKS, ask, draw_scene, make_scene
 
 __all__ = ["answer_file", "compare", "export_model"]

@@ -35,7 +35,7 @@ from sigma_book.locate import load_mask_vae
 from sigma_book.lora import CONFIG_FILE, DECODER_LINEARS, LoraConfig, add_lora, find_linears, save_adapter
 from sigma_book.npz import read_npz_config
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
-from sigma_book.processor import Batch, Processor, Tokenizer, file_beside
+from sigma_book.processor import Batch, Processor, Tokenizer, file_beside, read_json
 from sigma_book.qlora import nf4_bytes
 from sigma_book.scale import (
     RankCheckpoints,
@@ -83,7 +83,6 @@ from sigma_book.weights import (
     pick_device,
     read_config,
     read_header,
-    read_json,
     save_model,
 )
 
