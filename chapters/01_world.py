@@ -47,7 +47,7 @@ use_style()
 # Here is what we are going to make.
 
 # %%
-figure, axes = plt.subplots(1, 4, figsize=(7.2, 2.0))
+figure, axes = plt.subplots(1, 4, figsize=(7.2, 2.1))
 palette = {"red": "#d62728", "green": "#32a03c", "blue": "#285ac8", "purple": "#8c46b4"}
 for axis, (number, (name, colour)) in zip(axes, enumerate(palette.items()), strict=True):
     for place in range(number + 1):
@@ -523,8 +523,8 @@ plt.show()
 assert blind["caption"] < 0.02 and blind["detect"] < 0.02 and 0.4 < blind["yes_no"] < 0.65
 
 # %% [markdown]
-# *Figure: a bar for each task. Yes-or-no questions are right half of the time by chance, colours and counts less,
-# captions and boxes hardly ever.*
+# *Figure: a bar for each task. Yes-or-no questions are right a little more than half of the time, colours and counts
+# less, captions and boxes hardly ever.*
 #
 # ## The bill
 #
@@ -569,7 +569,12 @@ check(rightmost, ((five,), five.things[-1].kind), ((make_scene(3),), make_scene(
 def shared_area(one: tuple, other: tuple) -> int: ...
 
 
-check(shared_area, (((0, 0, 4, 4), (2, 2, 6, 6)), 4), (((0, 0, 4, 4), (0, 6, 4, 9)), 0))
+check(
+    shared_area,
+    (((0, 0, 4, 4), (2, 2, 6, 6)), 4),
+    (((0, 0, 4, 4), (0, 6, 4, 9)), 0),
+    (((0, 0, 4, 4), (6, 6, 9, 9)), 0),
+)
 
 # %% [markdown]
 # Next: such a picture becomes a row of vectors.

@@ -49,7 +49,7 @@ patch_size, size = 14, drawn.width
 per_side = size // patch_size
 assert (size, per_side, per_side**2) == (112, 8, 64)
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.9))
+figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 4.0))
 left.imshow(drawn)
 for line in range(0, size + 1, patch_size):
     left.axhline(line - 0.5, color=PICTURE, lw=0.8)
@@ -396,7 +396,7 @@ save(figure, "02_width")
 # would get it: four tokens.
 
 # %%
-figure, axes = plt.subplots(1, 3, figsize=(6.6, 2.4))
+figure, axes = plt.subplots(1, 3, figsize=(6.6, 2.5))
 for axis, side in zip(axes, (112, 56, 28)):
     axis.imshow(drawn.resize((side, side)))
     axis.set_title(f"{side} pixels, {(side // patch_size) ** 2} tokens", fontsize=9)
@@ -429,8 +429,8 @@ assert min(distances[4:11]) > 0.5
 figure, axis = plt.subplots(figsize=(6.4, 2.6))
 axis.plot(range(29), distances, color=PICTURE, marker="o", ms=3)
 for whole in (0, 14, 28):
-    axis.annotate("same tokens", (whole, 0), (whole, 0.14), ha="center", fontsize=8, color="0.3")
-axis.set(xlabel="pixels moved to the right", ylabel="relative distance", xticks=range(0, 29, 7))
+    axis.text(whole, -0.14, "same tokens", ha="center", fontsize=8, color="0.3")
+axis.set(xlabel="pixels moved to the right", ylabel="relative distance", xticks=range(0, 29, 7), ylim=(-0.2, 1.05))
 save(figure, "02_shift")
 
 # %% [markdown]

@@ -341,12 +341,15 @@ for axis in axes:
     axis.axis("off")
 save(figure, "03_heads")
 plt.show()
-entropy = (-(looks * looks.clamp(min=1e-12).log()).sum(-1)).exp()
-print("patches that each head spreads over:", [round(number.item(), 1) for number in entropy])
+spread = (-(looks * looks.clamp(min=1e-12).log()).sum(-1)).exp()
+print("patches that each head spreads over:", [round(number.item(), 1) for number in spread])
 
 # %% [markdown]
 # *Figure: a scene with a white dot on the asking patch, and four maps of where heads look: bright is much.* Heads
 # differ: some stay on the thing itself, some look at other things. Nobody told them to; it paid.
+#
+# The printed numbers are $e$ to the power of $-\sum_s p_s \ln p_s$, with the shares $p_s$ of a head. If $n$ patches have equal
+# shares, that is $n$.
 #
 # ## The bill
 #

@@ -116,7 +116,8 @@ torch.testing.assert_close(larger, F.layer_norm(token, (48,), eps=1e-6), rtol=1e
 # %% [markdown]
 # ## Why the plus needs the norm
 #
-# With a plus, a token keeps what it had, and a gradient finds a straight way back through all 27 blocks. But sums grow.
+# With a plus, a token keeps what it had, and a gradient (what teaches a model; we meet it below) finds a straight way back
+# through all 27 blocks. But sums grow.
 # Let each block add a random map of the token. Its variance doubles every time: $2^{27}$ is 134 million.
 #
 # Put a norm in front of the map, and each block adds the same amount, 1. After 27 blocks the variance is 28.
@@ -476,7 +477,7 @@ def sigmoid_loss(
 
 
 # %% [markdown]
-# It equals the loops, and torch's binary cross-entropy, summed over all pairs and divided by $N$.
+# It equals the loops, and what torch calls binary cross-entropy, summed over all pairs and divided by $N$.
 
 # %%
 images, texts = F.normalize(torch.randn(2, 6, 16), dim=-1)
@@ -658,7 +659,7 @@ for row, place in enumerate(shown):
     picture.axis("off")
     for column in range(8):
         chance = chances[row, column].item()
-        ink = "white" if chance > 0.5 else "0.4"
+        ink = "white" if chance > 0.4 else "0.4"
         axis.text(column, row, f"{100 * chance:.0f}", ha="center", va="center", fontsize=8, color=ink)
 axis.set_xticks(range(8), [unseen_captions[place] for place in shown], rotation=40, ha="left")
 axis.xaxis.tick_top()
@@ -782,8 +783,10 @@ zeros = [sigmoid_loss(*torch.zeros(2, n, 4), torch.tensor(10.0), torch.tensor(b)
 check(start_loss, *zip(cases, zeros, strict=True))
 
 # %% [markdown]
-# **3.** ★★ Write CLIP's loss: among all texts, which is picture $i$'s (a cross-entropy along the rows), and the other
-# way round (along the columns); the mean of the two. There is no bias: why would it change nothing?
+# **3.** ★★ Write CLIP's loss. Among all texts, which is picture $i$'s? A softmax along each row of the scores gives every
+# text a share; the loss is minus the logarithm of the right one's, the mean over the rows. (It is called
+# *cross-entropy*.) The same the other way round, along the columns; then the mean of the two. There is no bias: why would
+# it change nothing?
 
 
 # %%

@@ -308,7 +308,7 @@ figure, axis = plt.subplots(figsize=(6, 2.5))
 axis.plot(places, narrow, color=GREY, lw=0.8)
 axis.plot(places, wide, color=PICTURE, lw=2)
 axis.annotate(
-    "angles in float32", (7900, wide[-1]), xytext=(0, -14), textcoords="offset points", ha="right", color=PICTURE
+    "angles in float32", (7900, wide[-1]), (7900, 0.25), ha="right", color=PICTURE, arrowprops={"arrowstyle": "-"}
 )
 axis.annotate("angles in bfloat16", (7900, 1.04), ha="right", color=GREY)
 axis.set(xlabel="position of the query; the key is three further", ylabel="score / size", ylim=(-0.05, 1.15))
@@ -429,8 +429,8 @@ check(neighbour_order, ((4,), torch.tensor([0, 2, 1, 3])), ((8,), torch.tensor([
 
 # %% [markdown]
 # **4.** ★★ Position interpolation: a model taught on texts of up to `taught` tokens shall read one of `length`. Give
-# the positions of its tokens, from 0, squeezed so that the last one stays below `taught`. (Rotation takes any real
-# number.)
+# the positions of its tokens, from 0, each multiplied by `taught / length`, so that the last one stays below `taught`. A
+# text that is short enough keeps its own. (Rotation takes any real number.)
 
 
 # %%

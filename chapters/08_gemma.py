@@ -48,7 +48,8 @@ _ = torch.manual_seed(0)
 # ## The picture
 #
 # A decoder is a stack of blocks much like those of the eyes: exchange, think, add. At the bottom a table turns each token
-# into a vector. At the top *the same table* turns a vector back into a score for every token.
+# into a vector. At the top *the same table* turns a vector back into a score for every token. There it is called the
+# *head*, which has nothing to do with the heads of attention. Two tables that are one and the same are called *tied*.
 
 # %%
 figure, axis = plt.subplots(figsize=(6.8, 1.7))
@@ -94,8 +95,8 @@ by_hand = [number / root for number in token]
 # %% [markdown]
 # $$ \mathrm{norm}(x) = \frac{x}{\sqrt{\frac{1}{D} \sum_i x_i^2 + \epsilon}} \odot (1 + w) $$
 #
-# With $w = 0$ nothing is scaled, so a fresh model starts plain. Who forgets the 1 makes the inputs of attention and GeGLU far
-# too small, and zero in a fresh model. Nothing crashes; the blocks only add too little.
+# With $w = 0$ nothing is scaled, so a fresh model starts plain. Who forgets the 1 makes the inputs of both halves of a block
+# far too small, and zero in a fresh model. Nothing crashes; the blocks only add too little.
 
 
 # %%

@@ -49,7 +49,7 @@ _ = torch.manual_seed(0)
 # So a picture can sit in the row beside the words: cut it into patches, give each patch a vector, and put these
 # vectors in front.
 #
-# Below is such a row for one drawn scene, with patches four times as large as the real ones, to fit the page.
+# Below is such a row for one drawn scene, with patches whose sides are four times as long as the real ones, to fit the page.
 
 # %%
 scene = make_scene(22, max_things=1)
@@ -410,7 +410,7 @@ kinds = [kind for kind, count in counts.items() for _ in range(count)]
 types = torch.tensor([[int(kind == "answer") for kind in kinds]])
 everything = torch.ones_like(types)
 
-figure, axes = plt.subplots(1, 2, figsize=(9, 4.6))
+figure, axes = plt.subplots(1, 2, figsize=(9, 4.8))
 for axis, window, title in zip(axes, (None, 3), ("full attention", "a window of 3")):
     allowed = prefix_mask(everything, types, window)[0, 0]
     for i, j in allowed.nonzero().tolist():

@@ -138,8 +138,8 @@ config_json = """{
 sorted(json.loads(config_json)["text_config"])
 
 # %% [markdown]
-# The head's width is not there, nor the size of the picture, nor the base of the rotations. What a file leaves out
-# means the default of its model type.
+# The width of an attention head is not there, nor the size of the picture, nor the base of the rotations. What a file
+# leaves out means the default of its model type.
 # So whoever reads such files needs a table of defaults, and a wrong entry would build a wrong model without a word.
 #
 # The defaults of type `gemma` are not those of PaliGemma, but of a larger Gemma. And a part left out whole means

@@ -51,8 +51,8 @@ FOLDER = Path(sigma_book.__file__).parent / "pocket_model"
 # %% [markdown]
 # ## The picture
 #
-# PaliGemma was trained in JAX, by a program called *big_vision*, and its authors publish it in their own format too: one
-# `.npz` file. That is a zip archive with an array of numpy in each member. Three things differ.
+# PaliGemma was trained by a program called *big_vision*, in JAX, Google's counterpart of PyTorch. Its authors publish it in
+# their own format too: one `.npz` file. That is a zip archive with an array of numpy in each member. Three things differ.
 #
 # - Names are paths: `params/llm/layers/mlp/linear`.
 # - All layers of a kind lie in one array, stacked on the first axis.

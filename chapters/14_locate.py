@@ -1299,7 +1299,7 @@ describe(f"{cat} cat", 1023, 1023)
 # How it looks, with masks made by hand.
 
 # %%
-figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.6))
+figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.7))
 grounds = {"light": "#f4f4f4", "dark": "#101018", "orange": "#e69f00"}
 for axis, (name, ground) in zip(axes, grounds.items(), strict=True):
     boxes = [(60, 30, 230, 180), (90, 140, 290, 300), (0, 200, 80, 300)]
@@ -1325,7 +1325,7 @@ plt.show()
 
 # %%
 model = load(os.environ.get("SIGMA_BOOK_MODEL"))
-figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.8))
+figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.9))
 for axis, (seed, kind) in zip(axes, ((155, "red star"), (155, "brown heart"), (5, "purple heart")), strict=True):
     scene = make_scene(seed)
     large = draw_scene(scene).resize((448, 448), Image.Resampling.NEAREST)

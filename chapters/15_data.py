@@ -1380,7 +1380,7 @@ f"{per_line * 500_000 / 1e6:.0f} MB for 500,000 lines"
 def learned_of(answers: list) -> str: ...
 
 
-check(learned_of, ((["no", "yes", "yes"],), "yes"), ((["two", "2"],), "two"))
+check(learned_of, ((["no", "yes", "yes"],), "yes"), ((["two", "2"],), "two"), (([*"fedcba"],), "f"))
 
 # %% [markdown]
 # **2.** ★★ Where does each line begin? From the bytes of a file, without splitting it. A last line end begins no new
@@ -1401,7 +1401,7 @@ check(begins_of, ((b"ab\nc\n",), [0, 3]), ((b"ab\n\nc",), [0, 3, 4]), ((b"",), [
 def runs_of(mask: list) -> list: ...
 
 
-check(runs_of, (([[0, 1], [0, 1]],), [2, 2]), (([[1, 0], [1, 1]],), [0, 2, 1, 1]))
+check(runs_of, (([[0, 1], [0, 1]],), [2, 2]), (([[1, 0], [1, 1]],), [0, 2, 1, 1]), (([[0, 0, 1]],), [2, 1]))
 
 # %% [markdown]
 # Next: examples become batches, in an order that can be made again.

@@ -1311,7 +1311,7 @@ sorted(path.name for path in (here / "cut").iterdir())
 #
 # A number in 32 bits has 24 binary digits. In 16 bits there are two ways to save: *bfloat16* keeps the range and drops digits
 # (8 are left), *float16* keeps 11 digits and drops range. Products of matrices, where the time goes, are faster in 16
-# bits on most hardware, and their activations take half the memory.
+# bits on most hardware. Their results, which are kept for the gradients and are called *activations*, take half the memory.
 #
 # The weights must stay in 32 bits. A step changes a weight by a small part of it, and in 16 bits a small change is rounded
 # away, in bfloat16 even a larger one:
@@ -1405,7 +1405,7 @@ for dtype, (start, end, seen) in runs.items():
 #
 # To compute a loss, from the first block to the last, is the *forward pass*. To find its gradients, from the last block back to
 # the first, is the *backward pass*; the part of PyTorch that does it is called *autograd*. The backward pass needs what the
-# forward pass computed: the *activations*. They are kept for all blocks at once. One can
+# forward pass computed, the activations. They are kept for all blocks at once. One can
 # keep only what goes into each block, and compute the inside again when its turn comes. It costs one more forward pass.
 # (It is called activation checkpointing, and has nothing to do with the checkpoints above.)
 

@@ -743,7 +743,7 @@ axis.axhline(9.5, color=PICTURE, lw=1)
 axis.set(xlabel="looked at", ylabel="looks", xticks=[], yticks=[], title="the last ten picture tokens, two questions")
 save(figure, "17_pack")
 plt.show()
-assert not mask[0, 0, 64:70, 70:].any()  # the first question does not see the second
+assert not mask[0, 0, 64:71, 71:].any()  # the first question does not see the second
 
 # %% [markdown]
 # *Figure: a mask as a grid. Rows look, columns are looked at. Everyone sees the picture (left), each question sees
@@ -1001,7 +1001,7 @@ for task, goal in goals.items():
     print(f"{task:8s} {score['right']:6.1%} of {score['asked']} right, goal {goal:.0%}{extra}")
 
 # %% [markdown]
-# And what it confuses:
+# And what it confuses. (Of boxes only the number is noted. Where it is right, a box lies beside its thing.)
 
 # %%
 for task, score in results.items():

@@ -538,7 +538,7 @@ if _bitsandbytes() is not None:
 #
 # - **The decoder's seven maps of each block**: most of the model, and frozen under an adapter.
 # - **Never the embedding**: it is the output head as well. An error there is an error in every word.
-# - **Never the norms**: they are tiny, and each multiplies the whole stream.
+# - **Never the norms**: they are tiny, and each multiplies all that flows from block to block.
 # - **Not the tower, by default**: a seventh of the model, and what it blurs nobody can see sharp again.
 # - **Not the projector**: less than a thousandth, and every patch passes through it.
 

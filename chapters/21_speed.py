@@ -384,8 +384,8 @@ def _decoder_bill(
 # Two parts are one product each: the projector, and the head, which is asked for one place in each row.
 #
 # How much must be *held* at once is a different question from how much is moved. Held are all weights, the cache at its
-# full length, and the activations at their largest moment. In the decoder that moment is inside a GeGLU: the stream, its
-# normalized copy, gate, GELU of the gate, up, and the product of the last two are in memory together. With Gemma 2's
+# full length, and the activations at their largest moment. In the decoder that moment is inside a GeGLU: the block's input,
+# its normalized copy, gate, GELU of the gate, up, and the product of the last two are in memory together. With Gemma 2's
 # softcap the largest moment may be another one: scores outside the fused kernel are a table of $T \times T$ for each head,
 # and capped, masked and normalized ones stand beside it, three tables in float32 and five of 16 bits.
 

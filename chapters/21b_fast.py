@@ -1473,7 +1473,7 @@ check(head_share, ((3_000, 1_000, 8), 0.25), ((2_000, 1_000, 4), 0.5), ((1_000, 
 def break_even(compiling: float, before: float, after: float) -> int: ...
 
 
-check(break_even, ((64.0, 0.5, 0.25), 256), ((10.0, 0.5, 0.5), -1), ((1.0, 3.0, 1.5), 1))
+check(break_even, ((64.0, 0.5, 0.25), 256), ((10.0, 0.5, 0.5), -1), ((1.0, 3.0, 1.5), 1), ((10.0, 0.5, 0.2), 34))
 
 # %% [markdown]
 # **3.** ★★ `safe_levels(bits)`: the largest code of a weight so that two products with 255 fit a signed sum of that many bits.

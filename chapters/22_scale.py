@@ -440,12 +440,12 @@ def share_of_batch(batch_size: int, ranks: Alone) -> int:
 
 
 def same_place(place: dict | None, batch_size: int, size: int) -> dict | None:
-    """A place in the data (chapter 15), said for another number of ranks; `batch_size` is that of each.
+    """A place in the data (chapter 15b), said for another number of ranks; `batch_size` is that of each.
 
     The whole batch has to be the same: then rank by rank it holds the same examples, and its number is the same.
     """
     if place is None or place["batch_size"] * place["world_size"] != batch_size * size:
-        return place  # chapter 15 says what is wrong with it
+        return place  # chapter 15b says what is wrong with it
     return place | {"batch_size": batch_size, "world_size": size}
 
 
@@ -1168,7 +1168,7 @@ check(loss_of_step, (([10.0, 8.0], [2, 8]), 1.8), (([3.0, 0.0], [2, 0]), 1.5))
 def fewest(numbers: int, card: float) -> int: ...
 
 
-check(fewest, ((2_923_466_480, 80e9), 1), ((28_000_000_000, 80e9), 6), ((10, 160.0), 1))
+check(fewest, ((2_923_466_480, 80e9), 1), ((28_000_000_000, 80e9), 6), ((26_000_000_000, 80e9), 6), ((10, 160.0), 1))
 
 # %% [markdown]
 # **4.** ★★★ A reduce-scatter without a ring: in each of $\log_2 N$ rounds, a rank and a partner split what both still have to

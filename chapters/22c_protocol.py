@@ -817,7 +817,14 @@ check(joined_text, ((example,), "a star"), (("data: [DONE]\n\n",), ""))
 def stays_inside(name: str) -> bool: ...
 
 
-check(stays_inside, (("a/b.png",), True), (("a/../b.png",), True), (("../a.png",), False), (("a/../../a/b",), False))
+check(
+    stays_inside,
+    (("a/b.png",), True),
+    (("a/../b.png",), True),
+    (("../a.png",), False),
+    (("a/../../a/b",), False),
+    (("./../a.png",), False),
+)
 
 # %% [markdown]
 # Next: the service itself, and the door in front of it.

@@ -292,7 +292,7 @@ def all_maps(reading: Reading) -> dict[str, torch.Tensor]:
 
 maps = all_maps(reading)
 shown = ["attention, layer 4", "rollout to the features", "length, projected", "length, before block 2"]
-figure, axes = plt.subplots(1, 5, figsize=(10.4, 2.3))
+figure, axes = plt.subplots(1, 5, figsize=(10.4, 2.4))
 show(axes[0], picture, by_covering.clamp(min=0), asked.box, "covering each patch")
 for axis, name in zip(axes[1:], shown):
     show(axis, picture, maps[name].reshape(SIDE, SIDE), asked.box, name)
@@ -724,7 +724,7 @@ save(figure, "23b_caption")
 # %%
 missed = [row for row in found if not row[4]]
 assert len(missed) >= 2
-figure, axes = plt.subplots(1, 2, figsize=(4.6, 2.5))
+figure, axes = plt.subplots(1, 2, figsize=(4.6, 2.6))
 for axis, (scene, _, thing, weights, *_) in zip(axes, missed):
     show(axis, draw_scene(scene), weights, thing.box, f"{thing.shape}: {thing.colour}")
 for axis in axes:
@@ -874,10 +874,10 @@ check(two_blocks, ((0.0,), 1.0), ((1.0,), 0.5), ((0.5,), 0.625))
 def hit_rate(weights: torch.Tensor, boxes: list[tuple[int, int, int, int]]) -> float: ...
 
 
-one_each = torch.eye(64)[[0, 63, 9]].reshape(3, 8, 8)
+one_each = torch.eye(64)[[0, 63, 10]].reshape(3, 8, 8)
 check(
     hit_rate,
-    ((one_each, [(0, 0, 10, 10), (100, 100, 112, 112), (14, 14, 20, 20)]), 1.0),
+    ((one_each, [(0, 0, 10, 10), (100, 100, 112, 112), (14, 28, 20, 34)]), 1.0),
     ((one_each, [(20, 20, 30, 30), (100, 100, 112, 112), (28, 28, 40, 40)]), 1 / 3),
 )
 

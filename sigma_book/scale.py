@@ -269,12 +269,12 @@ def share_of_batch(batch_size: int, ranks: Alone) -> int:
 
 
 def same_place(place: dict | None, batch_size: int, size: int) -> dict | None:
-    """A place in the data (chapter 15), said for another number of ranks; `batch_size` is that of each.
+    """A place in the data (chapter 15b), said for another number of ranks; `batch_size` is that of each.
 
     The whole batch has to be the same: then rank by rank it holds the same examples, and its number is the same.
     """
     if place is None or place["batch_size"] * place["world_size"] != batch_size * size:
-        return place  # chapter 15 says what is wrong with it
+        return place  # chapter 15b says what is wrong with it
     return place | {"batch_size": batch_size, "world_size": size}
 
 

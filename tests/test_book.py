@@ -84,6 +84,13 @@ def test_each_figure_is_one_that_a_chapter_draws_or_the_readme_shows():
     assert not [path.name for path in kept if f'"{path.stem}"' not in told and path.name not in told]
 
 
+def test_no_figure_is_cut_off():
+    for path in (CHECKOUT / "figures").glob("[0-9]*.png"):
+        grey = np.asarray(Image.open(path).convert("L"))
+        rim = [grey[0], grey[-1], grey[:, 0], grey[:, -1]]
+        assert min(side.min() for side in rim) > 250, f"{path.name} has ink on its rim"
+
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_a_chapter_opens_as_the_house_says(path):
     chapter = tangle.read_chapter(path)
