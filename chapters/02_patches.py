@@ -430,7 +430,13 @@ figure, axis = plt.subplots(figsize=(6.4, 2.6))
 axis.plot(range(29), distances, color=PICTURE, marker="o", ms=3)
 for whole in (0, 14, 28):
     axis.text(whole, -0.14, "same tokens", ha="center", fontsize=8, color="0.3")
-axis.set(xlabel="pixels moved to the right", ylabel="relative distance", xticks=range(0, 29, 7), ylim=(-0.2, 1.05))
+axis.set(
+    xlabel="pixels moved to the right",
+    ylabel="relative distance",
+    xticks=range(0, 29, 7),
+    xlim=(-2.5, 30.5),
+    ylim=(-0.2, 1.05),
+)
 save(figure, "02_shift")
 
 # %% [markdown]

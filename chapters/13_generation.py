@@ -313,13 +313,13 @@ class Sampling:
     Parameters
     ----------
     temperature : float
-        0 takes the best token always (and so does anything below 1e-6); above, tokens are drawn.
+        0 takes the best token always (and so does anything below 1e-6); above, up to 1e6, tokens are drawn.
     top_p : float
         In (0, 1]; 1 keeps all tokens.
     top_k : int, optional
         At least 1; None keeps all tokens.
     repetition_penalty : float
-        Above 0; 1 does nothing.
+        From 1e-6 to 1e6; 1 does nothing.
     seed : int, optional
         Row i of a batch draws from a generator of its own, seeded with `seed + i`. None takes a seed from
         torch's global generator.
@@ -342,12 +342,16 @@ class Sampling:
             if not is_finite(value):
                 raise ValueError(f"{name} is {value!r}: expected a finite number")
             object.__setattr__(self, name, float(value))  # torch knows no fractions
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}: expected 0 for greedy, or a number above it")
+        if not 0 <= self.temperature <= 1e6:
+            raise ValueError(
+                f"temperature is {self.temperature}: expected 0 for greedy, or a number above it up to 1e6"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}: expected a probability above 0 and at most 1")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}: expected a number above 0, 1 for none")
+        if not 1e-6 <= self.repetition_penalty <= 1e6:  # beyond, scores leave what 32 bits can hold
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty}: expected a number from 1e-6 to 1e6, 1 for none"
+            )
         if self.top_k is not None:
             whole_number("top_k", self.top_k, least=1)
         if self.seed is not None:

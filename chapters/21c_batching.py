@@ -526,7 +526,8 @@ class RunningBatch:
 
 
 # %% [markdown]
-# Look at `step`. It is `decode` of chapter 10, except that position and mask are made of each row's own length.
+# Look at `step`. It is `decode` of chapter 10, except that position and mask are made of each row's own length. (The program
+# that chapter 21b compiles of a step for a GPU has one length for all rows, so it is not used here.)
 #
 # The naive loop again, with these moves: the same answers, and the weights are read once for all rows.
 
@@ -659,6 +660,10 @@ class Event:
 
 
 FINISHES = ("stop", "length", "cancelled", "deadline", "error")
+
+
+class PromptTooLong(ValueError):
+    """The prompt leaves no room for an answer."""
 
 
 class QueueFull(RuntimeError):
@@ -971,8 +976,9 @@ class Engine:
         Raises
         ------
         ValueError
-            If an argument is out of its range; if the prompt is too long or contains `<image>`; if a picture cannot be
-            read.
+            If an argument is out of its range; if the prompt contains `<image>`; if a picture cannot be read.
+        PromptTooLong
+            If the prompt leaves no room for an answer.
         FileNotFoundError
             If there is no such picture.
         QueueFull
@@ -993,14 +999,13 @@ class Engine:
         self._check_place()  # before the work of preparing a picture
         shown = list(image) if isinstance(image, list | tuple) else [image]
         batch = self.processor.prepare([[load_image(source) for source in shown]], [prompt])
-        [limit] = answer_limits(batch.attention_mask, max_new_tokens, self.context)
         length = batch.input_ids.shape[1]
         if length >= self.max_length:
-            raise ValueError(
-                f"the prompt has {length} tokens, pictures included: this engine has room for {self.max_length}, prompt and "
-                f"answer together, so shorten it by {length - self.max_length + 1} or more"
+            raise PromptTooLong(
+                f"the prompt has {length} tokens, pictures included: the context here has room for {self.max_length}, prompt "
+                f"and answer together, so shorten it by {length - self.max_length + 1} or more"
             )
-        limit = min(limit, self.max_length - length)
+        [limit] = answer_limits(batch.attention_mask, max_new_tokens, self.max_length)
         [generator] = row_generators(sampling.seed, 1)
         request = _Request(Ticket(length), batch, listener, limit, sampling, generator, text, allow, logprobs, top, due)
         with self._changed:
@@ -1015,8 +1020,12 @@ class Engine:
                 raise EngineClosed
             requests = len(self._waiting) + len(self._reading) + len(self._running)
             if requests >= self.max_rows + self.queue_size:
-                # each of `max_rows` rows takes a new request every `_held` seconds
-                raise QueueFull(requests, max(0.1, self._held * max(1, self.queue_size) / self.max_rows))
+                raise QueueFull(requests, self.retry_after())
+
+    def retry_after(self) -> float:
+        """Seconds in which a full queue is likely to be worked off, as things go of late."""
+        # each of `max_rows` rows takes a new request every `_held` seconds
+        return max(0.1, self._held * max(1, self.queue_size) / self.max_rows)
 
     def close(self, finish: bool = True, timeout: float | None = None) -> None:
         """Take no more requests, and wait until the engine's thread has ended. Called from a listener, it does not wait.

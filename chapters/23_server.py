@@ -55,7 +55,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from starlette.exceptions import HTTPException
 
-from sigma_book.batching import Engine, EngineClosed, EngineStats, Event, QueueFull
+from sigma_book.batching import Engine, EngineClosed, EngineStats, Event, PromptTooLong, QueueFull
 from sigma_book.generation import Sampling, whole_number
 from sigma_book.locate import describe, draw
 from sigma_book.protocol import (
@@ -89,6 +89,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
 from sigma_book import generate, load
+from sigma_book.fast import PictureCache
 from sigma_book.kv_cache import KVCache
 from sigma_book.serving import GracefulServer
 from sigma_book.style import ANSWER, GREY, PICTURE, PROMPT, check, save, use_style
@@ -109,7 +110,7 @@ scene = encoded.getvalue()
 
 # %%
 stations = [
-    ("door", "400 401 408\n413 429 503", PROMPT),
+    ("door", "400 401 408 413\n415 429 503", PROMPT),
     ("shape", "400 404", PROMPT),
     ("picture", "400 413\n429 504", PICTURE),
 ]
@@ -215,7 +216,8 @@ listener.close()
 # $$ W \approx \frac{Q}{C} = \frac{Q}{R}\,S $$
 #
 # seconds for a row. If $\lambda > C$ requests come in a second, the share $1 - C/\lambda$ of them is told at once to come
-# back later: status 429, with the seconds to wait in `Retry-After`. A short no is kinder than a long maybe.
+# back later: status 429, with $W$ in `Retry-After`; the engine knows $S$ from the requests that ended of late. It never says
+# more than the deadline, for by then all who are inside are gone. A short no is kinder than a long maybe.
 #
 # Rows are a choice of the same kind. More of them answer more requests a second, and each request lasts longer, since it
 # shares every step with the others and waits while a newcomer's prompt is read. An operator to whom a short wait matters most
@@ -266,7 +268,7 @@ class ServerConfig:
     max_body : int
         Largest body of a request, in bytes.
     max_held : int
-        Bytes of all bodies that are held at one time.
+        Bytes of all bodies that are held at one time, as they came; what is read out of them takes up to as much again.
     max_pixels : int
         Largest picture, in pixels, looked at before it is unpacked.
     max_new_tokens : int, optional
@@ -290,8 +292,8 @@ class ServerConfig:
     Raises
     ------
     ValueError, FileNotFoundError
-        If a number is out of its range, `max_body` is more than `max_held`, one of `cors_origins` is not an origin, or
-        the folder is missing.
+        If a number is out of its range, the name is empty, `max_body` is more than `max_held`, one of `cors_origins` is
+        not an origin, or the folder is missing.
     """
 
     model_name: str
@@ -311,6 +313,8 @@ class ServerConfig:
         for name in ("max_body", "max_held", "max_pixels", "max_new_tokens", "max_waiting"):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), least=1)
+        if not self.model_name:
+            raise ValueError("model_name is empty: give the name that requests are to say")
         if self.max_body > self.max_held:
             raise ValueError(f"max_body is {self.max_body:,}, max_held {self.max_held:,}: lower the first")
         for name in ("body_seconds", "deadline"):
@@ -382,9 +386,10 @@ def _batch_rows(stats: EngineStats) -> HistogramMetricFamily:
 # %% [markdown]
 # ## The door
 #
-# Every request passes it, on its way in and out. FastAPI calls such a thing *middleware*. By the standard ASGI it is called
-# with three things: `scope`, the head of the request; `receive`, a function that gives the next piece of the body; and
-# `send`, one that takes the next piece of the answer.
+# Every request passes it, on its way in and out. (Also what a browser asks first, without a key, where a page of another site
+# wants something: may it? `--cors` names the sites that may.) FastAPI calls such a thing *middleware*. By the standard ASGI it
+# is called with three things: `scope`, the head of the request; `receive`, a function that gives the next piece of the body;
+# and `send`, one that takes the next piece of the answer.
 #
 # The body is the dangerous part. The door takes it in itself, and counts: a body that says it is too large is refused
 # before it is read, one that turns out too large as soon as it is, one that does not come is given up. All bodies
@@ -434,6 +439,17 @@ ASKING_PATHS = (CHAT_PATH, "/generate", "/detect")  # those that need a row of t
 OPEN_PATHS = ("/", "/docs", "/openapi.json", "/health/live", "/health/ready")  # for those without a key
 
 
+class Neighbours(CORSMiddleware):
+    """Says no to other sites in the form of all errors."""
+
+    def preflight_response(self, request_headers) -> Response:
+        answer = super().preflight_response(request_headers)
+        if answer.status_code == 200:
+            return answer
+        sentence = f"{bytes(answer.body).decode()}: --cors names the sites that may ask"
+        return error_response(ApiError(400, sentence, code="cors"))
+
+
 class Guard:
     """The door: what every request passes on its way in and out.
 
@@ -442,7 +458,8 @@ class Guard:
     """
 
     def __init__(self, app, service: "Service"):
-        self.app, self.service, self.config = app, service, service.config
+        self.service, self.config = service, service.config
+        self.app = self._for_sites(app)
         self.keys = [_fingerprint(key.encode()) for key in self.config.api_keys]
 
     async def __call__(self, scope, receive, send) -> None:
@@ -464,7 +481,8 @@ class Guard:
 
         self.service.in_flight += 1
         try:
-            self._check_key(path, headers.get(b"authorization", b""))
+            if scope["method"] != "OPTIONS":  # with which browsers ask, without a key, what a page may do
+                self._check_key(path, headers.get(b"authorization", b""))
             if scope["method"] == "POST":
                 self._check_room(path)
                 signs = self.service.most_signs if path == CHAT_PATH else None
@@ -472,27 +490,40 @@ class Guard:
             await self.app(scope, receive, answer)
         except ApiError as error:
             record.fields["code"] = error.code
-            await error_response(error)(scope, receive, answer)
+            await self._for_sites(error_response(error))(scope, receive, answer)
         except asyncio.CancelledError:
             # the server stops, and the time it gave its requests is over; or Ray Serve has seen the client leave
             fault = _stopping() if self.service.draining else _gone()
             record.fields["code"] = fault.code
             if status:
                 raise
-            await error_response(fault)(scope, receive, answer)
+            await self._for_sites(error_response(fault))(scope, receive, answer)
         except Exception:
             logger.exception("failed", extra={"fields": {"id": record.id}})
             record.fields["code"] = "internal_error"
             if status:
                 raise  # the answer has begun: all that can be done is to break it off
             sentence = f"the server failed; its log says more under the id {record.id}"
-            await error_response(ApiError(500, sentence, code="internal_error"))(scope, receive, answer)
+            failed = error_response(ApiError(500, sentence, code="internal_error"))
+            await self._for_sites(failed)(scope, receive, answer)
         finally:
             self.service.in_flight -= 1
             self.service.held_bytes -= record.body_bytes
             if record.cancel is not None:
                 record.cancel()
             self._note(scope, record, status)
+
+    def _for_sites(self, app):
+        """What answers, an application or an error, for pages of other sites too: without these headers they cannot read it."""
+        if not self.config.cors_origins:
+            return app
+        return Neighbours(
+            app,
+            allow_origins=self.config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Request-ID"],
+        )
 
     def _check_key(self, path: str, authorization: bytes) -> None:
         if not self.keys or path in OPEN_PATHS or path.startswith(("/docs/", "/static/")):
@@ -515,6 +546,9 @@ class Guard:
 
         `signs` is the most quotes, commas and opening brackets that a body of JSON may have.
         """
+        if headers.get(b"content-encoding", b"").lower() not in (b"", b"identity"):
+            sentence = "the body is compressed: send it as it is, without Content-Encoding"
+            raise ApiError(415, sentence, code="compressed")
         too_large = ApiError(
             413, f"the body is larger than {self.config.max_body:,} bytes: send a smaller picture", code="too_large"
         )
@@ -554,7 +588,8 @@ class Guard:
         """One line in the log, and the counters."""
         seconds = time.monotonic() - record.started
         route = scope.get("route")  # its pattern, not what was asked: there are endless paths
-        if route is None:  # refused at the door
+        # refused at the door; but who only asks whether a page may ask is "other"
+        if route is None and scope["method"] != "OPTIONS":
             route = next((known for known in scope["app"].routes if known.path == scope["path"]), None)
         path = getattr(route, "path", "other")
         self.service.meters.requests.labels(path, str(status)).inc()
@@ -582,6 +617,10 @@ def _stopping() -> ApiError:
 
 def _too_late() -> ApiError:
     return ApiError(504, "the answer was not complete at its deadline", code="deadline")
+
+
+def _too_long(sentence: str) -> ApiError:
+    return ApiError(400, sentence, code="context_length_exceeded", param="prompt")
 
 
 def _gone() -> ApiError:
@@ -693,10 +732,10 @@ async def cancelled_when_gone(request: Request, cancel: Callable[[], None]) -> A
 # ## What is answered where
 #
 # `begin` is the way of every question: look at its size, unpack the picture in a thread of its own (the loop has other
-# clients), shrink it to the square that the model sees (a waiting request then holds that, and not a photograph), and hand it
-# to the engine, which says no if its queue is full. Threads are few. A request waits for one no longer than its client does,
-# and not beyond its deadline. A thread itself cannot be cancelled: where nobody waits any more, it asks the engine for
-# nothing.
+# clients), shrink it to the square that the model sees (a waiting request then holds that beside its body, and not the
+# unpacked photograph), and hand it to the engine, which says no if its queue is full. Threads are few. A request waits for one
+# no longer than its client does, and not beyond its deadline. A thread itself cannot be cancelled: where nobody waits any
+# more, it asks the engine for nothing.
 #
 # What differs is only the form of the answer: whole or as *server-sent events*, lines that begin with `data:` and come
 # one by one; a chat completion, plain JSON, boxes in pixels, or a picture with the boxes drawn.
@@ -717,7 +756,7 @@ DEFAULT_TOKENS = 100  # longest answer where nothing is said, if the operator al
 MaxTokens = Annotated[
     int | None, Form(ge=1, description=f"longest answer, in tokens; by default {DEFAULT_TOKENS} or less")
 ]
-STUCK_SECONDS = 120.0  # longer than any model takes for one token, prompt included
+STUCK_SECONDS = 120.0  # longer than a token takes; only the prompt of a large model may take more
 
 
 class Service:
@@ -781,7 +820,9 @@ class Service:
         try:
             await self._in_thread(request, self._readers, prepare)
         except QueueFull as full:
-            raise _busy("the queue is full", full.retry_after) from full
+            raise self._full("the queue is full") from full
+        except PromptTooLong as error:
+            raise _too_long(str(error)) from error
         except ValueError as error:
             raise ApiError(400, str(error)) from error
         except EngineClosed as error:
@@ -823,7 +864,10 @@ class Service:
     def check_room(self) -> None:
         """Raise a 429 if as many requests are under way as may be."""
         if self.asked >= self.most_asked:
-            raise _busy(f"{self.asked} {'request is' if self.asked == 1 else 'requests are'} under way")
+            raise self._full(f"{self.asked} {'request is' if self.asked == 1 else 'requests are'} under way")
+
+    def _full(self, reason: str) -> ApiError:
+        return _busy(reason, min(self.engine.retry_after(), self.config.deadline))
 
     def _let_go(self, reply: Reply) -> None:
         self.asked -= 1
@@ -839,12 +883,8 @@ class Service:
             sentence = f"max_tokens is {ask.max_new_tokens}: expected 1 to {self.most_tokens}"
             raise ApiError(400, sentence, param="max_tokens")
         if len(ask.prompt) > 100 * self.context:  # not worth cutting into tokens: no piece has 100 characters
-            raise ApiError(
-                400,
-                f"the prompt has {len(ask.prompt):,} characters, the model's context {self.context:,} tokens: "
-                "shorten it",
-                code="context_length_exceeded",
-                param="prompt",
+            raise _too_long(
+                f"the prompt has {len(ask.prompt):,} characters, the model's context {self.context:,} tokens: shorten it"
             )
 
     async def chat(self, request: Request, body: ChatRequest):
@@ -897,7 +937,7 @@ class Service:
         temperature: Annotated[float | None, Form(ge=0, le=2, allow_inf_nan=False)] = None,
         top_p: Annotated[float | None, Form(gt=0, le=1, allow_inf_nan=False)] = None,
         top_k: Annotated[int | None, Form(ge=1, le=2**31)] = None,
-        repetition_penalty: Annotated[float | None, Form(gt=0, le=100, allow_inf_nan=False)] = None,
+        repetition_penalty: Annotated[float | None, Form(ge=0.01, le=100, allow_inf_nan=False)] = None,
         seed: Annotated[int | None, Form(ge=0, lt=2**63)] = None,
         stop: Annotated[list[str] | None, Form(max_length=4)] = None,
     ):
@@ -987,8 +1027,9 @@ class Service:
         done = (stats.prompts, stats.tokens, sum(stats.finished.values()))
         if done != self._done or not stats.queued + stats.running:
             self._done, self._done_at = done, time.monotonic()
-        if time.monotonic() - self._done_at > STUCK_SECONDS:
-            sentence = f"the engine has work and took no token for {STUCK_SECONDS:g} seconds: start the server anew"
+        limit = max(STUCK_SECONDS, self.config.deadline)  # a prompt may take all the time that an answer has
+        if time.monotonic() - self._done_at > limit:
+            sentence = f"the engine has work and took no token for {limit:g} seconds: start the server anew"
             raise ApiError(503, sentence, code="stuck")
         return PlainJson({"status": "alive"})
 
@@ -1076,14 +1117,6 @@ def create_app(
     app.add_exception_handler(HTTPException, _framework_error)
     app.add_exception_handler(RequestValidationError, _shape_error)
     app.add_middleware(Guard, service=service)
-    if config.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=config.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=["Retry-After", "X-Request-ID"],
-        )
     return app
 
 
@@ -1334,8 +1367,10 @@ assert running[0][0] == 200 and not thread.is_alive()
 # %% [markdown]
 # ## The bill
 #
-# What does a server hold? For each row, keys and values of as many tokens as a row has room for; for each waiting
-# request a square picture; and bodies, up to their common limit.
+# What does a server hold? For each row, keys and values of as many tokens as a row has room for; for each request a square
+# picture in float32; the features of the last pictures (chapter 21b); and bodies, up to twice their common limit. Twice, for a
+# chat is held as the bytes that came and as the text in them, and a form's file in memory and in `/tmp`, which is memory
+# too if it is a *tmpfs*, as in `docker/compose.yaml`.
 
 
 # %%
@@ -1349,11 +1384,15 @@ per_token = bytes_per_token(text.num_hidden_layers, text.num_key_value_heads, te
 assert per_token * 10 == text.num_hidden_layers * (cache.key.nbytes + cache.value.nbytes)
 large = bytes_per_token(18, 1, 256, size=2)  # PaliGemma 3B in 16 bits
 assert large == 18_432
+pixel_values = model.processor.prepare([draw_scene(make_scene(3))], ["caption en"]).pixel_values
+assert pixel_values.nbytes == 3 * model.config.vision.image_size**2 * 4
 rows, room, waiting, side = 8, 8192, 64, 224
 print(
     f"3B: {rows} rows of {room} tokens {large * rows * room / 1e9:.2f} GB, of 512 tokens {large * rows * 512 / 1e6:.0f} MB"
 )
-print(f"{waiting} waiting pictures {waiting * side * side * 3 / 1e6:.1f} MB, bodies at most 256 MB")
+print(f"{waiting} waiting pictures {waiting * 3 * side * side * 4 / 1e6:.1f} MB")
+print(f"features of the last pictures at most {PictureCache().most_bytes / 1e6:.0f} MB")
+print(f"bodies at most {2 * ServerConfig('pocket').max_held / 1e6:.0f} MB")
 
 # %% [markdown]
 # That is why `--max-length` exists: answers about pictures are short, and most of a row for 8,192 tokens would stay empty.

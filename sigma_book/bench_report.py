@@ -37,6 +37,8 @@ def bench_lines(found: dict) -> list[str]:
     if "bill" in found:
         limits = found["limits"]
         how = "measured" if limits["measured"] else "computed from published peaks, not measured"
+        if limits["measured"] and not limits["rates"]:
+            how += " in float32: a product of other numbers may be far slower"
         lines += ["", f"limits ({how}): {limits['peak'] / 1e9:,.0f} GFLOP/s, {limits['read'] / 1e9:,.1f} GB/s"]
         held = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in found["held"].items())
         lines.append(f"held, computed, MB: {held}")

@@ -367,7 +367,11 @@ def _bench(options: argparse.Namespace) -> None:
 def _serve_arguments(command: argparse.ArgumentParser) -> None:
     _model_arguments(command)
     command.add_argument("--quantize", metavar="Q", help="int8, int4 or nf4, as in generate")
-    command.add_argument("--compile", action="store_true", help="lay the weights out for speed first")
+    command.add_argument(
+        "--compile",
+        action="store_true",
+        help="lay the weights out for speed first; steps are not compiled, even on a GPU",
+    )
     command.add_argument("--name", metavar="NAME", help="what requests call the model (default: its folder's name)")
     command.add_argument("--host", metavar="H", default="127.0.0.1", help="0.0.0.0 for all (default: 127.0.0.1)")
     command.add_argument("--port", metavar="N", type=int, default=8000, help="0 is any free one (default: 8000)")
@@ -406,7 +410,7 @@ def _serve(options: argparse.Namespace) -> None:
     except ImportError as error:
         raise RuntimeError(f"serve needs more packages ({error}): pip install 'sigma-book[serve]'") from error
     config = ServerConfig(
-        model_name=options.name or (Path(options.model).name if options.model else "pocket"),
+        model_name=options.name or (Path(os.path.abspath(options.model)).name if options.model else "pocket"),
         max_body=options.max_body,
         max_pixels=options.max_pixels,
         max_new_tokens=options.max_tokens,

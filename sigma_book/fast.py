@@ -491,6 +491,8 @@ class PictureCache:
             found |= {key: features.clone() for key, features in zip(fresh, encoded, strict=True)}
         with self._lock:
             for key in keys:
+                if key in fresh and not found[key].isfinite().all():
+                    continue  # a failure may pass: what it left is not kept
                 self._kept[key] = found[key]
                 self._kept.move_to_end(key)
             while self._kept and self.bytes_held > self.most_bytes:

@@ -39,7 +39,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from starlette.exceptions import HTTPException
 
-from sigma_book.batching import Engine, EngineClosed, EngineStats, Event, QueueFull
+from sigma_book.batching import Engine, EngineClosed, EngineStats, Event, PromptTooLong, QueueFull
 from sigma_book.generation import Sampling, whole_number
 from sigma_book.locate import describe, draw
 from sigma_book.protocol import (
@@ -71,6 +71,7 @@ __all__ = [
     "JsonLines",
     "MaxTokens",
     "Meters",
+    "Neighbours",
     "PictureFile",
     "Record",
     "Reply",
@@ -93,7 +94,7 @@ class ServerConfig:
     max_body : int
         Largest body of a request, in bytes.
     max_held : int
-        Bytes of all bodies that are held at one time.
+        Bytes of all bodies that are held at one time, as they came; what is read out of them takes up to as much again.
     max_pixels : int
         Largest picture, in pixels, looked at before it is unpacked.
     max_new_tokens : int, optional
@@ -117,8 +118,8 @@ class ServerConfig:
     Raises
     ------
     ValueError, FileNotFoundError
-        If a number is out of its range, `max_body` is more than `max_held`, one of `cors_origins` is not an origin, or
-        the folder is missing.
+        If a number is out of its range, the name is empty, `max_body` is more than `max_held`, one of `cors_origins` is
+        not an origin, or the folder is missing.
     """
 
     model_name: str
@@ -138,6 +139,8 @@ class ServerConfig:
         for name in ("max_body", "max_held", "max_pixels", "max_new_tokens", "max_waiting"):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), least=1)
+        if not self.model_name:
+            raise ValueError("model_name is empty: give the name that requests are to say")
         if self.max_body > self.max_held:
             raise ValueError(f"max_body is {self.max_body:,}, max_held {self.max_held:,}: lower the first")
         for name in ("body_seconds", "deadline"):
@@ -229,6 +232,17 @@ ASKING_PATHS = (CHAT_PATH, "/generate", "/detect")  # those that need a row of t
 OPEN_PATHS = ("/", "/docs", "/openapi.json", "/health/live", "/health/ready")  # for those without a key
 
 
+class Neighbours(CORSMiddleware):
+    """Says no to other sites in the form of all errors."""
+
+    def preflight_response(self, request_headers) -> Response:
+        answer = super().preflight_response(request_headers)
+        if answer.status_code == 200:
+            return answer
+        sentence = f"{bytes(answer.body).decode()}: --cors names the sites that may ask"
+        return error_response(ApiError(400, sentence, code="cors"))
+
+
 class Guard:
     """The door: what every request passes on its way in and out.
 
@@ -237,7 +251,8 @@ class Guard:
     """
 
     def __init__(self, app, service: "Service"):
-        self.app, self.service, self.config = app, service, service.config
+        self.service, self.config = service, service.config
+        self.app = self._for_sites(app)
         self.keys = [_fingerprint(key.encode()) for key in self.config.api_keys]
 
     async def __call__(self, scope, receive, send) -> None:
@@ -259,7 +274,8 @@ class Guard:
 
         self.service.in_flight += 1
         try:
-            self._check_key(path, headers.get(b"authorization", b""))
+            if scope["method"] != "OPTIONS":  # with which browsers ask, without a key, what a page may do
+                self._check_key(path, headers.get(b"authorization", b""))
             if scope["method"] == "POST":
                 self._check_room(path)
                 signs = self.service.most_signs if path == CHAT_PATH else None
@@ -267,27 +283,40 @@ class Guard:
             await self.app(scope, receive, answer)
         except ApiError as error:
             record.fields["code"] = error.code
-            await error_response(error)(scope, receive, answer)
+            await self._for_sites(error_response(error))(scope, receive, answer)
         except asyncio.CancelledError:
             # the server stops, and the time it gave its requests is over; or Ray Serve has seen the client leave
             fault = _stopping() if self.service.draining else _gone()
             record.fields["code"] = fault.code
             if status:
                 raise
-            await error_response(fault)(scope, receive, answer)
+            await self._for_sites(error_response(fault))(scope, receive, answer)
         except Exception:
             logger.exception("failed", extra={"fields": {"id": record.id}})
             record.fields["code"] = "internal_error"
             if status:
                 raise  # the answer has begun: all that can be done is to break it off
             sentence = f"the server failed; its log says more under the id {record.id}"
-            await error_response(ApiError(500, sentence, code="internal_error"))(scope, receive, answer)
+            failed = error_response(ApiError(500, sentence, code="internal_error"))
+            await self._for_sites(failed)(scope, receive, answer)
         finally:
             self.service.in_flight -= 1
             self.service.held_bytes -= record.body_bytes
             if record.cancel is not None:
                 record.cancel()
             self._note(scope, record, status)
+
+    def _for_sites(self, app):
+        """What answers, an application or an error, for pages of other sites too: without these headers they cannot read it."""
+        if not self.config.cors_origins:
+            return app
+        return Neighbours(
+            app,
+            allow_origins=self.config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Request-ID"],
+        )
 
     def _check_key(self, path: str, authorization: bytes) -> None:
         if not self.keys or path in OPEN_PATHS or path.startswith(("/docs/", "/static/")):
@@ -310,6 +339,9 @@ class Guard:
 
         `signs` is the most quotes, commas and opening brackets that a body of JSON may have.
         """
+        if headers.get(b"content-encoding", b"").lower() not in (b"", b"identity"):
+            sentence = "the body is compressed: send it as it is, without Content-Encoding"
+            raise ApiError(415, sentence, code="compressed")
         too_large = ApiError(
             413, f"the body is larger than {self.config.max_body:,} bytes: send a smaller picture", code="too_large"
         )
@@ -349,7 +381,8 @@ class Guard:
         """One line in the log, and the counters."""
         seconds = time.monotonic() - record.started
         route = scope.get("route")  # its pattern, not what was asked: there are endless paths
-        if route is None:  # refused at the door
+        # refused at the door; but who only asks whether a page may ask is "other"
+        if route is None and scope["method"] != "OPTIONS":
             route = next((known for known in scope["app"].routes if known.path == scope["path"]), None)
         path = getattr(route, "path", "other")
         self.service.meters.requests.labels(path, str(status)).inc()
@@ -377,6 +410,10 @@ def _stopping() -> ApiError:
 
 def _too_late() -> ApiError:
     return ApiError(504, "the answer was not complete at its deadline", code="deadline")
+
+
+def _too_long(sentence: str) -> ApiError:
+    return ApiError(400, sentence, code="context_length_exceeded", param="prompt")
 
 
 def _gone() -> ApiError:
@@ -486,7 +523,7 @@ DEFAULT_TOKENS = 100  # longest answer where nothing is said, if the operator al
 MaxTokens = Annotated[
     int | None, Form(ge=1, description=f"longest answer, in tokens; by default {DEFAULT_TOKENS} or less")
 ]
-STUCK_SECONDS = 120.0  # longer than any model takes for one token, prompt included
+STUCK_SECONDS = 120.0  # longer than a token takes; only the prompt of a large model may take more
 
 
 class Service:
@@ -550,7 +587,9 @@ class Service:
         try:
             await self._in_thread(request, self._readers, prepare)
         except QueueFull as full:
-            raise _busy("the queue is full", full.retry_after) from full
+            raise self._full("the queue is full") from full
+        except PromptTooLong as error:
+            raise _too_long(str(error)) from error
         except ValueError as error:
             raise ApiError(400, str(error)) from error
         except EngineClosed as error:
@@ -592,7 +631,10 @@ class Service:
     def check_room(self) -> None:
         """Raise a 429 if as many requests are under way as may be."""
         if self.asked >= self.most_asked:
-            raise _busy(f"{self.asked} {'request is' if self.asked == 1 else 'requests are'} under way")
+            raise self._full(f"{self.asked} {'request is' if self.asked == 1 else 'requests are'} under way")
+
+    def _full(self, reason: str) -> ApiError:
+        return _busy(reason, min(self.engine.retry_after(), self.config.deadline))
 
     def _let_go(self, reply: Reply) -> None:
         self.asked -= 1
@@ -608,12 +650,8 @@ class Service:
             sentence = f"max_tokens is {ask.max_new_tokens}: expected 1 to {self.most_tokens}"
             raise ApiError(400, sentence, param="max_tokens")
         if len(ask.prompt) > 100 * self.context:  # not worth cutting into tokens: no piece has 100 characters
-            raise ApiError(
-                400,
-                f"the prompt has {len(ask.prompt):,} characters, the model's context {self.context:,} tokens: "
-                "shorten it",
-                code="context_length_exceeded",
-                param="prompt",
+            raise _too_long(
+                f"the prompt has {len(ask.prompt):,} characters, the model's context {self.context:,} tokens: shorten it"
             )
 
     async def chat(self, request: Request, body: ChatRequest):
@@ -666,7 +704,7 @@ class Service:
         temperature: Annotated[float | None, Form(ge=0, le=2, allow_inf_nan=False)] = None,
         top_p: Annotated[float | None, Form(gt=0, le=1, allow_inf_nan=False)] = None,
         top_k: Annotated[int | None, Form(ge=1, le=2**31)] = None,
-        repetition_penalty: Annotated[float | None, Form(gt=0, le=100, allow_inf_nan=False)] = None,
+        repetition_penalty: Annotated[float | None, Form(ge=0.01, le=100, allow_inf_nan=False)] = None,
         seed: Annotated[int | None, Form(ge=0, lt=2**63)] = None,
         stop: Annotated[list[str] | None, Form(max_length=4)] = None,
     ):
@@ -756,8 +794,9 @@ class Service:
         done = (stats.prompts, stats.tokens, sum(stats.finished.values()))
         if done != self._done or not stats.queued + stats.running:
             self._done, self._done_at = done, time.monotonic()
-        if time.monotonic() - self._done_at > STUCK_SECONDS:
-            sentence = f"the engine has work and took no token for {STUCK_SECONDS:g} seconds: start the server anew"
+        limit = max(STUCK_SECONDS, self.config.deadline)  # a prompt may take all the time that an answer has
+        if time.monotonic() - self._done_at > limit:
+            sentence = f"the engine has work and took no token for {limit:g} seconds: start the server anew"
             raise ApiError(503, sentence, code="stuck")
         return PlainJson({"status": "alive"})
 
@@ -835,14 +874,6 @@ def create_app(
     app.add_exception_handler(HTTPException, _framework_error)
     app.add_exception_handler(RequestValidationError, _shape_error)
     app.add_middleware(Guard, service=service)
-    if config.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=config.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=["Retry-After", "X-Request-ID"],
-        )
     return app
 
 

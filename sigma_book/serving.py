@@ -269,25 +269,28 @@ def _allow_many_connections() -> None:
 
 
 def read_api_keys(path: str | Path | None = None) -> tuple[str, ...]:
-    """Keys from a file, one a line, or from `SIGMA_BOOK_API_KEYS`, with commas between them; none if neither is there.
+    """Keys from a file, one a line, or from `SIGMA_BOOK_API_KEYS`, with commas between them; none if that is not set or empty.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file holds no key, or a key is not made of visible ASCII letters.
+        If the file or the variable holds no key, or a key is not made of visible ASCII letters.
     """
     if path is None:
-        source, keys = KEYS_VARIABLE, os.environ.get(KEYS_VARIABLE, "").split(",")
+        source, given = KEYS_VARIABLE, os.environ.get(KEYS_VARIABLE, "")
+        if not given:
+            return ()
+        keys = given.split(",")
     else:
         source = str(path)
         if not Path(path).is_file():
             raise FileNotFoundError(f"no such file: {path}: expected API keys, one a line")
         keys = Path(path).read_text(encoding="utf-8").splitlines()
     keys = [key.strip() for key in keys if key.strip()]
-    if path is not None and not keys:
-        raise ValueError(f"{source} holds no API key: write one a line, or leave the option out")
+    if not keys:  # else a secret that did not arrive would open the door to all
+        raise ValueError(f"{source} holds no API key: write at least one, or leave it out")
     if any(not key.isascii() or not key.isprintable() or " " in key for key in keys):
         raise ValueError(f"{source}: an API key is made of visible ASCII letters, without spaces")
     return tuple(keys)

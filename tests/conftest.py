@@ -118,12 +118,12 @@ def start_server():
     """A real server on a free port of this machine, for as long as the test runs: `start_server(model, **settings)`."""
     from sigma_book.batching import Engine
     from sigma_book.server import ServerConfig, create_app
-    from sigma_book.serving import GracefulServer
+    from sigma_book.serving import GracefulServer, remembering
 
     running = []
 
     def start(model, *, explain=None, static=None, engine=None, **settings):
-        engine = Engine(model, **(engine or {}))
+        engine = Engine(model, **({"encode_images": remembering(model)} | (engine or {})))
         app = create_app(engine, ServerConfig(**({"model_name": "pocket"} | settings)), explain=explain, static=static)
         server = GracefulServer(app)
         thread = threading.Thread(target=server.run)

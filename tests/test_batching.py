@@ -19,7 +19,7 @@ from PIL import Image
 
 from sigma_book import generate, load
 from sigma_book.assemble import POCKET
-from sigma_book.batching import Engine, EngineClosed, Event, QueueFull, RunningBatch, SlotCache
+from sigma_book.batching import Engine, EngineClosed, Event, PromptTooLong, QueueFull, RunningBatch, SlotCache
 from sigma_book.gemma import GemmaConfig
 from sigma_book.generation import Sampling, generate_answers
 from sigma_book.gqa import cache_bytes
@@ -880,11 +880,12 @@ def test_bad_engines(tiny_model, options):
 
 
 def test_a_prompt_beyond_the_rows(tiny_model, pictures):
-    with (
-        closing(Engine(tiny_model, max_length=8)) as engine,
-        pytest.raises(ValueError, match="room for 8.*shorten it by"),
-    ):
-        engine.submit(pictures[0], "a longer prompt", Heard(), max_new_tokens=1)
+    for length, prompt in ((8, "a longer prompt"), (None, "a longer prompt " * 40)):
+        with (
+            closing(Engine(tiny_model, max_length=length)) as engine,
+            pytest.raises(PromptTooLong, match=f"room for {engine.max_length}.*shorten it by"),
+        ):
+            engine.submit(pictures[0], prompt, Heard(), max_new_tokens=1)
 
 
 def test_a_model_without_a_processor(tiny_folder):

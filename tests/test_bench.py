@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from sigma_book.assemble import POCKET
+from sigma_book.assemble import POCKET, load
 from sigma_book.bench import (
     SIZES,
     Child,
@@ -28,6 +28,7 @@ from sigma_book.bench_contenders import Ours, Work, make_batch
 from sigma_book.bench_report import bench_lines
 from sigma_book.cli import main
 from sigma_book.fast import static_step
+from sigma_book.generation import generate_tokens
 from sigma_book.paligemma import PaliGemma, count_parameters
 from sigma_book.processor import Processor
 from sigma_book.speed import gpu_machine, inference_bill
@@ -118,6 +119,28 @@ def test_random_weights_load(tmp_path, dtype):
     assert all(parameter.std() > 0 for parameter in model.parameters())
     with safe_open(tmp_path / "random" / "model-00001.safetensors", framework="pt") as file:
         assert len(file.keys()) == len(model.state_dict())
+
+
+def test_random_weights_give_tokens_that_say_something(tmp_path):
+    """Equal tokens prove something only where picture, prompt and blocks decide them."""
+    config = size_config("pocket").to_dict()
+    config["text_config"] |= {"num_hidden_layers": 6, "hidden_size": 512, "intermediate_size": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_random_model(tmp_path / "random", read_config(tmp_path))
+    model = load(tmp_path / "random", device="cpu", dtype="float32")
+
+    def tokens(turn, prompt="caption en"):
+        batch = make_batch(model.processor, Work("", prompt=prompt), turn)
+        return [step[0].token for step in generate_tokens(model, batch, max_new_tokens=12, stop_ids=())]
+
+    answers = [tokens(turn) for turn in range(4)]
+    assert len({tuple(answer) for answer in answers}) == 4
+    assert tokens(0, "answer en how many red stars are there?") != answers[0]
+    assert len({token for answer in answers for token in answer}) > 8
+    for block in model.language_model.layers:
+        block.self_attn.o_proj.weight.data.zero_()
+        block.mlp.down_proj.weight.data.zero_()
+    assert tokens(0) == tokens(1) != answers[0]
 
 
 def random_config(folder):

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import gzip
 import io
 import itertools
 import json
@@ -17,6 +18,7 @@ import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import httpx
@@ -380,6 +382,7 @@ def test_what_a_request_may_not_say(server, scenes, pocket):
         ({"top_p": 0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"top_k": 0}, "top_k"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed"),
         ({"stop": ["a"] * 5}, "at most 4 items"),
@@ -418,6 +421,8 @@ def test_what_a_request_may_not_say(server, scenes, pocket):
             answer = http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
             error = assert_error(answer, 400, words)
             assert error["type"] == "invalid_request_error"
+            if words == "context":
+                assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
         missing = {name: value for name, value in good.items() if name != "model"}
         assert_error(http.post("/v1/chat/completions", json=missing), 400, "model")
         assert http.post("/v1/chat/completions", json=good).status_code == 200
@@ -447,6 +452,22 @@ def test_json_that_is_not_marked_as_json(server):
     for headers in ({}, {"content-type": "text/plain"}):
         answer = httpx.post(f"{server.url}/v1/chat/completions", content=b'{"model": "pocket"}', headers=headers)
         assert_error(answer, 400, "Content-Type: application/json")
+
+
+def test_a_body_that_is_compressed(server, scenes):
+    asked = {"model": "pocket", "messages": question("caption en", data_url(scenes[0])), "max_tokens": 1}
+    form = httpx.Request(
+        "POST", server.url, files={"file": scenes[0]}, data={"prompt": "caption en", "max_tokens": "1"}
+    )
+    bodies = [("/v1/chat/completions", "application/json", json.dumps(asked).encode())]
+    bodies += [("/generate", form.headers["content-type"], form.read())]
+    for path, kind, body in bodies:
+        for coding, content, status in (("gzip", gzip.compress(body), 415), ("identity", body, 200)):
+            headers = {"content-type": kind, "content-encoding": coding}
+            answer = httpx.post(f"{server.url}{path}", content=content, headers=headers)
+            assert answer.status_code == status, answer.text
+            if status == 415:
+                assert_error(answer, 415, "without Content-Encoding")
 
 
 def test_base64_may_have_lines(server, scenes):
@@ -681,21 +702,28 @@ def test_slow_heads_and_slow_bodies_do_not_stay(start_server, tiny_model, monkey
 
 
 def test_an_engine_that_is_stuck_and_one_that_had_nothing_to_do(start_server, tiny_folder, scenes, monkeypatch):
-    """Idle for longer than the limit is no fault, a request that gets no token for so long is one."""
+    """Idle for longer than the limit is no fault; a request that gets no token for so long is one, beyond its deadline."""
     monkeypatch.setattr("sigma_book.server.STUCK_SECONDS", 1.0)
     model, gate = load(tiny_folder, device="cpu"), threading.Event()
     prefill = model.prefill
     model.prefill = lambda *args, **options: gate.wait(30) and prefill(*args, **options)
     server = start_server(model)
     live = lambda: httpx.get(f"{server.url}/health/live").status_code  # noqa: E731
+    long, short = server.service.config, replace(server.service.config, deadline=0.1)
+    server.service.config = short
     assert live() == 200
     time.sleep(1.2)
+    server.service.config = long
     sent = {"files": {"file": scenes[0]}, "data": {"prompt": "caption en", "max_tokens": "3"}}
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(httpx.post, f"{server.url}/generate", timeout=60, **sent)
         wait_for(lambda: server.engine.stats().queued + server.engine.stats().running == 1)
+        server.service.config = short
         assert live() == 200
         wait_for(lambda: live() == 503)
+        server.service.config = long
+        assert live() == 200  # a long prompt may take all the time that an answer has
+        server.service.config = short
         answer = httpx.get(f"{server.url}/health/ready")
         assert answer.status_code == 503 and "start the server anew" in answer.json()["error"]["message"]
         gate.set()
@@ -819,7 +847,8 @@ def test_api_keys(start_server, tiny_model):
         assert httpx.get(f"{server.url}{path}").status_code == 200
 
 
-def test_other_sites_may_ask_only_if_told_so(start_server, tiny_model):
+def test_other_sites_may_ask_only_if_told_so(start_server, tiny_model, caplog):
+    caplog.set_level(logging.INFO, "sigma_book.server")
     site = {"origin": "https://a.example", "access-control-request-method": "POST"}
     closed = start_server(tiny_model)
     assert "access-control-allow-origin" not in httpx.get(f"{closed.url}/v1/models", headers=site).headers
@@ -827,6 +856,13 @@ def test_other_sites_may_ask_only_if_told_so(start_server, tiny_model):
     server = start_server(tiny_model, cors_origins=("https://a.example",), api_keys=("k",))
     answer = httpx.options(f"{server.url}/generate", headers=site)
     assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://a.example"
+    stranger = httpx.options(f"{server.url}/generate", headers=site | {"origin": "https://b.example"})
+    assert_error(stranger, 400, "Disallowed CORS origin")
+    told = {preflight.headers["x-request-id"] for preflight in (answer, stranger)}
+    wait_for(lambda: told <= {record.fields["id"] for record in caplog.records})
+    counts = server.service.meters.text().decode()
+    assert 'sigma_book_requests_total{path="other",status="400"} 1.0' in counts
+    assert 'path="/generate"' not in counts  # it was not asked for an answer
     refused = httpx.get(f"{server.url}/v1/models", headers=site)
     assert_error(refused, 401)
     assert refused.headers["access-control-allow-origin"] == "https://a.example"  # or the page could not read why
@@ -863,6 +899,7 @@ def test_the_docs_need_nobody_else(server):
     [
         ({"max_body": 0}, "max_body"),
         ({"max_body": 2000, "max_held": 1000}, "max_body is 2,000, max_held 1,000"),
+        ({"model_name": ""}, "model_name is empty"),
         ({"deadline": 0}, "deadline"),
         ({"deadline": float("nan")}, "deadline"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
@@ -872,7 +909,7 @@ def test_the_docs_need_nobody_else(server):
 )
 def test_an_operator_s_mistakes(settings, words):
     with pytest.raises(ValueError, match=words):
-        ServerConfig("pocket", **settings)
+        ServerConfig(**({"model_name": "pocket"} | settings))
 
 
 # Queue, deadline, those who go away
@@ -906,7 +943,17 @@ def in_threads(count: int, call) -> tuple[list, list[threading.Thread]]:
 def test_the_seconds_to_wait_are_rounded_up():
     assert [_busy("full", seconds).headers["Retry-After"] for seconds in (0.0, 2.0, 2.4)] == ["1", "2", "3"]
     with pytest.raises(ApiError, match="^1 request is under way: ask again in 1 s$"):
-        Service.check_room(SimpleNamespace(asked=1, most_asked=1))
+        Service.check_room(SimpleNamespace(asked=1, most_asked=1, _full=_busy))
+
+
+def test_a_full_server_says_how_long_it_takes(start_server, tiny_model, scenes):
+    server = start_server(tiny_model)  # with the numbers of the command: 8 rows, 64 that wait, a deadline of 60 s
+    server.service.asked = server.service.most_asked
+    for held, seconds in ((2.0, "16"), (1e3, "60")):  # that a request keeps its row
+        server.engine._held = held
+        refused = httpx.post(f"{server.url}/generate", files={"file": scenes[0]}, data={"prompt": "caption en"})
+        assert_error(refused, 429, f"72 requests are under way: ask again in {seconds} s")
+        assert refused.headers["retry-after"] == seconds
 
 
 def test_a_full_queue_says_when_to_come_back(start_server, pocket, scenes, held):

@@ -162,11 +162,27 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     assert read_api_keys() == ()
     monkeypatch.setenv("SIGMA_BOOK_API_KEYS", "one, two,")
     assert read_api_keys() == ("one", "two")
+    monkeypatch.setenv("SIGMA_BOOK_API_KEYS", "")  # what compose gives where nothing is set
+    assert read_api_keys() == ()
+    for nothing in (",", " , ", "\n"):
+        monkeypatch.setenv("SIGMA_BOOK_API_KEYS", nothing)
+        with pytest.raises(ValueError, match="SIGMA_BOOK_API_KEYS holds no API key"):
+            read_api_keys()
     (tmp_path / "keys").write_text("three\n\n  four \n")
     assert read_api_keys(tmp_path / "keys") == ("three", "four")
     (tmp_path / "keys").write_text("fi ve\n")
     with pytest.raises(ValueError, match="visible ASCII"):
         read_api_keys(tmp_path / "keys")
+
+
+def test_a_model_is_called_as_its_folder(monkeypatch, tiny_folder):
+    names = []
+    monkeypatch.setattr("sigma_book.serving.serve", lambda make_model, config, **given: names.append(config.model_name))
+    monkeypatch.chdir(tiny_folder)
+    for given in (".", f"../{tiny_folder.name}/", "some/hub-id"):
+        assert main(["serve", "--model", given]) == 0
+    assert main(["serve"]) == 0
+    assert names == [tiny_folder.name, tiny_folder.name, "hub-id", "pocket"]
 
 
 def test_keys_of_the_environment_are_asked_for(serve, tiny_folder, picture_file):
