@@ -208,8 +208,12 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _from_deep_grey(image, name)
     if image.has_transparency_data:
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        try:
+            image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        except (TypeError, ValueError):  # its note on transparency is left from another mode and says nothing here
+            image = image.copy()
+            image.info.pop("transparency", None)
     upright = image.convert("RGB")  # a picture of its own, whatever the mode was
     upright.info = {}  # the note on turning among it is used up: who loads this again shall not turn it again
     return upright

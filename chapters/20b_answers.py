@@ -33,13 +33,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from sigma_book.data import Example
+from sigma_book.data import Example, has_boxes, picture_of
 from sigma_book.evaluation import (
     AP_KEYS,
     PictureBoxes,
@@ -133,12 +134,13 @@ class AnswerFile:
                     return  # torn: its process died, or is about to write the rest
                 try:
                     record = json.loads(line)
-                    inside = self.most is None or record["index"] < self.most
-                except (ValueError, KeyError, TypeError) as error:
+                    if not isinstance(record, dict) or type(record.get("index")) is not int:
+                        raise ValueError("expected an answer with the number of its example as index")
+                except (ValueError, RecursionError) as error:
                     raise ValueError(
                         f"{self.path}, line {number} is broken ({error}): remove the file and begin again"
                     ) from error
-                if not inside:
+                if self.most is not None and record["index"] >= self.most:
                     return
                 yield record
 
@@ -152,9 +154,9 @@ class AnswerFile:
         """
         following = 0
         for number, record in enumerate(AnswerFile(self.path), start=1):
-            if not isinstance(record.get("index"), int) or record["index"] < following:
+            if record["index"] < following:
                 raise ValueError(
-                    f"{self.path}, line {number}: index is {record.get('index')!r}, expected {following} or more: "
+                    f"{self.path}, line {number}: index is {record['index']}, expected {following} or more: "
                     "the file was edited; give a new folder"
                 )
             following = record["index"] + 1
@@ -184,7 +186,7 @@ class AnswerFile:
 # %%
 # | export
 EVALUATION_TASKS = ("caption", "vqa", "count", "detect")
-_KEPT_FACTS = ("image_id", "question_id", "question_type", "answer_type", "category_id", "boxes", "labels")
+_KEPT_FACTS = ("image_id", "question_id", "question_type", "answer_type", "category_id", "boxes", "labels", "crowds")
 
 
 def true_count(example: Example) -> int | None:
@@ -231,8 +233,8 @@ def answer_examples(
     Raises
     ------
     ValueError
-        If the task is unknown; if an example cannot be read or asked, or has nothing to compare with: the sentence names
-        it, and the answers before it stand.
+        If the task is unknown; if the file was edited; if an example cannot be read or asked, or has nothing to compare
+        with: the sentence names it, and the answers before it stand.
     FileNotFoundError
         If a picture is missing.
     RuntimeError
@@ -246,6 +248,7 @@ def answer_examples(
     answers = AnswerFile(path, end)
     with answers.growing() as append:
         start = min(answers.next_index(), end)
+        _expect_all(task, examples, answers, start)
         numbered = ((index, examples[index]) for index in range(start, end))
         asked = (pair for pair in numbered if task != "count" or true_count(pair[1]) is not None)
         with tqdm(total=end, initial=start, desc=task, unit="", disable=None) as bar:
@@ -255,6 +258,27 @@ def answer_examples(
                 bar.update(rows[-1][0] + 1 - bar.n)
             bar.update(end - bar.n)
     return answers
+
+
+_KEYS = {"where", "prompt", "answer", "answers", "suffix", "seconds", "rows", "megabytes"}
+
+
+def _expect_all(task: str, examples: Sequence[Example], answers: AnswerFile, start: int) -> None:
+    """No example before `start` may lack its answer: the scores would cover fewer than they seem to."""
+    following, wanted = 0, _KEYS | ({"boxes", "labels", "size"} if task == "detect" else set())
+    for number, record in enumerate(itertools.chain(answers, [None]), start=1):
+        if record is not None and (missing := wanted - record.keys()):
+            raise ValueError(
+                f"{answers.path}, line {number} has no {', '.join(sorted(missing))}: the file was edited; give a new folder"
+            )
+        index = start if record is None else record["index"]
+        for lost in range(following, index):
+            if task != "count" or true_count(examples[lost]) is not None:
+                raise ValueError(
+                    f"{answers.path}: the answer with index {lost} is missing before line {number}: the file was edited; "
+                    "give a new folder"
+                )
+        following = index + 1
 
 
 def _hold_alone(file: io.FileIO) -> None:
@@ -285,22 +309,20 @@ def _ask_rows(task: str, rows: list[tuple[int, Example]], answer: Callable) -> l
     for _, example in rows:
         if not any(text.strip() for text in example.answers):
             raise ValueError(f"{example.where}: there is no true answer to compare with")
-        if task == "detect" and not _has_boxes(example):
+        if task == "detect" and not has_boxes(example):
             boxes, remarks = parse(example.suffix, 1, 1)
             if remarks and 4 * len(boxes) < example.suffix.count("<loc"):  # other remarks cost no box
                 raise ValueError(f"{example.where}: the true answer cannot be read: {remarks[0]}")
     begun = time.perf_counter()
     try:
-        texts = answer([example for _, example in rows])
+        asked = [example for _, example in rows]
+        if task == "detect":  # where a picture and its boxes do not fit, there is nothing to compare with
+            asked = [replace(one, image=picture_of(one)) if has_boxes(one) else one for one in asked]
+        texts = answer(asked)
     except (ValueError, OSError) as error:
         raise _blamed([example for _, example in rows], error) from error
     spent = {"seconds": time.perf_counter() - begun, "rows": len(rows), "megabytes": peak_megabytes()}
     return [_record(task, index, example, text) | spent for (index, example), text in zip(rows, texts, strict=True)]
-
-
-def _has_boxes(example: Example) -> bool:
-    """Whether its facts are those of COCO; a row of one's own may use one of their names for something else."""
-    return {"annotation_ids", "boxes", "labels", "height", "width"} <= example.facts.keys()
 
 
 def _blamed(examples: list[Example], error: Exception) -> Exception:
@@ -308,7 +330,7 @@ def _blamed(examples: list[Example], error: Exception) -> Exception:
     where = f"{examples[0].where} to {examples[-1].where}" if len(examples) > 1 else examples[0].where
     for example in examples:
         try:
-            load_image(example.image)
+            picture_of(example)
         except (ValueError, OSError) as broken:
             where, error = example.where, broken
             break
@@ -323,13 +345,14 @@ def _record(task: str, index: int, example: Example, text: str) -> dict:
     if isinstance(example.image, str | Path):
         record["image"] = str(Path(example.image).absolute())
     if task == "detect":
-        if _has_boxes(example):
+        if has_boxes(example):
             size = [example.facts["height"], example.facts["width"]]
         else:
             picture = load_image(example.image)
             size = [picture.height, picture.width]
             detections, _ = parse(example.suffix, *size)
             record |= {"boxes": [box.box for box in detections], "labels": [box.label for box in detections]}
+            record["crowds"] = []  # of its own, if it has any, nothing is known
         record["size"] = size
     return record
 
@@ -402,6 +425,12 @@ if None not in held.values():
 # is. (That table, and a few numbers for each box found, are all that grows with the data.) Beside the
 # scores it keeps the worst cases, which teach more than a mean. What "worst" means depends on the task: the lowest
 # CIDEr; a wrong answer to a question on which people agree; the count that is farthest off; the boxes that fit least.
+#
+# VQAv2's files get VQA's own rule (chapter 20), to the letter. Rows of one's own, which have no `question_id`, come with
+# people's answers as they were typed: `Nokia`, `two`, `a dog`. Both sides are put into plain form then, or an answer that is
+# exactly theirs would count as wrong.
+#
+# COCO's crowds count for average precision alone. For the shares of what was found, a box in a crowd is one too many.
 
 
 # %%
@@ -470,7 +499,7 @@ def _score_captions(records: Iterable[dict], cases: _Worst) -> dict:
 def _score_vqa(records: Iterable[dict], cases: _Worst) -> dict:
     sums: dict[str, list[float]] = {}
     for record in records:
-        score = vqa_accuracy(record["answer"], record["answers"])
+        score = vqa_accuracy(record["answer"], record["answers"], official="question_id" in record)
         for name in ("overall", record.get("answer_type")):
             if name is not None:
                 total = sums.setdefault(str(name), [0, 0.0])
@@ -501,10 +530,11 @@ def _score_boxes(records: Iterable[dict], cases: _Worst) -> dict:
 
     def pictures() -> Iterator[PictureBoxes]:
         for _, rows in itertools.groupby(records, key=lambda record: record.get("image_id", record["index"])):
-            truth, found = [], []  # the labels of one picture stand one after the other
+            truth, found, crowds = [], [], []  # the labels of one picture stand one after the other
             for record in rows:
                 here, seen, remarks = _boxes_of(record)
                 truth, found = truth + here, found + seen
+                crowds = record.get("crowds", [])  # those of the whole picture, each time
                 totals.update(asked=1, things=len(here), unread=bool(remarks))
                 good, overlap = (
                     compare_boxes([box.box for box in seen], [box.box for box in here]) if here else (not seen, 0.0)
@@ -513,7 +543,8 @@ def _score_boxes(records: Iterable[dict], cases: _Worst) -> dict:
                 totals.update(right=good, overlap=overlap * len(here))
                 if not good:
                     cases.push((1 - overlap, abs(len(seen) - len(here))), record, f"mean IoU {overlap:.2f}")
-            yield PictureBoxes(truth, found)
+            truth += [Detection(crowd["label"], tuple(crowd["box"])) for crowd in crowds]
+            yield PictureBoxes(truth, found, crowd=[False] * (len(truth) - len(crowds)) + [True] * len(crowds))
 
     scores = average_precision(pictures())
     fit = {"asked": totals["asked"], "all_found": totals["right"] / totals["asked"]}

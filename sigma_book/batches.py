@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from sigma_book.data import Example, Examples, located
+from sigma_book.data import Example, Examples, located, picture_of
 from sigma_book.generation import whole_number
 from sigma_book.locate import draw_boxes, parse
 from sigma_book.processor import Batch, Processor, encode_picture, file_beside, load_image
@@ -88,7 +88,7 @@ def _ready(processor: Processor, example: Example, max_length: int | None, trunc
             raise ValueError("the answer is empty: there is nothing to learn")
         prefix, cut = _fit_text(processor, example.prefix, example.suffix, max_length, truncate)
         side = processor.image_size  # a batch of whole photographs would fill the memory
-        image = load_image(example.image).resize((side, side), Image.Resampling.BICUBIC)
+        image = picture_of(example).resize((side, side), Image.Resampling.BICUBIC)
     except (ValueError, OSError) as error:
         raise located(error, example.where) from error
     return _Ready(image, prefix, example.suffix, cut)
@@ -533,7 +533,7 @@ def survey(examples: Sequence[Example], processor: Processor, max_length: int | 
     """
     prompts, answers = np.zeros(len(examples), np.int32), np.zeros(len(examples), np.int32)
     digests = np.zeros((len(examples), 2), np.uint64)  # of the whole row, and of the answer
-    seen: dict[bytes, str | None] = {}  # a picture's digest, and why it cannot be opened
+    seen: dict[bytes, str | None] = {}  # a picture's digest, and why it cannot be used
     broken: list[tuple[str, str]] = []
     kept: list[int] = []
     too_long: list[tuple[str, int]] = []
@@ -551,7 +551,7 @@ def survey(examples: Sequence[Example], processor: Processor, max_length: int | 
                     rows.append((index, where, example, _digest(_picture_name(example.image))))
                 except (ValueError, OSError) as error:
                     broken.append((where, str(error).removeprefix(f"{where}: ")))
-            new = {name: example.image for _, _, example, name in rows if name not in seen}
+            new = {name: example for _, _, example, name in rows if name not in seen}
             seen.update(zip(new, pool.map(_why_broken, new.values())))
             for index, where, example, name in rows:
                 if seen[name] is not None:
@@ -602,9 +602,9 @@ def _picture_name(image: object) -> str:
     return str(image) if isinstance(image, str | Path) else f"in memory {id(image)}"
 
 
-def _why_broken(image: object) -> str | None:
+def _why_broken(example: Example) -> str | None:
     try:
-        load_image(image)
+        picture_of(example)
     except (ValueError, OSError) as error:
         return str(error)
     return None

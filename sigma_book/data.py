@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from sigma_book.locate import Box, encode_box
+from sigma_book.processor import load_image
 
 __all__ = [
     "FORMS",
@@ -27,9 +28,11 @@ __all__ = [
     "Examples",
     "Table",
     "find_picture",
+    "has_boxes",
     "index_document",
     "index_lines",
     "located",
+    "picture_of",
     "read_examples",
     "read_mask",
 ]
@@ -259,6 +262,8 @@ def find_picture(name: object, folders: Sequence[Path]) -> Path:
         raise ValueError(f"image is {name!r:.80}: expected the path of a picture")
     if "://" in name or name.startswith("data:"):
         shown = name if len(name) <= 80 else f"{name[:77]}..."
+        if name.startswith("file://"):
+            raise ValueError(f"image is {shown!r}: write the path alone, without file://")
         raise ValueError(f"image is {shown!r}, a URL: download the pictures first and write their paths")
     names = [name] if os.sep == "\\" or "\\" not in name else [name, PureWindowsPath(name).as_posix()]
     paths = [folder / spelled for folder in folders for spelled in names]
@@ -331,6 +336,10 @@ _COLUMNS = {
 }
 
 
+def _whole(one: object) -> object:
+    return int(one) if isinstance(one, float) and one.is_integer() else one  # some write 7.0
+
+
 def _column(values: Sequence[object]) -> np.ndarray:
     """Whole numbers as numbers, texts as texts, both together as texts; anything else as it is."""
     kinds = {type(value) for value in values}
@@ -355,8 +364,7 @@ class _Rows:
         if any(isinstance(one, str) and not one.isascii() for one in ids):
             value = window.exact()
             ids = [value.get(name) for name in self.names]
-        ids = [int(one) if isinstance(one, float) and one.is_integer() else one for one in ids]  # some write 7.0
-        self._waiting.append((start, window.base + window.at, *ids))
+        self._waiting.append((start, window.base + window.at, *map(_whole, ids)))
         if len(self._waiting) >= 20_000:
             self._pack()
 
@@ -474,7 +482,7 @@ class _QuestionSource:
     def example(self, index: int) -> Example:
         (row,) = self.questions.rows([index])
         question = _text(row.get("question"), "question").strip()
-        image_id, question_id = row.get("image_id"), row.get("question_id")
+        image_id, question_id = _whole(row.get("image_id")), _whole(row.get("question_id"))
         if isinstance(image_id, bool) or not isinstance(image_id, int | str):
             raise ValueError(f"image_id is {image_id!r}: expected a number")
         facts = {"question": question, "question_id": question_id, "image_id": image_id}
@@ -550,6 +558,8 @@ class _InstanceSource:
     find_image: _Find
     order: np.ndarray  # of annotations: those of one picture and category stand together
     begins: np.ndarray  # of each such group in `order`, and the end
+    crowds: np.ndarray  # of annotations
+    find_crowds: _Find  # among these, by picture
     categories: Mapping[object, str]
     encode_mask: Callable[[torch.Tensor, Box], Sequence[int]] | None
     folders: tuple[Path, ...]
@@ -577,9 +587,22 @@ class _InstanceSource:
             raise ValueError(f"image {image_id} has height {size[0]!r} and width {size[1]!r}: expected pixels")
         rows = self.annotations.rows(self.order[self.begins[index] : self.begins[index + 1]])
         things = sorted(((_corners(row), row) for row in rows), key=lambda pair: (pair[0][1], pair[0][0]))
+        for (top, left, bottom, right), row in things:
+            if top > size[0] or left > size[1] or bottom < 0 or right < 0:
+                raise ValueError(
+                    f"annotation {row.get('id')} has bbox {row['bbox']}, which lies outside of its picture of "
+                    f"{size[1]} x {size[0]} pixels: mend the box, or the picture's width and height"
+                )
         facts = {"image_id": image_id, "category_id": category_id, "height": size[0], "width": size[1]}
         facts |= {"file_name": image.get("file_name"), "boxes": [list(box) for box, _ in things]}
         facts |= {"labels": [label] * len(things), "annotation_ids": [row.get("id") for _, row in things]}
+        crowds = self.crowds[self.find_crowds.all(image_id)]
+        kinds = [self.categories.get(number.item()) for number in self.annotations.columns["category_id"][crowds]]
+        facts["crowds"] = [  # of all categories: an answer may name others than it was asked for
+            {"label": kind, "box": list(_corners(row))}
+            for kind, row in zip(kinds, self.annotations.rows(crowds))
+            if kind
+        ]
         answer = [encode_box(box, *size) for box, _ in things]
         if self.encode_mask is not None:
             facts["segmentations"] = [row.get("segmentation") for _, row in things]
@@ -600,6 +623,33 @@ def _corners(row: dict) -> Box:
         raise ValueError(f"annotation {row.get('id')} has bbox {box!r}: expected [x, y, width, height] in pixels")
     x, y, width, height = map(float, box)
     return y, x, y + height, x + width
+
+
+def has_boxes(example: Example) -> bool:
+    """Whether its facts are those of COCO; a row of one's own may use one of their names for something else."""
+    sizes = [example.facts.get(edge) for edge in ("height", "width")]
+    return {"annotation_ids", "boxes", "labels"} <= example.facts.keys() and all(isinstance(one, int) for one in sizes)
+
+
+def picture_of(example: Example) -> Image.Image:
+    """The picture of an example, upright and in RGB.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged, or is of another shape than its boxes in a COCO file need.
+    FileNotFoundError, RuntimeError
+        As `load_image`.
+    """
+    picture = load_image(example.image)
+    if has_boxes(example):
+        (width, height), high, wide = picture.size, example.facts["height"], example.facts["width"]
+        if abs(width * high - height * wide) > max(width + height, wide + high):
+            raise ValueError(
+                f"the file says {wide} x {high}, the picture is {width} x {height} once turned as its EXIF says: its boxes "
+                "would lie elsewhere, so mend the file, or give the pictures that it was made for"
+            )
+    return picture
 
 
 def read_mask(segmentation: object, height: int, width: int) -> np.ndarray:
@@ -788,7 +838,7 @@ def read_examples(
         else:
             examples = _open_instances(path, tables, folders, found, encode_mask)
     if len(examples) == 0:
-        raise ValueError(f"{path} holds no example")
+        raise ValueError("; ".join((f"{path} holds no example", *examples.remarks)))
     return examples
 
 
@@ -947,8 +997,8 @@ def _open_instances(path, tables, folders, form, encode_mask) -> Examples:
     names = ["images", "annotations", "categories"]
     images, annotations, categories = _tables_for(path, tables, names, form)
     columns = [_ids(annotations, name, "annotation") for name in ("image_id", "category_id")]
-    crowd = np.asarray([bool(value) for value in annotations.columns["iscrowd"]], bool)
-    kept = np.flatnonzero(~crowd)
+    crowd = _crowds(path, annotations)
+    kept, crowds = np.flatnonzero(~crowd), np.flatnonzero(crowd)
     order = kept[np.lexsort([column[kept] for column in reversed(columns)])]
     new = np.zeros(len(order), bool)
     new[:1] = True
@@ -970,7 +1020,27 @@ def _open_instances(path, tables, folders, form, encode_mask) -> Examples:
             raise ValueError(
                 f"{path}: category {number} is named {name!r}, expected a name in one line without ';', <loc and <seg"
             )
+        named[number] = " ".join(name.split())  # as a prompt has it, and as an answer is read
+    used: dict[str, object] = {}
+    for number in np.unique(columns[1]).tolist():  # some tools add a category that nothing has
+        name = named.get(number)
+        if name is not None and used.setdefault(name, number) != number:
+            raise ValueError(
+                f"{path}: categories {used[name]} and {number} are both named {name!r}: 'detect {name}' would have two "
+                "answers, give each a name of its own"
+            )
     remarks = [f"{crowd.sum()} crowds (iscrowd) are left aside"] if crowd.any() else []
     encode = encode_mask if form == "coco-segment" else None
-    source = _InstanceSource(images, annotations, _find_images(path, images), order, begins, named, encode, folders)
-    return Examples(source, form, remarks)
+    find_image, find_crowds = _find_images(path, images), _Find(columns[0][crowds])
+    groups = (order, begins, crowds, find_crowds)
+    return Examples(_InstanceSource(images, annotations, find_image, *groups, named, encode, folders), form, remarks)
+
+
+def _crowds(path: Path, annotations: Table) -> np.ndarray:
+    """For each annotation, whether it is a crowd."""
+    values = annotations.columns["iscrowd"].tolist()
+    known = (0, 1, None)  # true and false among them; a text is not: "0" would count as true
+    for index, value in enumerate(values):
+        if value not in known and (said := annotations.rows([index])[0].get("iscrowd")) not in known:
+            raise ValueError(f"{path}, annotation {index + 1}: iscrowd is {said!r}, expected 0 or 1")
+    return np.asarray([value in (1, "1") for value in values], bool)

@@ -325,6 +325,7 @@ def test_answers_of_many_kinds(gallery, tmp_path, answer, suffix, answers):
         ('{"image": "https://example.com/a.jpg", "text": "a"}', "a URL: download the pictures first"),
         ('{"image": "s3://bucket/a.jpg", "text": "a"}', "a URL: download the pictures first"),
         ('{"image": "data:image/png;base64,iVBO", "text": "a"}', "a URL: download the pictures first"),
+        ('{"image": "file:///data/1.png", "text": "a"}', "write the path alone, without file://"),
         ("[" * 100_000, "broken JSON"),
         ('{"image": "1.png", "text": ' + "9" * 5000 + "}", "broken JSON (Exceeds the limit"),
         ('{"image": "1.png", "text": "\xe4"}', "not UTF-8"),
@@ -583,6 +584,10 @@ def test_coco_instances_against_the_official_reader(official, official_api):
             bins = [round(place / 112 * 1023) for place in box]
             parts.append("".join(f"<loc{place:04d}>" for place in bins) + f" {label}")
         assert example.suffix == " ; ".join(parts)
+        around = [row for row in theirs.imgToAnns[example.facts["image_id"]] if row["iscrowd"]]
+        around = [(theirs.cats[row["category_id"]]["name"], *row["bbox"]) for row in around]
+        told = [(crowd["label"], crowd["box"]) for crowd in example.facts["crowds"]]
+        assert around == [(label, x, y, right - x, bottom - y) for label, (y, x, bottom, right) in told]
         assert example.image.is_file() and json.loads(json.dumps(example.facts)) == example.facts
     assert not wanted
 
@@ -743,6 +748,7 @@ def first_annotation(name: str, value):
         ("instances", first_annotation("category_id", 5), "category_id 5 has no entry in 'categories'"),
         ("instances", first_annotation("bbox", [1, 2, -3, 4]), "bbox [1, 2, -3, 4]: expected [x, y, width, height]"),
         ("instances", first_annotation("bbox", [1, 2, 3]), "bbox [1, 2, 3]"),
+        ("instances", first_annotation("bbox", [113, 2, 3, 4]), "which lies outside of its picture of 112 x 112"),
         ("instances", lambda c: c["images"][0].pop("height"), "height None and width 112: expected pixels"),
         ("instances", lambda c: c["images"][0].pop("file_name"), "image is None"),
     ],
@@ -794,7 +800,10 @@ def test_a_caption_that_is_no_text_breaks_its_own_example_only(official, tmp_pat
         ),
         ("instances", lambda c: c["categories"][0].update(name="\ud800"), "expected a name in one line"),
         ("instances", lambda c: c["categories"].append(c["categories"][0]), "stands twice in 'categories'"),
-        ("instances", lambda c: [row.update(iscrowd=1) for row in c["annotations"]], "holds no example"),
+        ("instances", lambda c: [row.update(iscrowd=1) for row in c["annotations"]], "no example; 39 crowds (iscrowd)"),
+        ("instances", first_annotation("iscrowd", "0"), "iscrowd is '0', expected 0 or 1"),
+        ("instances", first_annotation("iscrowd", 2), "iscrowd is 2, expected 0 or 1"),
+        ("instances", lambda c: [row.update(name="a  b ") for row in c["categories"]], "are both named 'a b'"),
         ("questions", lambda c: c.update(questions=[]), "holds no example"),
     ],
 )
@@ -802,6 +811,31 @@ def test_a_damaged_file_is_refused(official, tmp_path, name, edit, words):
     with pytest.raises(ValueError) as error:
         read_examples(change(official[name], tmp_path / "x.json", edit))
     assert words in str(error.value) and "x.json" in str(error.value)
+
+
+def test_crowds_may_be_written_in_several_ways(official, tmp_path):
+    def rewrite(content):
+        ways = [(0, False, None), (1, True, 1.0)]
+        for number, row in enumerate(content["annotations"]):
+            row["iscrowd"] = ways[row["iscrowd"]][number % 3]
+
+    found = read_examples(change(official["instances"], tmp_path / "x.json", rewrite))
+    plain = read_examples(official["instances"])
+    assert [example.facts for example in found] == [example.facts for example in plain]
+
+
+def test_names_of_categories_have_one_space_between_words(official, tmp_path):
+    """As `parse` reads them from an answer; and a category that nothing has may share its name with another."""
+
+    def rename(content):
+        for row in content["categories"]:
+            row["name"] = f" the  {row['name']} "
+        content["categories"].append({"id": 999, "name": content["categories"][0]["name"]})
+
+    found = read_examples(change(official["instances"], tmp_path / "x.json", rename))
+    for example, plain in zip(found, read_examples(official["instances"]), strict=True):
+        assert example.prefix == plain.prefix.replace("detect ", "detect the ")
+        assert [box.label for box in parse(example.suffix, 112, 112)[0]] == example.facts["labels"]
 
 
 def test_pairs_that_do_not_belong_together(official, tmp_path):
@@ -835,6 +869,49 @@ def test_pairs_that_do_not_belong_together(official, tmp_path):
     twice = change(answers, tmp_path / "twice.json", lambda c: c["annotations"].append(c["annotations"][0]))
     with pytest.raises(ValueError, match="stands twice"):
         read_examples(questions, annotations=twice)
+
+
+def test_ids_may_be_floats(official, tmp_path):
+    def rewrite(content):
+        for row in content.get("questions", []) + content.get("annotations", []):
+            row.update(question_id=float(row["question_id"]), image_id=float(row["image_id"]))
+
+    files = [change(official[name], tmp_path / f"{name}.json", rewrite) for name in ("questions", "answers")]
+    found = read_examples(files[0], annotations=files[1], root=official["questions"].parent)
+    plain = read_examples(official["questions"], annotations=official["answers"])
+    for ours, theirs in zip(found, plain, strict=True):
+        assert (ours.suffix, ours.facts, ours.image) == (theirs.suffix, theirs.facts, theirs.image)
+
+
+@pytest.mark.parametrize(
+    ("stored", "note", "fits"),
+    [
+        ((80, 60), 1, True),
+        ((60, 80), 6, True),
+        ((53, 40), 1, True),
+        ((27, 20), 1, True),
+        ((800, 599), 1, True),
+        ((60, 80), 1, False),
+        ((80, 60), 6, False),
+        ((60, 60), 1, False),
+    ],
+)
+def test_boxes_of_a_picture_of_another_shape_are_refused(small, tmp_path, stored, note, fits):
+    """The file says 80 x 60. A smaller or larger copy will do; one on its side has its boxes elsewhere."""
+    exif = Image.Exif()
+    exif[0x0112] = note
+    Image.new("RGB", stored).save(tmp_path / "a.jpg", exif=exif)
+    content = {"images": [{"id": 1, "file_name": "a.jpg", "height": 60, "width": 80}]}
+    content["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 30, 20]}]
+    (tmp_path / "x.json").write_text(json.dumps(content | {"categories": [{"id": 1, "name": "cat"}]}))
+    found = read_examples(tmp_path / "x.json")
+    broken = survey(found, small).broken
+    if fits:
+        assert broken == () and len(collate(small, found[:]).input_ids) == 1
+        return
+    with pytest.raises(ValueError, match=r"x\.json, image 1, .* the file says 80 x 60, the picture is 60 x [68]0 once"):
+        collate(small, found[:])
+    assert len(broken) == 1 and "would lie elsewhere" in broken[0][1]
 
 
 def test_ids_may_be_texts(official, tmp_path):

@@ -147,6 +147,28 @@ def test_plain_form_of_answers():
     )
 
 
+def test_answers_of_ones_own_are_made_plain_too(tmp_path):
+    """The official rule knows people's answers to be plain, and keeps to VQAv2's files."""
+    assert vqa_accuracy("Nokia", ["Nokia"] * 10) == 0.0
+    for said in ("Nokia", "a dog", "Two", "dont walk", "somebody'd", "somebodyd"):
+        assert vqa_accuracy(said, [said] * 10, official=False) == 1.0
+    people = ["the dog"] * 9 + ["A cat"]
+    assert vqa_accuracy("Dog.", people, official=False) == 1.0
+    assert vqa_accuracy("cat", people, official=False) == pytest.approx(0.3)
+    for facts, accuracy in (({}, 1.0), ({"question_id": 7}, 0.0)):
+        own = [Example(b"", "answer en who?", "Nokia", "row 1", ("Nokia",) * 10, facts)]
+        records = answer_examples("vqa", own, lambda rows: ["Nokia"], tmp_path / f"{len(facts)}.jsonl")
+        assert score_answers("vqa", records)[0]["accuracy"] == accuracy
+
+
+def test_a_number_that_does_not_end_is_none():
+    for digits in (16, 400, 5000):
+        assert read_count("1" * digits) is None
+        record = {"index": 0, "answer": "1" * digits, "suffix": "3"}
+        assert score_answers("count", [record])[0]["no_number"] == 1
+    assert read_count("1" * 15) == 111_111_111_111_111
+
+
 def test_counting_by_hand():
     scores = count_scores([(3, 3), (4, 5), (None, 5), (1, 5), (0, 0)])
     assert (scores["asked"], scores["no_number"]) == (5, 1)
@@ -211,6 +233,60 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
     path.write_bytes(lines[0] + lines[0])
     with pytest.raises(ValueError, match="line 2: index is 0, expected 1 or more"):
         answer_examples("caption", rows(3), echo, path)
+
+
+@pytest.mark.parametrize("line", ["5", "[]", '"x"', "null", "{}", '{"index": "0"}', '{"index": true}', "[" * 100_000])
+def test_a_line_that_is_no_answer_is_named(tmp_path, line):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(f"{line}\n")
+    for read in (lambda: AnswerFile(path).next_index(), lambda: answer_examples("caption", rows(3), echo, path)):
+        with pytest.raises(ValueError, match=r"answers\.jsonl, line 1 is broken"):
+            read()
+
+
+def test_an_answer_that_lacks_something_is_named(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    answer_examples("caption", rows(2), echo, path)
+    path.write_bytes(path.read_bytes() + b'{"index": 2, "answer": "a"}\n')
+    with pytest.raises(ValueError, match=r"line 3 has no answers, megabytes, prompt, .*: the file was edited"):
+        answer_examples("caption", rows(3), echo, path)
+
+
+@pytest.mark.parametrize("most", [None, 4])
+def test_a_line_that_was_removed_is_noticed(tmp_path, most):
+    path = tmp_path / "answers.jsonl"
+    answer_examples("caption", rows(9), echo, path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    for lost in range(4):
+        path.write_bytes(b"".join(lines[:lost] + lines[lost + 1 :]))
+        with pytest.raises(ValueError, match=rf"answer with index {lost} is missing before line {lost + 1}"):
+            answer_examples("caption", rows(9), echo, path, most=most)
+    path.write_bytes(lines[0] + lines[1].replace(b'"index": 1', b'"index": 99'))
+    with pytest.raises(ValueError, match="answer with index 1 is missing before line 2"):
+        answer_examples("caption", rows(9), echo, path, most=most)
+
+
+def test_where_something_is_counted_no_line_may_be_missing(tmp_path):
+    """What asks for no number has no line: that gap is meant."""
+    path, suffixes = tmp_path / "answers.jsonl", ["red", "2", "blue", "3", "3", "green"]
+    asked = [Example(b"", "how many?", text, f"row {i}", (text,)) for i, text in enumerate(suffixes)]
+    for _ in range(2):
+        records = answer_examples("count", asked, lambda rows: [row.suffix for row in rows], path)
+        assert [record["index"] for record in records] == [1, 3, 4]
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[2])
+    with pytest.raises(ValueError, match="answer with index 3 is missing before line 2"):
+        answer_examples("count", asked, echo, path)
+
+
+def test_a_picture_of_another_shape_than_its_boxes_need_is_named(world_copy, tiny_folder, tmp_path):
+    content = json.loads(world_copy["instances"].read_text())
+    content["images"][1].update(height=60)
+    for row in content["annotations"]:
+        row["bbox"][1] %= 60
+    world_copy["instances"].write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"image 2, .*: the file says 112 x 60, the picture is 112 x 112"):
+        evaluate("detect", world_copy["instances"], tmp_path / "out", model=tiny_folder, max_new_tokens=1)
 
 
 def test_two_processes_do_not_share_a_file(tmp_path):
@@ -388,7 +464,11 @@ def test_a_row_s_own_boxes_are_not_the_truth(world, tiny_folder, tmp_path):
     example, out = read_examples(world["instances"])[0], tmp_path / "out"
     row = {"image": str(example.image), "prefix": example.prefix, "suffix": example.suffix, "boxes": [[0.1, 0.2, 1, 1]]}
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(row | {"height": "tall", "annotation_ids": [7], "suffix": f"{example.suffix} ;"}))
+    path.write_text(
+        json.dumps(
+            row | {"height": "tall", "width": 9, "labels": [], "annotation_ids": [7], "suffix": f"{example.suffix} ;"}
+        )
+    )
     evaluate("detect", path, out, model=tiny_folder, max_new_tokens=1)
     (record,) = AnswerFile(out / "answers.jsonl")
     assert record["size"] == [112, 112] and record["labels"] == example.facts["labels"]

@@ -226,6 +226,17 @@ def test_a_png_with_a_clear_colour(content, expected):
 # palette, grey, bits, inks
 
 
+@pytest.mark.parametrize(
+    ("mode", "note"), [("1", b"\0\x80"), ("L", b"\0"), ("RGB", b"\0"), ("RGB", None), ("P", (1, 2, 3))]
+)
+def test_a_clear_colour_left_from_another_mode_says_nothing(mode, note):
+    """Pillow's `convert` leaves the note where it was: one of a palette's, on black and white."""
+    image = Image.fromarray(UPRIGHT).convert(mode)
+    expected = np.asarray(image.convert("RGB"))
+    image.info["transparency"] = note
+    assert np.array_equal(rgb(image), expected) and image.info["transparency"] == note
+
+
 def test_palette_grey_and_one_bit():
     colours = np.random.default_rng(1).integers(0, 256, (256, 3), dtype=np.uint8)
     palette = Image.fromarray(RAMP).convert("P")

@@ -4,13 +4,14 @@
     python tests/golden/make_ptb.py
 
 Run once; the tests read the file alone. `captions` are sentences as people write them under pictures, put together from the
-lists below; `odd` are lines that try to be difficult.
+lists below; `odd` are lines that try to be difficult; `languages` are captions in other languages than English.
 """
 
 import gzip
 import json
 import random
 import re
+import unicodedata
 from pathlib import Path
 
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
@@ -99,6 +100,55 @@ x.y. x.y.z x.y,z x,y.z 1,a a,1 1.a a.1 1:a a:1 1;2 a'b a'1 1'a 1'2
 ain't' "'hi'" '"hi"' `hi' ``hi''"""
 ODD = _ODD.split("\n")
 
+_LANGUAGES = """एक बिल्ली सोफे पर बैठी है
+सोफे पर एक सफ़ेद बिल्ली
+एक कुत्ता घास पर दौड़ रहा है।
+नीली कार सड़क पर खड़ी है
+แมวนั่งอยู่บนโซฟา
+แมวสองตัว กำลังเล่นน้ำ
+قِطَّة على الأريكة
+كلب بني يجري في الحديقة.
+חתול יושב על הספה
+μια γάτα στον καναπέ
+con mèo ngồi trên ghế
+дві кішки сидять на дивані
+двa м'яч на полі
+两只猫坐在沙发上。
+ソファに猫が座っている。
+개 한 마리가 소파에 앉아 있다.
+İstanbul'da bir kedi
+eine Straße mit Bäumen und Häusern
+Katzen „schlafen“ auf dem Sofa
+¿Dónde está el gato? ¡Aquí!
+un hombre está ñandú
+dell'acqua un'auto
+nell'erba c'è
+Une cuillère à café.
+un café à côté d'une crêperie
+un chat d'un homme
+s'il y a l'été
+qu'une femme qu'il
+l'eau l'air
+l'homme aujourd'hui qu'il
+lorsqu'il
+l'école d'été
+l'œuf
+à l'arrière d'un bus
+près d'un étang
+les enfants jusqu'à l'église
+photo de l'île
+gens d'État
+«un chat» noir
+a\u200bb
+m² km²
+j'ai
+l'homme-là"""
+# and the same with accents that stand behind their letters
+LANGUAGES = [
+    *_LANGUAGES.split("\n"),
+    *unicodedata.normalize("NFD", "un café à côté d'une crêperie\nZwei Vögel\nmèo").split("\n"),
+]
+
 
 def captions(count: int) -> list[str]:
     rng = random.Random(0)
@@ -110,7 +160,7 @@ def captions(count: int) -> list[str]:
 def main() -> None:
     odd = [word for line in ODD for word in re.split(r"(?<=\S) (?=\S)", line)] + ODD
     content = {}
-    for name, lines in (("captions", captions(2000)), ("odd", list(dict.fromkeys(odd)))):
+    for name, lines in (("captions", captions(2000)), ("odd", list(dict.fromkeys(odd))), ("languages", LANGUAGES)):
         found = PTBTokenizer().tokenize({number: [{"caption": line}] for number, line in enumerate(lines)})
         content[name] = [[line, found[number][0]] for number, line in enumerate(lines)]
     out = Path(__file__).with_name("ptb.json.gz")

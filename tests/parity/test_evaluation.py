@@ -122,6 +122,8 @@ def test_words_are_those_of_the_java_tokenizer():
     differ = {name: sum(ptb_tokens(line) != words.split() for line, words in rows[name]) for name in rows}
     assert len(rows["captions"]) == 2000 and differ["captions"] == 0
     assert differ["odd"] <= 0.04 * len(rows["odd"]), differ  # smileys, file names, rare abbreviations
+    others = [line for line, words in rows["languages"] if ptb_tokens(line) != words.split()]
+    assert len(rows["languages"]) == 46 and others == ["«un chat» noir", "a\u200bb", "m² km²", "j'ai", "l'homme-là"]
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="the official tokenizer is a Java program")
@@ -262,6 +264,43 @@ def test_boxes_under_labels_that_were_not_asked_for_count_the_same(tmp_path):
     assert abs(scores["AP50"] - fifty) < 1e-9 and abs(scores["AP50-95"] - mean) < 1e-9
 
 
+def test_boxes_in_a_crowd_count_the_same(tmp_path):
+    """A model that points beside each thing before it points at it: in a crowd that is no mistake."""
+    files = write_world_files(tmp_path, 12)
+    plain = len(read_examples(files["instances"]))
+    add_crowds(files["instances"])
+    examples = read_examples(files["instances"])
+    assert len(examples) == plain
+
+    def answer(rows) -> list[str]:
+        texts = []
+        for example in rows:
+            boxes = [[edge * share for edge in box] for share in (0.7, 1) for box in example.facts["boxes"]]
+            texts.append(encode_boxes(boxes, example.facts["labels"] * 2, 112, 112))
+        return texts
+
+    records = answer_examples("detect", examples, answer, tmp_path / "answers.jsonl", batch_size=5)
+    write_official("detect", records, tmp_path / "results.json")
+    scores, _ = score_answers("detect", records)
+    fifty, mean = score_by_coco(files["instances"], tmp_path / "results.json")
+    assert abs(scores["AP50"] - fifty) < 1e-9 and abs(scores["AP50-95"] - mean) < 1e-9
+    without, _ = score_answers("detect", [record | {"crowds": []} for record in records])
+    assert without["AP50"] + 0.1 < fifty < 0.99
+
+
+def add_crowds(path: Path) -> None:
+    """In two of three pictures crowds that cover half of it or all: of each of its categories, and of the next one's."""
+    content, kinds = json.loads(path.read_text()), {}
+    for row in content["annotations"]:
+        kinds.setdefault(row["image_id"], set()).add(row["category_id"])
+    for image_id in kinds:
+        height = 56 * (image_id % 3)
+        for category_id in sorted(kinds[image_id] | kinds.get(image_id + 1, set())) if height else []:
+            row = {"id": 10_000 + len(content["annotations"]), "image_id": image_id, "category_id": category_id}
+            content["annotations"].append(row | {"iscrowd": 1, "bbox": [0, 0, 112, height], "area": 112 * height})
+    path.write_text(json.dumps(content))
+
+
 def score_by_coco(truth: Path, results: Path) -> tuple[float, float]:
     with contextlib.redirect_stdout(io.StringIO()):
         known = COCO(truth)
@@ -287,6 +326,7 @@ def test_mask_iou_is_that_of_pycocotools():
 def captured_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     files = write_world_files(folder, 40)
+    add_crowds(files["instances"])
     data = {"caption": files["captions"], "detect": files["instances"]}
     done: dict[str, dict] = {}
 
