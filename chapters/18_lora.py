@@ -567,6 +567,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
                 getattr(model.get_submodule(name), f"lora_{part}").copy_(tensors[key])
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no whole model; a configuration of its base may lie beside it."""
+    return (folder / CONFIG_FILE).is_file() and not any(folder.glob("model*.safetensors"))
+
+
 def adapter_base(folder: str | Path) -> str | None:
     """What an adapter says it was made for: a folder or a hub id; None if it does not say.
 

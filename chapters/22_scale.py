@@ -552,8 +552,9 @@ assert [len(range(5)[rows_of(5, rank, 4)]) for rank in range(4)] == [2, 2, 1, 0]
 # PyTorch has this as `fully_shard`, also called FSDP2. We say what is gathered together: each block of tower and decoder, and
 # then all the rest. While one block is at work, the next is already on its way.
 #
-# In bfloat16, blocks are sent and computed in 16 bits. The rows that a rank keeps stay in 32 bits, and so do the sums of
-# gradients: a sum of 512 small numbers in 8 binary digits would lose many of them.
+# In bfloat16, blocks are sent and computed in 16 bits. So is what flows between them, which autocast (chapter 16) leaves in
+# 32: FSDP and DDP round at other places. The rows that a rank keeps stay in 32 bits, and so do the sums of gradients: a sum
+# of 512 small numbers in 8 binary digits would lose many of them.
 
 # %%
 small = torch.full((512,), 1 / 512)
@@ -904,7 +905,9 @@ class RankCheckpoints(Checkpoints):
 class RankBill:
     """What a step costs one rank, activations aside: bytes that it keeps, and bytes that it sends.
 
-    `gathered` is what FSDP makes whole for a while: two blocks and the gradient of one, and all that is in no block.
+    `gathered` is what FSDP makes whole for a while: two blocks and the gradient of one, all that is in no block and its
+    gradient, and a copy of a block's gradient in float32, to be added up; or at the end of the way back, where that is
+    more, the gradient of what is in no block and its copy.
     """
 
     weights: int
@@ -941,10 +944,11 @@ def rank_bill(model: PaliGemma, config: TrainingConfig, parallel: str, ranks: in
         gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         return RankBill(weights, gradients, 2 * gradients, 0, ring_bytes(gradients, ranks))
     groups = _groups(model)
-    gathered = item * sum(p.numel() for p in groups[0][0])
-    gathered += sum(sorted(item * sum(p.numel() for p in group) for group, _ in groups[1:])[-2:])
     learning = [[p for p in group if p.requires_grad] for group, _ in groups]
-    gathered += item * (sum(p.numel() for p in learning[0]) + max(sum(p.numel() for p in one) for one in learning[1:]))
+    rest, *blocks = [sum(p.numel() for p in group) for group, _ in groups]
+    rest_learns, *blocks_learn = [sum(p.numel() for p in one) for one in learning]
+    in_blocks = item * (rest + rest_learns + sum(sorted(blocks)[-2:])) + (item + 4) * max(blocks_learn)
+    gathered = max(in_blocks, (item + 4) * rest_learns)
     gradients = sum(4 * _cut_numel(p, ranks) for one in learning for p in one)
     sent = sum(times * item * _cut_numel(p, ranks) for group, times in groups for p in group) + gradients
     weights = sum(p.element_size() * _cut_numel(p, ranks) for p in model.parameters())
@@ -1126,7 +1130,8 @@ save(figure, "22_bill")
 # line of 80 GB. LoRA and QLoRA are flat lines below it. FSDP starts beside DDP, is under the dotted line at 8 GPUs, and under
 # all others at 64.*
 #
-# With FSDP a part does not shrink with more GPUs: what is borrowed, two blocks and the embedding. And a rank with one example
+# With FSDP a part does not shrink with more GPUs: what is borrowed. That is two blocks and the embedding, their gradients, and
+# a copy of one gradient in 32 bits: torch makes it to add up in, and frees the one in 16 bits only then. And a rank with one example
 # sends as much as a rank with a hundred, so with few examples each, ranks spend more of a step waiting.
 #
 # ## Commands

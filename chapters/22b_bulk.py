@@ -213,11 +213,13 @@ class ParquetRows:
     ValueError
         If the file is damaged, or a column is missing.
     RuntimeError
-        If pyarrow is not installed.
+        If pyarrow is not installed, or a copy of this object, as an actor has one, finds another file in its place.
     """
 
-    def __init__(self, path: Path, folder: Path):
+    def __init__(self, path: Path, folder: Path, state: tuple[int, int] | None = None):
         self.path, self.folder = path, folder
+        self._state = _file_state(path) if state is None else state
+        self._expect_same()
         try:
             import pyarrow.parquet
         except ImportError as error:
@@ -237,7 +239,11 @@ class ParquetRows:
         self._lost: dict[int, tuple[int, ValueError]] = {}
 
     def __reduce__(self):
-        return ParquetRows, (self.path, self.folder)
+        return ParquetRows, (self.path, self.folder, self._state)
+
+    def _expect_same(self) -> None:
+        if _file_state(self.path) != self._state:
+            raise RuntimeError(f"{self.path} was changed while it was in use: start again")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -246,7 +252,13 @@ class ParquetRows:
         return f"{self.path.name}, row {index + 1}"
 
     def read(self, start: int, stop: int) -> list[Example | Exception]:
-        """Rows from `start` up to `stop`, each an example, or what is wrong with it."""
+        """Rows from `start` up to `stop`, each an example, or what is wrong with it.
+
+        Raises
+        ------
+        RuntimeError
+            If the file was changed since it was opened.
+        """
         found: list[Example | Exception] = []
         while start < stop:
             group = int(np.searchsorted(self._starts, start, side="right")) - 1
@@ -256,6 +268,7 @@ class ParquetRows:
         return found
 
     def _read_in(self, group: int, start: int, stop: int) -> list[Example | Exception]:
+        self._expect_same()
         first_lost, why = self._lost.get(group, (stop, None))
         if start >= first_lost:
             return [why] * (stop - start)
@@ -267,6 +280,7 @@ class ParquetRows:
                 found.append(row if isinstance(row, Exception) else self._one(row))
             self._next = stop
         except (OSError, ValueError) as error:  # the rows that follow in this group are lost, those of others are not
+            self._expect_same()
             why = ValueError(f"this part of the file cannot be read ({_one_sentence(error)})")
             self._group, self._lost[group] = -1, (start + len(found), why)
             found += [why] * (stop - start - len(found))
@@ -285,6 +299,12 @@ class ParquetRows:
             return _request(row, self.folder)
         except (ValueError, OSError) as error:
             return error
+
+
+def _file_state(path: Path) -> tuple[int, int]:
+    """What changes with a file: its bytes, and the nanosecond of its last change."""
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns
 
 
 def _row_alone(batch) -> dict | Exception:
@@ -468,11 +488,16 @@ assert {record["index"]: record["answer"] for record in records if record["answe
 # does a run go on? Behind the last line of the last part. For a kill that is enough, but when the power fails, lines that
 # were written may never have reached the disk. So a part is forced onto the disk when it is full, before the next begins,
 # and a part that others follow must be full.
+#
+# A row with an error counts as done. To ask such rows again, write them into a file of their own and give a new folder. But
+# what if the disk of the pictures is away for an hour? Every row would get an error, and none would be asked again. So errors
+# in a row are held back until a row is answered, and a thousand of them stop the run.
 
 
 # %%
 # | export
 ANSWER_FORMS = ("jsonl", "parquet")
+FAILED_IN_ORDER = 1000  # so many rows without an answer between them are more than bad luck
 
 
 @dataclass(frozen=True)
@@ -547,9 +572,10 @@ class AnswerParts:
         Raises
         ------
         RuntimeError
-            If a record is not the next one, or the disk is full: what was written stands.
+            If a record is not the next one, the disk is full, or rows that were answered are followed by very many that
+            all fail: what was written stands.
         """
-        start, seen = self.next_index(), Counter()
+        start, seen, records = self.next_index(), Counter(), _believable(records)
         with tqdm(total=self.total, initial=start, desc=label, unit="", disable=None) as bar:
             while start < self.total:
                 part = start // self.rows_per_part
@@ -613,6 +639,25 @@ class AnswerParts:
                     self._expect_full(part, following)
 
 
+def _believable(records: Iterator[dict]) -> Iterator[dict]:
+    """Records as they come, but errors behind an answer wait for the next: very many may mean that a disk is away."""
+    answered, failed = False, []
+    for record in records:
+        if record["error"] is not None and answered:
+            failed.append(record)
+            if len(failed) == FAILED_IN_ORDER:
+                raise RuntimeError(
+                    f"the last {len(failed):,} rows have all failed ({record['error']}): is the disk of the pictures there? "
+                    f"The same command asks them again, from row {failed[0]['index']:,} on, and then takes them as they are"
+                )
+            continue
+        answered = answered or record["error"] is None
+        yield from failed
+        failed = []
+        yield record
+    yield from failed
+
+
 def _whole_letters(value: str | int | None) -> str | int | None:
     """A text with halves of letters written out, for they are no UTF-8."""
     return value.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(value, str) else value
@@ -665,12 +710,18 @@ assert [record["index"] for record in whole] == list(range(12))
 #
 # A *dataset* of Ray is a list of blocks, and steps that are done to each. Ours has one block for each batch of rows, and in
 # it two numbers: first row, and the row behind the last. One step is done to it, by a pool of actors. Each actor is a
-# Python object in a process of its own: its `__init__` loads the model, once; its `__call__` answers a block. Ray keeps
+# Python object in a process of its own: its `__init__` loads the model, once; its `__call__` answers a batch. Ray keeps
 # the order of the blocks if we ask for it.
+#
+# The driver puts all blocks into Ray's store before the first answer, which takes milliseconds for each. So of more than
+# ten thousand batches several share a block, and are still answered one after another.
 
 
 # %%
 # | export
+MOST_BLOCKS = 10_000  # more batches share them; an actor that dies costs no more than a ten thousandth of the run
+
+
 @dataclass(frozen=True)
 class BulkConfig:
     """How the work is shared.
@@ -705,7 +756,7 @@ class BulkConfig:
 
 
 class BulkActor:
-    """What each actor holds: the rows, and a function that asks the model. Called with a block, it gives JSON lines.
+    """What each actor holds: the rows, and a function that asks the model. Called with a batch, it gives JSON lines.
 
     A model that cannot be loaded is told in the place of answers: raised here, the sentence would be lost among others.
     """
@@ -717,10 +768,10 @@ class BulkActor:
         except (ValueError, OSError, RuntimeError) as error:
             self._failure = _one_sentence(error)
 
-    def __call__(self, block: dict) -> dict:
+    def __call__(self, batch: dict) -> dict:
         if self._failure is not None:
             return {"line": [json.dumps({"failure": self._failure})]}
-        ranges = zip(block["start"].tolist(), block["stop"].tolist(), strict=True)
+        ranges = zip(batch["start"].tolist(), batch["stop"].tolist(), strict=True)
         records = [record for one in ranges for record in answer_range(self._rows, *one, self._answer)]
         # plain text, so that no kind of value is guessed on the way
         return {"line": [json.dumps(record) for record in records]}
@@ -760,8 +811,9 @@ def answer_with_ray(
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False  # ours counts rows, not blocks
         size, total = config.batch_size, len(rows)
-        blocks = [{"start": first, "stop": min(total, first + size)} for first in range(start, total, size)]
-        answers = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
+        batches = [{"start": first, "stop": min(total, first + size)} for first in range(start, total, size)]
+        blocks = ray.data.from_items(batches, override_num_blocks=min(len(batches), MOST_BLOCKS))
+        answers = blocks.map_batches(
             BulkActor,
             batch_size=1,
             fn_constructor_args=(rows, make_answer),
@@ -895,7 +947,7 @@ def _last_cause(error: BaseException) -> str:
 # row there once.)
 
 # %%
-many = [json.dumps({"image": f"{i % 12}.png", "prompt": f"number {i}" if i % 50 else ""}) for i in range(160)]
+many = [json.dumps({"image": f"{i % 12}.png", "prompt": f"number {i}" if i % 50 else ""}) for i in range(80)]
 (folder / "many.jsonl").write_text("\n".join(many) + "\n")
 many_rows = open_rows(folder / "many.jsonl")
 expected = list(answer_here(many_rows, 0, stub))
@@ -911,18 +963,18 @@ if find_spec("ray") is None:
     print("Ray is not installed: pip install 'sigma-book[scale]'")
 else:
     arrivals, found = [], []
-    for record in answer_with_ray(many_rows, 0, pretend, BulkConfig(actors=2, batch_size=2, cpus=0.25)):
+    for record in answer_with_ray(many_rows, 0, pretend, BulkConfig(actors=2, batch_size=4, cpus=0.25)):
         arrivals.append(time.perf_counter())
         found.append(record)
     assert found == expected
-    block_seconds = (arrivals[-1] - arrivals[0]) / (len(found) / 2)
+    block_seconds = (arrivals[-1] - arrivals[0]) / (len(found) / 4)
     print(f"{len(found)} records in order; Ray takes {block_seconds * 1e3:.1f} ms for a block")
 
 # %% [markdown]
 # ## How fast with A actors?
 #
-# Loading takes $t_0$ once, an actor needs $t_1$ for a row, and the driver needs $d$ to have a row dealt out by Ray and its
-# answer written. With $A$ actors that do not share a processor, $N$ rows take
+# Loading, and putting the blocks into Ray's store, takes $t_0$ once, an actor needs $t_1$ for a row, and the driver needs $d$
+# to have a row dealt out by Ray and its answer written. With $A$ actors that do not share a processor, $N$ rows take
 #
 # $$ t(A) = t_0 + N \, \max\left(\frac{t_1}{A},\; d\right) $$
 #

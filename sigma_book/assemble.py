@@ -21,7 +21,7 @@ from sigma_book.generation import (
     whole_number,
 )
 from sigma_book.locate import AnswerGrammar
-from sigma_book.lora import CONFIG_FILE, POCKET_BASE, adapter_base, load_adapter, merge_lora
+from sigma_book.lora import CONFIG_FILE, POCKET_BASE, adapter_base, is_adapter, load_adapter, merge_lora
 from sigma_book.npz import load_npz
 from sigma_book.paligemma import PaliGemma
 from sigma_book.processor import Batch, Processor, Tokenizer, load_image
@@ -101,7 +101,7 @@ def load(
         if given is not None and not isinstance(given, str | Path):
             raise ValueError(f"{what} is a path or a hub id, got {type(given).__name__}")
     folder = POCKET if path_or_hub_id is None else find_folder(path_or_hub_id)
-    if (folder / CONFIG_FILE).is_file() and not any(folder.glob("model*.safetensors")):
+    if is_adapter(folder):
         if adapter is not None:
             raise ValueError(f"{folder} is an adapter itself: give its base as the model, and one adapter")
         folder, adapter = base_folder(folder), folder

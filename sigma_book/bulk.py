@@ -36,6 +36,8 @@ from sigma_book.training import CGROUP
 
 __all__ = [
     "ANSWER_FORMS",
+    "FAILED_IN_ORDER",
+    "MOST_BLOCKS",
     "PREFIX_MASKS",
     "RAY_SETTINGS",
     "AnswerParts",
@@ -126,11 +128,13 @@ class ParquetRows:
     ValueError
         If the file is damaged, or a column is missing.
     RuntimeError
-        If pyarrow is not installed.
+        If pyarrow is not installed, or a copy of this object, as an actor has one, finds another file in its place.
     """
 
-    def __init__(self, path: Path, folder: Path):
+    def __init__(self, path: Path, folder: Path, state: tuple[int, int] | None = None):
         self.path, self.folder = path, folder
+        self._state = _file_state(path) if state is None else state
+        self._expect_same()
         try:
             import pyarrow.parquet
         except ImportError as error:
@@ -150,7 +154,11 @@ class ParquetRows:
         self._lost: dict[int, tuple[int, ValueError]] = {}
 
     def __reduce__(self):
-        return ParquetRows, (self.path, self.folder)
+        return ParquetRows, (self.path, self.folder, self._state)
+
+    def _expect_same(self) -> None:
+        if _file_state(self.path) != self._state:
+            raise RuntimeError(f"{self.path} was changed while it was in use: start again")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -159,7 +167,13 @@ class ParquetRows:
         return f"{self.path.name}, row {index + 1}"
 
     def read(self, start: int, stop: int) -> list[Example | Exception]:
-        """Rows from `start` up to `stop`, each an example, or what is wrong with it."""
+        """Rows from `start` up to `stop`, each an example, or what is wrong with it.
+
+        Raises
+        ------
+        RuntimeError
+            If the file was changed since it was opened.
+        """
         found: list[Example | Exception] = []
         while start < stop:
             group = int(np.searchsorted(self._starts, start, side="right")) - 1
@@ -169,6 +183,7 @@ class ParquetRows:
         return found
 
     def _read_in(self, group: int, start: int, stop: int) -> list[Example | Exception]:
+        self._expect_same()
         first_lost, why = self._lost.get(group, (stop, None))
         if start >= first_lost:
             return [why] * (stop - start)
@@ -180,6 +195,7 @@ class ParquetRows:
                 found.append(row if isinstance(row, Exception) else self._one(row))
             self._next = stop
         except (OSError, ValueError) as error:  # the rows that follow in this group are lost, those of others are not
+            self._expect_same()
             why = ValueError(f"this part of the file cannot be read ({_one_sentence(error)})")
             self._group, self._lost[group] = -1, (start + len(found), why)
             found += [why] * (stop - start - len(found))
@@ -198,6 +214,12 @@ class ParquetRows:
             return _request(row, self.folder)
         except (ValueError, OSError) as error:
             return error
+
+
+def _file_state(path: Path) -> tuple[int, int]:
+    """What changes with a file: its bytes, and the nanosecond of its last change."""
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns
 
 
 def _row_alone(batch) -> dict | Exception:
@@ -311,6 +333,7 @@ def answer_range(
 
 
 ANSWER_FORMS = ("jsonl", "parquet")
+FAILED_IN_ORDER = 1000  # so many rows without an answer between them are more than bad luck
 
 
 @dataclass(frozen=True)
@@ -385,9 +408,10 @@ class AnswerParts:
         Raises
         ------
         RuntimeError
-            If a record is not the next one, or the disk is full: what was written stands.
+            If a record is not the next one, the disk is full, or rows that were answered are followed by very many that
+            all fail: what was written stands.
         """
-        start, seen = self.next_index(), Counter()
+        start, seen, records = self.next_index(), Counter(), _believable(records)
         with tqdm(total=self.total, initial=start, desc=label, unit="", disable=None) as bar:
             while start < self.total:
                 part = start // self.rows_per_part
@@ -451,6 +475,25 @@ class AnswerParts:
                     self._expect_full(part, following)
 
 
+def _believable(records: Iterator[dict]) -> Iterator[dict]:
+    """Records as they come, but errors behind an answer wait for the next: very many may mean that a disk is away."""
+    answered, failed = False, []
+    for record in records:
+        if record["error"] is not None and answered:
+            failed.append(record)
+            if len(failed) == FAILED_IN_ORDER:
+                raise RuntimeError(
+                    f"the last {len(failed):,} rows have all failed ({record['error']}): is the disk of the pictures there? "
+                    f"The same command asks them again, from row {failed[0]['index']:,} on, and then takes them as they are"
+                )
+            continue
+        answered = answered or record["error"] is None
+        yield from failed
+        failed = []
+        yield record
+    yield from failed
+
+
 def _whole_letters(value: str | int | None) -> str | int | None:
     """A text with halves of letters written out, for they are no UTF-8."""
     return value.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(value, str) else value
@@ -465,6 +508,9 @@ def answer_here(
     """Records of all rows from `start` on, in this process."""
     for first in range(start, len(rows), batch_size):
         yield from answer_range(rows, first, min(len(rows), first + batch_size), answer)
+
+
+MOST_BLOCKS = 10_000  # more batches share them; an actor that dies costs no more than a ten thousandth of the run
 
 
 @dataclass(frozen=True)
@@ -501,7 +547,7 @@ class BulkConfig:
 
 
 class BulkActor:
-    """What each actor holds: the rows, and a function that asks the model. Called with a block, it gives JSON lines.
+    """What each actor holds: the rows, and a function that asks the model. Called with a batch, it gives JSON lines.
 
     A model that cannot be loaded is told in the place of answers: raised here, the sentence would be lost among others.
     """
@@ -513,10 +559,10 @@ class BulkActor:
         except (ValueError, OSError, RuntimeError) as error:
             self._failure = _one_sentence(error)
 
-    def __call__(self, block: dict) -> dict:
+    def __call__(self, batch: dict) -> dict:
         if self._failure is not None:
             return {"line": [json.dumps({"failure": self._failure})]}
-        ranges = zip(block["start"].tolist(), block["stop"].tolist(), strict=True)
+        ranges = zip(batch["start"].tolist(), batch["stop"].tolist(), strict=True)
         records = [record for one in ranges for record in answer_range(self._rows, *one, self._answer)]
         # plain text, so that no kind of value is guessed on the way
         return {"line": [json.dumps(record) for record in records]}
@@ -556,8 +602,9 @@ def answer_with_ray(
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False  # ours counts rows, not blocks
         size, total = config.batch_size, len(rows)
-        blocks = [{"start": first, "stop": min(total, first + size)} for first in range(start, total, size)]
-        answers = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
+        batches = [{"start": first, "stop": min(total, first + size)} for first in range(start, total, size)]
+        blocks = ray.data.from_items(batches, override_num_blocks=min(len(batches), MOST_BLOCKS))
+        answers = blocks.map_batches(
             BulkActor,
             batch_size=1,
             fn_constructor_args=(rows, make_answer),

@@ -23,7 +23,7 @@ from sigma_book.bulk import (
 )
 from sigma_book.data import Example
 from sigma_book.generation import whole_number
-from sigma_book.lora import CONFIG_FILE, LoraLinear, merge_lora
+from sigma_book.lora import LoraLinear, is_adapter, merge_lora
 from sigma_book.paligemma import PaliGemma
 from sigma_book.processor import read_json
 from sigma_book.runs import asker, file_mark, full_path, held_alone, model_mark
@@ -171,7 +171,7 @@ def export_model(
 def _stored_dtype(model: str | Path | None) -> str:
     """The dtype that the configuration of a model names; of an adapter, that of its base."""
     folder = POCKET if model is None else find_folder(model)
-    if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+    if is_adapter(folder):
         folder = base_folder(folder)
     if folder.is_file():
         return "float32"

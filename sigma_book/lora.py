@@ -29,6 +29,7 @@ __all__ = [
     "adapter_base",
     "add_lora",
     "find_linears",
+    "is_adapter",
     "load_adapter",
     "merge_lora",
     "save_adapter",
@@ -327,6 +328,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         for name, keys in places.items():
             for part, key in keys.items():
                 getattr(model.get_submodule(name), f"lora_{part}").copy_(tensors[key])
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no whole model; a configuration of its base may lie beside it."""
+    return (folder / CONFIG_FILE).is_file() and not any(folder.glob("model*.safetensors"))
 
 
 def adapter_base(folder: str | Path) -> str | None:

@@ -32,7 +32,7 @@ from sigma_book.batches import Batches
 from sigma_book.data import Example, Examples, read_examples
 from sigma_book.generation import read_stop_ids, whole_number
 from sigma_book.locate import load_mask_vae
-from sigma_book.lora import CONFIG_FILE, DECODER_LINEARS, LoraConfig, add_lora, find_linears, save_adapter
+from sigma_book.lora import CONFIG_FILE, DECODER_LINEARS, LoraConfig, add_lora, find_linears, is_adapter, save_adapter
 from sigma_book.npz import read_npz_config
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
 from sigma_book.processor import Batch, Processor, Tokenizer, file_beside, read_json
@@ -172,11 +172,7 @@ def finetune(
         asked = source | {"annotations": annotations if evaluate_annotations is None else evaluate_annotations}
         held_out = _sample(_examples(evaluate, asked, say), evaluate_limit)
     config = _settled(config, device)
-    base = _model_source(model)
-    if (base / CONFIG_FILE).is_file() and not (base / "config.json").is_file():
-        raise ValueError(
-            f"{base} is an adapter: give the model it was made for, or first merge the two (`merge_lora`) and save them"
-        )
+    base = _base_source(model)
     if isinstance(ranks, Ranks):
         parallel = _parallel(parallel, base, config, ranks)
         say(f"{ranks.size} ranks, {parallel}: {batch_size} of the {config.batch_size} examples of a batch for each")
@@ -467,6 +463,16 @@ def _model_source(model: str | Path | None) -> Path:
     return POCKET if model is None else find_folder(model)
 
 
+def _base_source(model: str | Path | None) -> Path:
+    """What a run begins from, which is no adapter."""
+    source = _model_source(model)
+    if is_adapter(source):
+        raise ValueError(
+            f"{source} is an adapter: give the model it was made for, or first merge the two (`merge_lora`) and save them"
+        )
+    return source
+
+
 def model_mark(model: str | Path | None) -> str:
     source = _model_source(model)
     names = (source / "config.json", source / CONFIG_FILE, *sorted(source.glob("*.safetensors")))
@@ -603,7 +609,7 @@ def estimate(
         raise ValueError("a dry run counts one process: leave torchrun out (chapter 22 has the bill of many)")
     config, device = config or TrainingConfig(), pick_device(device)
     config = _settled(config, device)
-    source = _model_source(model)
+    source = _base_source(model)
     if source.is_file():
         sizes, folder = read_npz_config(source), source.parent
         processor = Processor(Tokenizer.from_folder(folder), sizes.vision.image_size, sizes.vision.num_patches)

@@ -603,7 +603,9 @@ class RankCheckpoints(Checkpoints):
 class RankBill:
     """What a step costs one rank, activations aside: bytes that it keeps, and bytes that it sends.
 
-    `gathered` is what FSDP makes whole for a while: two blocks and the gradient of one, and all that is in no block.
+    `gathered` is what FSDP makes whole for a while: two blocks and the gradient of one, all that is in no block and its
+    gradient, and a copy of a block's gradient in float32, to be added up; or at the end of the way back, where that is
+    more, the gradient of what is in no block and its copy.
     """
 
     weights: int
@@ -640,10 +642,11 @@ def rank_bill(model: PaliGemma, config: TrainingConfig, parallel: str, ranks: in
         gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         return RankBill(weights, gradients, 2 * gradients, 0, ring_bytes(gradients, ranks))
     groups = _groups(model)
-    gathered = item * sum(p.numel() for p in groups[0][0])
-    gathered += sum(sorted(item * sum(p.numel() for p in group) for group, _ in groups[1:])[-2:])
     learning = [[p for p in group if p.requires_grad] for group, _ in groups]
-    gathered += item * (sum(p.numel() for p in learning[0]) + max(sum(p.numel() for p in one) for one in learning[1:]))
+    rest, *blocks = [sum(p.numel() for p in group) for group, _ in groups]
+    rest_learns, *blocks_learn = [sum(p.numel() for p in one) for one in learning]
+    in_blocks = item * (rest + rest_learns + sum(sorted(blocks)[-2:])) + (item + 4) * max(blocks_learn)
+    gathered = max(in_blocks, (item + 4) * rest_learns)
     gradients = sum(4 * _cut_numel(p, ranks) for one in learning for p in one)
     sent = sum(times * item * _cut_numel(p, ranks) for group, times in groups for p in group) + gradients
     weights = sum(p.element_size() * _cut_numel(p, ranks) for p in model.parameters())

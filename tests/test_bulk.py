@@ -6,6 +6,7 @@ The reference for what an answer must be is `generate`, asked one by one; for Pa
 import json
 import math
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -258,12 +259,27 @@ def test_what_is_not_there(tmp_path, shelf):
         open_rows(tmp_path / "r.parquet", shelf)
 
 
-def test_a_file_that_changes_under_way_stops_the_run(shelf, tmp_path):
-    path = write_lines(tmp_path / "rows.jsonl", good_rows(4))
+def write_table(path: Path, rows: list[dict]) -> Path:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
+    return path
+
+
+@pytest.mark.parametrize(("write", "name"), [(write_lines, "rows.jsonl"), (write_table, "rows.parquet")])
+def test_a_file_that_changes_under_way_stops_the_run(write, name, shelf, tmp_path):
+    """In this process, and in an actor that gets its copy before or after."""
+    path = write(tmp_path / name, good_rows(4))
     rows = open_rows(path, shelf)
-    write_lines(path, good_rows(5))
-    with pytest.raises(RuntimeError, match="was changed"):
-        list(answer_here(rows, 0, stub))
+    sent = pickle.dumps(rows)
+    early = pickle.loads(sent)
+    assert [found.prefix for found in early.read(0, 2)] == ["caption en", "how many stars?"]
+    write(path, good_rows(5))
+    for answer in (
+        lambda: list(answer_here(rows, 0, stub)),
+        lambda: early.read(1, 3),
+        lambda: pickle.loads(sent).read(0, 1),
+    ):
+        with pytest.raises(RuntimeError, match="was changed while it was in use: start again"):
+            answer()
 
 
 # who is to blame
@@ -397,6 +413,27 @@ def test_a_record_out_of_turn_is_not_written(tmp_path):
     assert parts.next_index() == 1
     with pytest.raises(RuntimeError, match="end before row 2"):
         parts.write(iter([record | {"index": 1}]))
+
+
+def test_a_disk_of_pictures_that_is_away_stops_the_run(tmp_path, monkeypatch):
+    """Rows that fail behind an answer are not written before the next answer, so they are asked again."""
+    monkeypatch.setattr(bulk, "FAILED_IN_ORDER", 5)
+
+    def records(start: int, failing: set[int]):
+        return ({"index": i, "error": "no such file" if i in failing else None} for i in range(start, 20))
+
+    parts = AnswerParts(tmp_path / "out", 20, rows_per_part=4)
+    parts.folder.mkdir()
+    seldom = {0, 1, 2, 3, 4, 5, 7, 8, 9, 10}  # from the beginning on, and four between two answers
+    words = r"the last 5 rows have all failed \(no such file\): is the disk .* there\? .* from row 12 on"
+    with pytest.raises(RuntimeError, match=words):
+        parts.write(records(0, seldom | set(range(12, 20))))
+    assert parts.next_index() == 12
+    assert [record["index"] for record in parts if record["error"]] == sorted(seldom)
+    assert parts.write(records(12, {17, 18, 19})) == {"answered": 5, "error": 3}
+    assert [record["index"] for record in parts if record["error"]] == [*sorted(seldom), 17, 18, 19]
+    other = AnswerParts(tmp_path, 20)
+    assert other.write(records(0, set(range(20)))) == {"error": 20}  # rows that nobody has answered may be like that
 
 
 def test_a_full_disk_is_told(tmp_path):
@@ -541,6 +578,18 @@ def test_two_actors_answer_as_one_process_does(shelf, tiny_folder, tiny_model, t
     assert read_parts(tmp_path / "out") == records
     with pytest.raises(ValueError, match="rows_per_part = 25, this one has 30"):
         answer_file(data, tmp_path / "out", **(settings | {"rows_per_part": 30}))
+
+
+@pytest.mark.slow
+def test_batches_that_share_a_block_of_ray_are_answered_one_after_another(shelf, tmp_path, monkeypatch):
+    rows = open_rows(write_lines(tmp_path / "rows.jsonl", good_rows(50)), shelf)
+
+    def pretend():
+        return lambda examples: [f"{example.prefix} among {len(examples)}" for example in examples]
+
+    monkeypatch.setattr(bulk, "MOST_BLOCKS", 4)
+    found = list(bulk.answer_with_ray(rows, 5, pretend, BulkConfig(actors=2, batch_size=4, cpus=0.25)))
+    assert found == list(answer_here(rows, 5, pretend(), batch_size=4))
 
 
 def count_lines(folder: Path) -> int:

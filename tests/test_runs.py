@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from sigma_book import TrainingConfig, evaluate, finetune, generate, load, runs
 from sigma_book.answers import write_world_files
 from sigma_book.assemble import POCKET
 from sigma_book.data import read_examples
-from sigma_book.lora import LoraLinear, merge_lora
+from sigma_book.lora import LoraConfig, LoraLinear, add_lora, merge_lora, save_adapter
 from sigma_book.qlora import NF4Linear, nf4_bytes
 from sigma_book.runs import estimate, model_mark
 from sigma_book.training import ALONE, Progress
@@ -136,10 +137,20 @@ def test_freezing_parts_is_not_for_adapters():
 
 
 def test_an_adapter_is_no_model_to_begin_from(data, tmp_path):
-    final = finetune(data, tmp_path / "run", FEW, device="cpu")
-    for method in ("full", "lora"):
-        with pytest.raises(ValueError, match="is an adapter"):
-            finetune(data, tmp_path / "next", with_method(method), model=final, device="cpu")
+    """Nor where a configuration of its base lies beside it, as some training tools write one."""
+    final = tmp_path / "adapter"
+    model = load(device="cpu")
+    add_lora(model, LoraConfig(rank=2))
+    save_adapter(model, final)
+    for beside in (False, True):
+        if beside:
+            shutil.copy(POCKET / "config.json", final)
+        for method in ("full", "lora"):
+            with pytest.raises(ValueError, match="is an adapter"):
+                finetune(data, tmp_path / "next", with_method(method), model=final, device="cpu")
+            with pytest.raises(ValueError, match="is an adapter"):
+                estimate(data, with_method(method), model=final, device="cpu")
+    assert not (tmp_path / "next").exists()
 
 
 def test_another_rank_does_not_go_on(data, tmp_path):

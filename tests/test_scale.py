@@ -327,6 +327,19 @@ def test_adapters_are_those_of_one(arguments, alone, tmp_path, way):
 
 
 @pytest.mark.slow
+def test_evaluation_in_bfloat16_is_that_of_one_up_to_rounding(arguments, alone, data, tmp_path):
+    more = ("--evaluate", data / "test.jsonl", "--evaluate-every", 2, "--dtype", "bfloat16")
+    out = tmp_path / "run"
+    code, _, err = torchrun(2, arguments(out, *more, "--parallel", "fsdp", steps=2))
+    assert code == 0, err
+    ours, theirs = (json.loads((one / "evaluations.json").read_text()) for one in (out, alone(*more, steps=2)))
+    assert [note["step"] for note in ours] == [note["step"] for note in theirs] == [0, 2]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-3)
+    load(out / "best", device="cpu")
+
+
+@pytest.mark.slow
 def test_evaluation_and_the_best_are_those_of_one(arguments, alone, data, tmp_path):
     out, more = tmp_path / "run", ("--evaluate", data / "test.jsonl", "--evaluate-every", 2)
     code, _, err = torchrun(2, arguments(out, *more, "--parallel", "fsdp"))
@@ -396,6 +409,7 @@ def test_control_c_saves_on_all_ranks(arguments, alone, tmp_path):
 PROGRAM = """
 import sys, torch
 from pathlib import Path
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from sigma_book.processor import Batch
@@ -416,6 +430,15 @@ ids = torch.full((2, 9), model.config.image_token_id)
 ids[:, 4:] = torch.arange(5) + 10 * ranks.rank
 ones = torch.ones_like(ids)
 batch = Batch(ids, ones, (torch.arange(9) > 6).long() * ones, torch.randn(2, 3, 28, 28), torch.where(torch.arange(9) > 6, ids, -100))
+gathered, reduced = [], []
+allocate = _fsdp_collectives.DefaultAllocMixin.allocate
+
+def recorded(self, *given, **settings):
+    found = allocate(self, *given, **settings)
+    (reduced if isinstance(self, _fsdp_collectives.ReduceScatter) else gathered).append(found.nbytes)
+    return found
+
+_fsdp_collectives.DefaultAllocMixin.allocate = recorded
 with CommDebugMode() as calls:
     loss = answer_loss(model, never_empty(batch))
     loss.backward()
@@ -439,6 +462,13 @@ scatters = sum(count for call, count in calls.get_comm_counts().items() if "redu
 backs = blocks if method == "full" else len(model.language_model.layers)
 vain = method != "full"  # FSDP fetches ahead: the frozen block before the first that a gradient comes back to
 assert gathers == 1 + blocks + backs + vain and scatters == (1 if method == "full" else 0) + backs, calls.get_comm_counts()
+# of each group the weights that were made whole, and the copy of their gradient that was added up: first and last, the rest
+in_blocks, copies = gathered[1 : 1 + blocks], reduced[::2]
+rest_copy = copies.pop() if method == "full" else 0
+share = getattr(torch, dtype).itemsize / 4  # of a gradient in its copy
+borrowed = gathered[0] + sum(sorted(in_blocks)[-2:]) + share * (rest_copy + max(copies)) + max(copies)
+borrowed = max(borrowed, (1 + share) * rest_copy)
+assert 0 <= borrowed - bill.gathered < 0.02 * borrowed, (borrowed, bill)  # rows are filled up to a multiple of the ranks
 assert torch.isfinite(loss)
 print("well", flush=True)
 ranks.leave()
