@@ -708,7 +708,9 @@ def _read_prompts(
     batch = batch.to(model.device)
     rows, prompt_length = batch.input_ids.shape
     room = prompt_length + most_new_tokens
-    caches = model.language_model.new_caches(rows, room)
+    # a step that was compiled for a GPU is made anew for each width: few of them
+    width = room if getattr(model, "compiled_step", None) is None else -(-room // 128) * 128
+    caches = model.language_model.new_caches(rows, width)
     mask = batch.attention_mask.new_ones(rows, room)  # (B, S): columns of the answer are never padding
     mask[:, :prompt_length] = batch.attention_mask
     features = model.encode_images(batch.pixel_values)  # (N, P, D)

@@ -1279,25 +1279,27 @@ def file_checksum(path: Path, most: int | None = None) -> int:
 
 
 # %%
-def saved_run(folder: Path, until: int) -> tuple[nn.Module, Progress]:
+def saved_run(folder: Path, until: int) -> tuple[nn.Module, Progress, int]:
     model, optimizer = new_run()
     checkpoints = Checkpoints(folder, model, [optimizer], every=1, keep=2)
     progress = checkpoints.restore()
-    given = numbers[progress.step : until]
+    begun = progress.step
+    given = numbers[begun:until]
     try:
         # the model stands twice: what `Dropped` gives is its loss
         train(model, model, given, [optimizer], steps=12, warmup=3, progress=progress, checkpoints=checkpoints)
     except ValueError as error:
         print(error)
-    return model, progress
+    return model, progress, begun
 
 
 here = Path(tempfile.mkdtemp())
-whole, expected = saved_run(here / "whole", until=12)
+whole, expected, _ = saved_run(here / "whole", until=12)
 saved_run(here / "cut", until=7)
 spoilt = here / "cut" / "step-000007" / "optimizer.safetensors"
 os.truncate(spoilt, spoilt.stat().st_size // 2)
-again, progress = saved_run(here / "cut", until=12)
+again, progress, begun = saved_run(here / "cut", until=12)
+assert begun == 6
 assert progress.losses == expected.losses
 assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters()))
 sorted(path.name for path in (here / "cut").iterdir())

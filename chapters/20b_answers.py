@@ -360,8 +360,9 @@ def _record(task: str, index: int, example: Example, text: str) -> dict:
 def peak_megabytes() -> float | None:
     """Most memory that this process has held at once: on the GPU if it used one, else of the machine; None if unknown."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 1e6
+    cards = range(torch.cuda.device_count()) if torch is not None else ()
+    if most := max(map(torch.cuda.max_memory_allocated, cards), default=0):
+        return most / 1e6
     status = Path("/proc/self/status")
     if status.exists():
         return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e6
@@ -400,7 +401,7 @@ def stub(examples):
     stub.asked += len(examples)
     if stub.asked in (200, 2000):
         held.setdefault(stub.asked, resident_megabytes())  # of the first run, not of the one that goes on
-    return ["a red star"] * len(examples)
+    return [f"a red star {place:9,}" * 1000 for place, _ in enumerate(examples)]  # 20 kB each: 36 MB, if they were kept
 
 
 stub.asked = 0

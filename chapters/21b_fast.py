@@ -1176,6 +1176,10 @@ def torchao_map(linear: nn.Linear, quantize: str) -> nn.Linear:
     RuntimeError
         If torchao is not installed, or cannot do it with this weight on this device.
     """
+    if linear.weight.dtype == torch.float16:  # codes go up to 127, and are multiplied before they are scaled
+        raise RuntimeError(
+            f"quantize={quantize!r} on this device may overflow in float16: load with dtype='bfloat16', or without quantize"
+        )
     try:
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError as error:
@@ -1375,7 +1379,8 @@ def compile_step(model: FastPaliGemma, mode: str | None = None) -> None:
     ----------
     model : FastPaliGemma
     mode : str, optional
-        torch's: "reduce-overhead" records the kernels of a GPU once and replays them.
+        torch's: "reduce-overhead" records the kernels of a GPU once and replays them; "max-autotune" also looks for
+        better ones.
     """
 
     def step(*inputs) -> torch.Tensor:

@@ -648,7 +648,7 @@ def _believable(records: Iterator[dict]) -> Iterator[dict]:
             if len(failed) == FAILED_IN_ORDER:
                 raise RuntimeError(
                     f"the last {len(failed):,} rows have all failed ({record['error']}): is the disk of the pictures there? "
-                    f"The same command asks them again, from row {failed[0]['index']:,} on, and then takes them as they are"
+                    f"If it is again, or never was away, give the same command: it goes on at row {failed[0]['index']:,}"
                 )
             continue
         answered = answered or record["error"] is None
@@ -697,6 +697,7 @@ for length in range(0, len(second) + 1, 7):
     torn.folder.mkdir()
     torn.path(0).write_bytes(contents["part-00000.jsonl"])
     torn.path(1).write_bytes(second[:length])
+    assert torn.next_index() == 5 + second[:length].count(b"\n")
     torn.write(answer_here(rows, torn.next_index(), stub, batch_size=4))
     assert {path.name: path.read_bytes() for path in torn.folder.iterdir()} == contents
     shutil.rmtree(torn.folder)

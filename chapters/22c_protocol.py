@@ -697,8 +697,15 @@ url, prompt = read_messages(ChatRequest.model_validate(turned).messages)  # the 
 assert (prompt, read_picture(url, None, max_bytes=10**6)) == ("caption en", scene)
 try:
     read_messages(ChatRequest.model_validate(pirate).messages)
+    raise AssertionError("a pirate came in")
 except ApiError as error:
     print(error)
+for body in (b"{", b"{}", b"[]"):
+    try:
+        ChatRequest.model_validate_json(body)
+        raise AssertionError(body)
+    except ValidationError as error:
+        print(error.errors()[0]["msg"])
 for wrong in ({"max_tokens": 0}, {"max_tokens": "5"}, {"temperature": -1.0}, {"seed": True}, {"messages": []}):
     try:
         ChatRequest.model_validate(question("caption en") | wrong)

@@ -306,8 +306,9 @@ def _record(task: str, index: int, example: Example, text: str) -> dict:
 def peak_megabytes() -> float | None:
     """Most memory that this process has held at once: on the GPU if it used one, else of the machine; None if unknown."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 1e6
+    cards = range(torch.cuda.device_count()) if torch is not None else ()
+    if most := max(map(torch.cuda.max_memory_allocated, cards), default=0):
+        return most / 1e6
     status = Path("/proc/self/status")
     if status.exists():
         return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e6

@@ -209,6 +209,8 @@ def serve_turns() -> None:
         runner = ROLES[order["role"]](work)
         loaded = {"load_seconds": time.perf_counter() - started, "parameters": runner.parameters}
         answer(loaded | {"threads": torch.get_num_threads(), "loaded": memory_now(work.device)})
+        if torch.device(work.device).type == "cuda":
+            torch.cuda.reset_peak_memory_stats(work.device)  # the peak of loading stands in `loaded`
         while (line := sys.stdin.readline().strip()) not in ("end", ""):
             answer(runner.turn(int(line)))
         answer(memory_now(work.device))

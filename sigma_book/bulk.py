@@ -484,7 +484,7 @@ def _believable(records: Iterator[dict]) -> Iterator[dict]:
             if len(failed) == FAILED_IN_ORDER:
                 raise RuntimeError(
                     f"the last {len(failed):,} rows have all failed ({record['error']}): is the disk of the pictures there? "
-                    f"The same command asks them again, from row {failed[0]['index']:,} on, and then takes them as they are"
+                    f"If it is again, or never was away, give the same command: it goes on at row {failed[0]['index']:,}"
                 )
             continue
         answered = answered or record["error"] is None

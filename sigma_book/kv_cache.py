@@ -87,4 +87,9 @@ class KVCache:
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows of the batch, in this order; a row may be taken more than once."""
-        self.key, self.value = self.key[rows], self.value[rows]
+        key, value = self.key[rows], self.value[rows]
+        if len(rows) == len(self.key):  # in its place: a step that was compiled for a GPU knows the address
+            self.key.copy_(key)
+            self.value.copy_(value)
+        else:
+            self.key, self.value = key, value

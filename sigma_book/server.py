@@ -183,7 +183,8 @@ class Meters:
             "sigma_book_cache_bytes": ("Memory of keys and values.", stats.cache_bytes),
         }
         if torch.cuda.is_available():
-            gauges["sigma_book_cuda_bytes"] = ("Memory that tensors take on the GPU.", torch.cuda.memory_allocated())
+            taken = sum(torch.cuda.memory_allocated(card) for card in range(torch.cuda.device_count()))
+            gauges["sigma_book_cuda_bytes"] = ("Memory that tensors take on GPUs.", taken)
         families: list[Metric] = [GaugeMetricFamily(name, text, value=value) for name, (text, value) in gauges.items()]
         return [*families, _batch_rows(stats)]
 

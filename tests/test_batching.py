@@ -59,6 +59,16 @@ ODD = {
 PATIENCE = 60.0  # seconds after which a test that waits gives up
 
 
+BEHIND: list[Event] = []  # the engine catches what a listener raises, so an assertion there would be lost
+
+
+@pytest.fixture(autouse=True)
+def nothing_behind_the_last():
+    BEHIND.clear()
+    yield
+    assert not BEHIND
+
+
 class Heard:
     """A listener that keeps what it is told."""
 
@@ -67,7 +77,8 @@ class Heard:
         self.over = threading.Event()
 
     def __call__(self, event: Event) -> None:
-        assert not self.over.is_set(), "an event behind the last"
+        if self.over.is_set():
+            BEHIND.append(event)
         self.events.append(event)
         if event.finish is not None:
             self.over.set()
@@ -590,7 +601,12 @@ def test_the_rule_of_reading(tiny_model, pictures):
     assert all(len(lengths) == 1 or max(lengths) * len(lengths) <= 36 for lengths in reads)
     assert any(len(lengths) > 1 for lengths in reads) and any(lengths[0] > 36 for lengths in reads)
     assert not any(isinstance(one, list) and isinstance(other, list) for one, other in zip(calls, calls[1:]))
-    assert sum(map(len, reads)) == 30
+    left = 30
+    for one, after in zip(calls, calls[1:]):
+        left -= len(one) if isinstance(one, list) else 0
+        if left and isinstance(one, int) and one < 6:
+            assert isinstance(after, list), "a row was free, somebody waited, and nobody was read"
+    assert left == 0
 
 
 def test_cancelled_before_it_ran(held, pictures):

@@ -323,8 +323,10 @@ def test_on_a_gpu(tmp_path):
     table = tmp_path / "found.json"
     assert main(["bench", "--device", "cuda", "--bill", "--repeat", "2", "--json", str(table)]) == 0
     found = json.loads(table.read_text())
-    assert not found["limits"]["measured"]
     assert found["contenders"]["sigma_book"]["memory"]["gpu_peak"] > 0
+    if "limits" not in found:
+        pytest.skip("no published peaks of this card are known here")
+    assert not found["limits"]["measured"]
     assert all(row["measured"] >= row["predicted"] for row in found["bill"] if row["measured"] is not None)
 
 

@@ -67,7 +67,10 @@ def test_the_answer_alone_goes_to_standard_output(tiny_folder, picture_file):
             ["--temperature", "1.2", "--top-p", "0.9", "--top-k", "40", "--seed", "3"],
             {"temperature": 1.2, "top_p": 0.9, "top_k": 40, "seed": 3},
         ),
-        (["--num-beams", "3", "--length-penalty", "0.5"], {"num_beams": 3, "length_penalty": 0.5}),
+        (
+            ["--num-beams", "3", "--length-penalty", "20", "--stop", "0"],
+            {"num_beams": 3, "length_penalty": 20.0, "stop": ["0"]},
+        ),
         (["--device", "cpu", "--dtype", "float32"], {}),
     ],
 )
@@ -79,6 +82,9 @@ def test_options_reach_generate(capsys, tiny_folder, picture_file, flags, option
     assert main(given) == 0
     expected = generate(picture_file, "x", model=tiny_folder, max_new_tokens=12, **options)
     assert capsys.readouterr().out == expected + "\n"
+    if "length_penalty" in options:  # beams end at different lengths, so it decides
+        plain = generate(picture_file, "x", model=tiny_folder, max_new_tokens=12, **(options | {"length_penalty": 1.0}))
+        assert expected != plain
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

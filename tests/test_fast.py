@@ -164,14 +164,12 @@ def test_a_cpu_without_units_for_bytes_gets_seven_bits():
         given = torch.full((5, 200), 127.0)  # all at the largest code
         whole = given.long() @ codes.long().T
         torch.testing.assert_close(Int8Linear(codes, steps)(given), whole.float() * steps, rtol=1e-6, atol=1e-6)
-        print(int8_levels())
     """
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) in (63, 127)
 
 
 @pytest.mark.parametrize("library", int8_libraries())
@@ -444,10 +442,28 @@ def test_a_compiled_step_is_a_step_and_when_it_pays(pictures, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_on_a_gpu(tiny_folder, pictures, quantize):
+    if quantize is not None:
+        pytest.importorskip("torchao")
     model = load(tiny_folder, device="cuda", dtype="bfloat16", quantize=quantize, compile=True)
     assert model.compiled_step is not None
+    exact = scores_of_two_tokens(load(tiny_folder, device="cpu", dtype="float32"), pictures)
+    found = scores_of_two_tokens(model, pictures)
+    assert (found - exact).norm() / exact.norm() < (0.3 if quantize == "int4" else 0.1)
     answers = generate(pictures, "caption en", model=model, max_new_tokens=16)
     assert generate(pictures, "caption en", model=model, max_new_tokens=16) == answers
+
+
+@torch.no_grad()
+def scores_of_two_tokens(model, pictures) -> torch.Tensor:
+    """(2, 6, V): behind the prompts, and behind a token more, in float32 on the CPU."""
+    batch = model.processor.prepare(pictures, PROMPTS).to(model.device)
+    length = batch.input_ids.shape[1]
+    caches = model.language_model.new_caches(len(PROMPTS), length + 1)
+    features = model.encode_images(batch.pixel_values)
+    first = model.prefill(batch.input_ids, features, batch.attention_mask, caches).float().cpu()
+    seen = torch.nn.functional.pad(batch.attention_mask, (0, 1), value=1)
+    second = model.decode(torch.full_like(batch.input_ids[:, :1], 5), seen, caches)
+    return torch.stack([first, second.float().cpu()])
 
 
 @needs_both
@@ -523,7 +539,9 @@ def test_peak_while_loading(tmp_path, kind):
     print(total, found)
     embedding = 17_000 * 512
     assert found["counted"] < 1.1 * (total if kind == "int8" else 4 * (total - embedding) + embedding)
-    assert found["held"] < 1.15 * found["counted"] + 8e6  # of the embedding, only what was looked up
+    assert found["held"] < 1.15 * found["counted"] + 8e6
+    if kind == "float32":  # of the embedding, only what was looked up
+        assert found["held"] < found["counted"] + 2 * embedding, "half of the embedding and more is there"
     assert found["peak"] <= 1.3 * found["held"]
 
 
@@ -695,9 +713,12 @@ def test_torchao_makes_maps_for_accelerators(monkeypatch):
     assert 0 < error < 0.02
     assert not torch._inductor.config.coordinate_descent_tuning  # settings of the whole process stay as they were
     with pytest.raises(
-        RuntimeError, match="cannot keep a float16 weight on cpu in int4 .*: take int8, or load without"
+        RuntimeError, match="cannot keep a float32 weight on cpu in int4 .*: take int8, or load without"
     ):
-        torchao_map(torch.nn.Linear(64, 48, bias=False).half(), "int4")
+        torchao_map(torch.nn.Linear(64, 48, bias=False), "int4")
+    for quantize in ("int8", "int4"):
+        with pytest.raises(RuntimeError, match=f"quantize='{quantize}' on this device may overflow in float16"):
+            torchao_map(torch.nn.Linear(64, 48, bias=False).half(), quantize)
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(RuntimeError, match="needs torchao: pip install torchao"):
         torchao_map(torch.nn.Linear(64, 48), "int4")
@@ -724,10 +745,13 @@ def test_without_kernels_it_still_answers(tiny_folder, monkeypatch, pictures, sh
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_in_16_bits_on_any_cpu(tiny_folder, pictures, dtype, monkeypatch):
     """oneDNN lays out bfloat16 only where the CPU has AVX-512 or the like; elsewhere the maps are plain."""
-    model = load(tiny_folder, device="cpu", dtype=dtype, compile=True)
-    assert len(generate(pictures, "caption en", model=model, max_new_tokens=4)) == len(pictures)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    assert isinstance(dense_map(torch.randn(3, 4).bfloat16()), torch.nn.Linear)
+    exact = scores_of_two_tokens(load(tiny_folder, device="cpu", dtype="float32"), pictures)
+    for as_it_is in (True, False):
+        if not as_it_is:
+            monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+            assert isinstance(dense_map(torch.randn(3, 4).bfloat16()), torch.nn.Linear)
+        found = scores_of_two_tokens(load(tiny_folder, device="cpu", dtype=dtype, compile=True), pictures)
+        assert (found - exact).norm() / exact.norm() < 0.05
 
 
 @needs_both

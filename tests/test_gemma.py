@@ -127,8 +127,10 @@ def test_rms_norm_equals_transformers(dtype, size):
     vectors = (size * torch.randn(3, 5, 24).clamp(-2, 2)).to(dtype)
     normal = ours(vectors)
     assert normal.dtype == dtype and normal.isfinite().all()
-    # one rounding of the result in 16 bits, a few of the last bit in 32
-    torch.testing.assert_close(normal, theirs(vectors), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    if dtype is torch.float32:  # a few of the last bit
+        torch.testing.assert_close(normal, theirs(vectors), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    else:  # one rounding, at the end: who rounds before the weight is at most two units off
+        assert torch.equal(normal, theirs(vectors))
 
 
 def test_a_fresh_norm_scales_nothing():

@@ -78,7 +78,11 @@ def test_what_is_kept(scores, p, k):
     assert logits[0, kept].max() == logits.max()
     if (~kept).any():
         assert probabilities[kept].min() >= probabilities[~kept].max()
-    assert keep_top_k(logits, k).isfinite().sum() >= min(k, len(scores))
+    # and no more than needed: without the least of them there were too few
+    assert kept.sum() == 1 or probabilities[kept].sum() - probabilities[kept].min() <= p + 1e-4
+    best = keep_top_k(logits, k).isfinite()
+    assert best.sum() >= min(k, len(scores))
+    assert (logits > logits[best].min()).sum() < k  # ties with the last one stay
 
 
 def test_padding_was_not_seen():

@@ -82,7 +82,11 @@ def test_what_can_be_read_is_read_and_the_rest_is_told(answer, labels, words):
     assert bool(remarks) == bool(words)
 
 
-@given(st.text(alphabet="<>loc0123seg ;cat\n", max_size=60))
+PIECES = ["<loc0000>", "<loc0512>", "<loc1023>", "<loc1024>", "<loc00", "<seg003>", "<seg127>", "<seg128>"]
+PIECES += ["<loc0001><loc0002><loc0900><loc1023>", "<seg003>" * 16, " ; ", ";", " cat", "<", ">", "\n", "loc"]
+
+
+@given(st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3)), max_size=25).map("".join))
 def test_no_text_breaks_the_reader(text):
     found, remarks = parse(text, 100, 100)
     assert all(0 <= edge <= 100 for detection in found for edge in detection.box)

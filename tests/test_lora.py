@@ -124,11 +124,19 @@ def test_only_the_updates_learn(adapted, pictures):
         assert (parameter.grad is not None) == (name in learning)
 
 
-def test_answers_with_a_cache_use_the_update(adapted, pictures):
-    """The whole prompt at once and one token at a time give the same words, and other words than the base."""
-    with_update = generate(pictures[0], "caption en", model=adapted, max_new_tokens=12, return_logprobs=True)
+def test_answers_with_a_cache_use_the_update(adapted, pictures, tiny_folder):
+    """All at once and one token at a time give the same words, and other words than the base."""
+    ask = {"max_new_tokens": 12, "return_logprobs": True}
+    said = generate(pictures[0], "caption en", model=adapted, **ask)
+    assert said.tokens != generate(pictures[0], "caption en", model=load(tiny_folder, device="cpu"), **ask).tokens
+    batch = adapted.processor.prepare(pictures[:1], ["caption en"])
+    ids = torch.cat([batch.input_ids, torch.tensor([said.tokens])], dim=1)
+    types = torch.cat([batch.token_type_ids, torch.ones(1, len(said.tokens), dtype=torch.long)], dim=1)
+    with torch.no_grad():
+        at_once = adapted(ids, batch.pixel_values, torch.ones_like(ids), types)[0, -len(said.tokens) - 1 : -1]
+    assert at_once.argmax(-1).tolist() == list(said.tokens)
     merge_lora(adapted)
-    assert generate(pictures[0], "caption en", model=adapted, max_new_tokens=12) == with_update.text
+    assert generate(pictures[0], "caption en", model=adapted, max_new_tokens=12) == said.text
 
 
 def test_merge_saves_a_plain_model_and_unmerge_gives_back_the_bits(adapted, pictures, tmp_path):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
 import sigma_book
-from sigma_book.locate import parse
+from sigma_book.locate import compare_boxes, parse
 from sigma_book.paligemma import PaliGemma
 from sigma_book.pocket import (
     EYE_STEPS,
@@ -176,11 +176,15 @@ def test_rows_of_a_pack_do_not_mix(fresh, processor):
         [("caption en", "a red star and a blue ring"), ("detect ring", "x" * 30)],
     )
     first = range(*(processor.tokenizer.token_id(f"<loc{i:04d}>") + i // 1023 for i in (0, 1023)))
+    packs = [packer.pack([scene], [pairs]) for scene, pairs in zip(scenes, (short, long), strict=True)]
+    counts = [(pack[3] != -100).sum() for pack in packs]
     with torch.no_grad():
-        both = packed_loss(fresh, packer.pack(scenes, [short, short]), first)
-        one = [packed_loss(fresh, packer.pack([scene], [short]), first) for scene in scenes]
-        torch.testing.assert_close(both, sum(one) / 2, atol=1e-5, rtol=1e-5)
+        both = packed_loss(fresh, packer.pack(scenes, [short, long]), first)
+        alone = [packed_loss(fresh, pack, first) for pack in packs]
+        mean = sum(count * loss for count, loss in zip(counts, alone, strict=True)) / sum(counts)
+        torch.testing.assert_close(both, mean, atol=1e-5, rtol=1e-5)
         _, ids, _, labels, mask = packer.pack(scenes, [short, long])
+    assert (labels[0] != -100).sum() < (labels[1] != -100).sum()
     assert not mask[0, 0, :, 64 + (labels[0] != -100).nonzero().max().item() + 2 :].any()
 
 
@@ -242,18 +246,24 @@ def test_no_seed_teaches_what_the_exam_asks(seed):
 def test_the_exam_counts(processor):
     """Against answers given one by one through the public face."""
     results = evaluate_pocket(load_model(FOLDER, "cpu", torch.float32), processor, scenes=12, seed=97_000_000)
-    rng, right, asked = random.Random(97_000_000), 0, 0
+    rng, right, asked, boxes_right, covered, things = random.Random(97_000_000), 0, 0, 0, 0.0, 0
     for seed in range(97_000_000, 97_000_012):
         scene = make_scene(seed)
         for task in TASKS:
             question = ask(scene, task, rng)
-            if question is not None and task != "detect":
+            if task == "detect":
+                found, _ = parse(sigma_book.generate(draw_scene(scene), question.prompt), SIZE, SIZE)
+                fits, overlap = compare_boxes([one.box for one in found], question.boxes)
+                boxes_right += fits and all(one.label == question.label for one in found)
+                covered, things = covered + overlap * len(question.boxes), things + len(question.boxes)
+            elif question is not None:
                 asked += 1
                 right += sigma_book.generate(draw_scene(scene), question.prompt) == question.answer
     counted = [score for task, score in results.items() if task != "detect"]
     assert sum(score["asked"] for score in counted) == asked
     assert round(sum(score["asked"] * score["right"] for score in counted)) == right
-    assert 0 <= results["detect"]["mean_iou"] <= 1
+    assert results["detect"]["asked"] == 12 and round(12 * results["detect"]["right"]) == boxes_right
+    assert results["detect"]["mean_iou"] == pytest.approx(covered / things)
 
 
 @pytest.mark.slow

@@ -155,7 +155,7 @@ def test_an_adapter_is_no_model_to_begin_from(data, tmp_path):
 
 def test_another_rank_does_not_go_on(data, tmp_path):
     finetune(data, tmp_path / "run", FEW, device="cpu")
-    with pytest.raises(ValueError, match="rank"):
+    with pytest.raises(ValueError, match="holds a run with rank = 4, this one has 8"):
         finetune(data, tmp_path / "run", TrainingConfig(**(vars(FEW) | {"rank": 8})), device="cpu")
 
 

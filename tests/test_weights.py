@@ -576,15 +576,21 @@ def test_bfloat16_units_as_linux_sees_them():
     assert has_bfloat16_units() == bool(flags & {"avx512_bf16", "amx_bf16", "avx10_2", "bf16"})
 
 
-def test_dtype_auto_is_that_of_most_bytes(model, tmp_path):
+def test_dtype_auto_is_that_of_most_bytes(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "has_bfloat16_units", lambda: True)
+    for most, few in (("bfloat16", torch.float32), ("float32", torch.bfloat16)):
+        save_model(model, tmp_path / most, dtype=most)
+
+        def change(tensors, few=few):
+            tensors |= {name: tensor.to(few) for name, tensor in tensors.items() if "norm" in name}
+
+        edit_tensors(tmp_path / most, change)
+        loaded = load_model(tmp_path / most, "cpu", "auto")
+        assert {tensor.dtype for tensor in loaded.parameters()} == {getattr(torch, most)}
+
+
+def test_float16_by_name_and_by_itself(model, tmp_path):
     save_model(model, tmp_path / "model", dtype="float16")
-
-    def change(tensors):
-        for name in tensors:
-            if "norm" in name:
-                tensors[name] = tensors[name].float()
-
-    edit_tensors(tmp_path / "model", change)
     loaded = load_model(tmp_path / "model", "cpu", "auto")
     assert {tensor.dtype for tensor in loaded.parameters()} == {torch.float32}  # float16, but this is a CPU
     assert {tensor.dtype for tensor in load_model(tmp_path / "model", "cpu", "float16").parameters()} == {torch.float16}

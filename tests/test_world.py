@@ -27,17 +27,8 @@ def test_things_lie_apart_inside_and_on_the_grid(most):
             assert bottom - top == right - left and SIDES[0] <= bottom - top <= SIDES[1]
             assert all(edge % GRID == 0 for edge in (top, left, bottom, right))
             owner[top : bottom + 2, left : right + 2] += 1  # a pixel of air all around
-        inside = owner[1:-1, 1:-1]
-        assert inside.max() <= 1 or most > 1
-        assert not ((owner > 1).sum() and _touch(scene))
+        assert owner.max() == 1
     assert set(counts) == set(range(1, most + 1))
-
-
-def _touch(scene) -> bool:
-    boxes = [thing.box for thing in scene.things]
-    return any(
-        not (a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1]) for i, a in enumerate(boxes) for b in boxes[:i]
-    )
 
 
 @pytest.mark.parametrize("most", [0, 6, -1])
