@@ -425,7 +425,7 @@ def test_a_disk_of_pictures_that_is_away_stops_the_run(tmp_path, monkeypatch):
     parts = AnswerParts(tmp_path / "out", 20, rows_per_part=4)
     parts.folder.mkdir()
     seldom = {0, 1, 2, 3, 4, 5, 7, 8, 9, 10}  # from the beginning on, and four between two answers
-    words = r"the last 5 rows have all failed \(no such file\): is the disk .* there\? .* from row 12 on"
+    words = r"the last 5 rows have all failed \(no such file\): is the disk .* there\? .* goes on at row 12"
     with pytest.raises(RuntimeError, match=words):
         parts.write(records(0, seldom | set(range(12, 20))))
     assert parts.next_index() == 12

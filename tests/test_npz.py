@@ -335,6 +335,7 @@ print((held("VmHWM") - before) / sum(p.nbytes for p in model.parameters()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1.3), pytest.param("bfloat16", 1.7, marks=pytest.mark.slow)])
 def test_never_two_copies(write, tmp_path, dtype, bound):

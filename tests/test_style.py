@@ -241,6 +241,7 @@ def installed(checkout: Path, origin: dict | None) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(checkout), str(info.parent)])}
 
 
+@pytest.mark.slow
 def test_the_folder_that_the_reader_chose(checkout, tmp_path):
     """It is made if need be. The same figure, saved by a second process, is the same to the byte."""
     environment = installed(checkout, {"url": "file:///x", "dir_info": {"editable": True}})
