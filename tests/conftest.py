@@ -3,8 +3,11 @@
 import json
 import random
 import shutil
+import subprocess
+import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -48,6 +51,25 @@ def make_tiny_folder(folder: Path, seed: int = 0, **text_options) -> Path:
     save_model(model, folder)
     Processor(tokenizer, vision.image_size, vision.num_patches).save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def at_work():
+    """Takes a folder: inside the block another process holds its lock."""
+
+    @contextmanager
+    def held_by_another(folder: Path):
+        program = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+        program += "print('in', flush=True); time.sleep(99)"
+        other = subprocess.Popen([sys.executable, "-c", program, folder / ".lock"], stdout=subprocess.PIPE, text=True)
+        try:
+            assert other.stdout.readline() == "in\n"
+            yield
+        finally:
+            other.kill()
+            other.communicate()
+
+    return held_by_another
 
 
 @pytest.fixture(scope="session")

@@ -540,20 +540,13 @@ def test_without_the_extra_a_sentence_names_it(package, shelf, tiny_folder, tmp_
     assert "pip install 'sigma-book[scale]'" in said and "Traceback" not in said
 
 
-def test_a_second_process_leaves_the_folder_as_it_is(shelf, tmp_path):
+def test_a_second_process_leaves_the_folder_as_it_is(shelf, tmp_path, at_work):
     """The first is still loading its model: it has no answer yet, and a lock."""
     data, out = write_lines(tmp_path / "rows.jsonl", good_rows(3)), tmp_path / "out"
     out.mkdir()
     (out / "run.json").write_text("{}")
-    program = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('in', flush=True); time.sleep(99)"
-    other = subprocess.Popen([sys.executable, "-c", program, out / ".lock"], stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout.readline() == "in\n"
-        with pytest.raises(RuntimeError, match="another process is at work in"):
-            answer_file(data, out, root=shelf, device="cpu")
-    finally:
-        other.kill()
-        other.communicate()
+    with at_work(out), pytest.raises(RuntimeError, match="another process is at work in"):
+        answer_file(data, out, root=shelf, device="cpu")
     assert (out / "run.json").read_text() == "{}"
 
 

@@ -546,20 +546,14 @@ def test_a_folder_with_another_run_is_refused(world, tiny_folder, tmp_path, caps
         claim_folder(world["captions"], {})
 
 
-def test_a_second_process_leaves_the_folder_as_it_is(world, tiny_folder, tmp_path, capsys):
+def test_a_second_process_leaves_the_folder_as_it_is(world, tiny_folder, tmp_path, capsys, at_work):
     """The first is still loading its model: it has no answer yet, and a lock."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "run.json").write_text("{}")
-    program = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('in', flush=True); time.sleep(99)"
-    other = subprocess.Popen([sys.executable, "-c", program, out / ".lock"], stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout.readline() == "in\n"
-        arguments = ("--task", "caption", "--data", world["captions"], "--out", out, "--model", tiny_folder)
+    arguments = ("--task", "caption", "--data", world["captions"], "--out", out, "--model", tiny_folder)
+    with at_work(out):
         assert "another process is at work in" in refused(capsys, *arguments)
-    finally:
-        other.kill()
-        other.communicate()
     assert (out / "run.json").read_text() == "{}"
     assert sorted(path.name for path in out.iterdir()) == [".lock", "run.json"]
 
