@@ -253,9 +253,11 @@ class Tokenizer:
             raise ValueError(f"{folder / kind} is not a tokenizer that can be read: {error}") from error
         if "added_tokens.json" in files:
             _add_listed(backend, folder / "added_tokens.json")
-        # what a plain Gemma tokenizer lacks, in the order in which the reference adds it
-        extra = ["<image>", *(f"<loc{i:04d}>" for i in range(1024)), *(f"<seg{i:03d}>" for i in range(128))]
-        backend.add([piece for piece in extra if backend.token_to_id(piece) is None])
+        if "tokenizer_config.json" in files:
+            _add_declared(backend, folder / "tokenizer_config.json")
+        # in the order in which the reference adds them: a plain Gemma tokenizer lacks them, and one of PaliGemma's has them
+        # in its vocabulary, where no merge leads to them
+        backend.add(["<image>", *(f"<loc{i:04d}>" for i in range(1024)), *(f"<seg{i:03d}>" for i in range(128))])
         for piece in ("<pad>", "<eos>", "<bos>"):
             if backend.token_to_id(piece) is None:
                 raise ValueError(f"{folder / kind} has no piece {piece}: expected the tokenizer of a PaliGemma")
@@ -315,13 +317,23 @@ def _add_listed(backend: "_Json | _Model", path: Path) -> None:
     added = read_json(path)
     if not all(type(token) is int for token in added.values()):
         raise ValueError(f"{path} has an id that is no whole number: expected pieces and their ids")
-    backend.add([piece for piece in sorted(added, key=added.get) if backend.token_to_id(piece) is None])
+    backend.add(sorted(added, key=added.get))
     for piece, token in added.items():
         if backend.token_to_id(piece) != token:
             raise ValueError(
                 f"{path}: {piece} is {token}, but would become {backend.token_to_id(piece)}: "
                 "the file does not belong to this tokenizer"
             )
+
+
+def _add_declared(backend: "_Json | _Model", path: Path) -> None:
+    """Add the pieces that `tokenizer_config.json` says were added, in the order of their ids."""
+    declared = read_json(path).get("added_tokens_decoder") or {}
+    try:
+        pieces = [declared[token]["content"] for token in sorted(declared, key=int)]
+        backend.add(pieces)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{path}: "added_tokens_decoder" is no table of ids and {{"content": piece}}') from error
 
 
 def read_file(path: Path) -> bytes:
@@ -368,6 +380,7 @@ class _Json:
         return self._library.get_vocab_size()
 
     def add(self, pieces: list[str]) -> None:
+        # one that is in the vocabulary keeps its id, and is cut out whole from now on
         self._library.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in pieces])
 
     def encode(self, text: str) -> list[int]:
@@ -401,8 +414,12 @@ class _Model:
 
     def add(self, pieces: list[str]) -> None:
         for piece in pieces:
-            self._cut[piece] = len(self._pieces)
-            self._pieces.append(piece)
+            token = self.token_to_id(piece)
+            if token is None:
+                self._cut[piece] = len(self._pieces)
+                self._pieces.append(piece)
+            elif self._library.encode(piece) != [token]:  # in the vocabulary, and not found whole
+                self._cut[piece] = token
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
