@@ -580,10 +580,11 @@ people = ["red"] * 5 + ["dark red"] * 3 + ["orange", "brown"]
 # 3. lower case; `two` becomes `2` (up to ten; `none` is 0); `a`, `an` and `the` go;
 # 4. a contraction without its apostrophe gets it: `dont` becomes `don't`.
 #
-# The official script does all four to the model's answer, but only the first two to the people's, and those only where
-# the people disagree. (Their answers came in lower case and with digits.) We do the same, since a score is worth
-# something only if it is *the* score. But if you asked people yourself, and they wrote `Nokia`, by that rule nobody could
-# ever be right. For answers that do not come from VQAv2's files (`official=False`), people get all four steps as well.
+# The official script does so to the model's answer and to the people's, but only where the people disagree. Where all wrote
+# the same, it takes every letter as it is: such questions often ask what is written somewhere. Then `Yes.` is wrong for
+# `yes`. We do the same for answers that come from VQAv2's files, since a score is worth something only if it is *the* score.
+# (An older version of the script, which many copies follow, treated people's answers otherwise.) For answers of your own
+# (`official=False`) both sides are always put into plain form.
 
 
 # %%
@@ -632,14 +633,13 @@ def vqa_accuracy(answer: str, people: Sequence[str], official: bool = True) -> f
     Parameters
     ----------
     answer : str
-        Put into plain form first.
+        What the model said.
     people : sequence of str
-        The true answers, ten in VQAv2. Where they differ, their punctuation goes. A single one cannot be left out: then
-        both sides are put into plain form, and equal is 1. With two or three the rule cannot give 1: of three that agree
-        two are left, which is 2/3.
+        The true answers, ten in VQAv2. A single one cannot be left out: then both sides are put into plain form, and
+        equal is 1. With two or three the rule cannot give 1: of three that agree two are left, which is 2/3.
     official : bool
-        Take people's answers as the official script does, which knows them to be in lower case, with digits and without
-        articles. Else they are put into plain form too.
+        As the official script does, put answer and people into plain form where people differ, and compare letter by
+        letter where they all say the same. Else they are put into plain form in any case.
 
     Raises
     ------
@@ -648,16 +648,15 @@ def vqa_accuracy(answer: str, people: Sequence[str], official: bool = True) -> f
 
     References
     ----------
-    Goyal et al. 2017, "Making the V in VQA Matter"; vqaEval.py of GT-Vision-Lab/VQA.
+    Goyal et al. 2017, "Making the V in VQA Matter"; vqaEval.py of GT-Vision-Lab/VQA, commit a013f00, and issue 14 there on
+    why.
     """
     _need_references(people)
-    said = vqa_plain(answer)
     if len(people) == 1:
-        return float(said == vqa_plain(people[0]))
-    if not official:
-        people = [vqa_plain(person) for person in people]
-    elif len(set(people)) > 1:
-        people = [_without_punctuation(person) for person in people]
+        return float(vqa_plain(answer) == vqa_plain(people[0]))
+    said, people = _one_line(answer), [_one_line(person) for person in people]
+    if not official or len(set(people)) > 1:
+        said, people = vqa_plain(said), [vqa_plain(person) for person in people]
     agree = sum(person == said for person in people)
     others, rest = min(1, (agree - 1) / 3), min(1, agree / 3)  # with one who agrees left out, and with one who does not
     return (agree * others + (len(people) - agree) * rest) / len(people)
@@ -667,7 +666,7 @@ def vqa_accuracy(answer: str, people: Sequence[str], official: bool = True) -> f
 for answer in ("red", "dark red", "orange", "blue"):
     assert math.isclose(vqa_accuracy(answer, people), vqa_naive(answer, people))
 assert vqa_plain("The dogs dont, two.") == "dogs don't 2"
-assert vqa_accuracy("Nokia", ["Nokia"] * 10) == 0 and vqa_accuracy("Nokia", ["Nokia"] * 10, official=False) == 1
+assert vqa_accuracy("nokia", ["Nokia"] * 10) == 0 and vqa_accuracy("nokia", ["Nokia"] * 10, official=False) == 1
 [vqa_plain(text) for text in ("A T-shirt!", "1,000", "3.5", "Mr. Smith", "black/white", "NONE")]
 
 # %% [markdown]

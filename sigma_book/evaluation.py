@@ -305,14 +305,13 @@ def vqa_accuracy(answer: str, people: Sequence[str], official: bool = True) -> f
     Parameters
     ----------
     answer : str
-        Put into plain form first.
+        What the model said.
     people : sequence of str
-        The true answers, ten in VQAv2. Where they differ, their punctuation goes. A single one cannot be left out: then
-        both sides are put into plain form, and equal is 1. With two or three the rule cannot give 1: of three that agree
-        two are left, which is 2/3.
+        The true answers, ten in VQAv2. A single one cannot be left out: then both sides are put into plain form, and
+        equal is 1. With two or three the rule cannot give 1: of three that agree two are left, which is 2/3.
     official : bool
-        Take people's answers as the official script does, which knows them to be in lower case, with digits and without
-        articles. Else they are put into plain form too.
+        As the official script does, put answer and people into plain form where people differ, and compare letter by
+        letter where they all say the same. Else they are put into plain form in any case.
 
     Raises
     ------
@@ -321,16 +320,15 @@ def vqa_accuracy(answer: str, people: Sequence[str], official: bool = True) -> f
 
     References
     ----------
-    Goyal et al. 2017, "Making the V in VQA Matter"; vqaEval.py of GT-Vision-Lab/VQA.
+    Goyal et al. 2017, "Making the V in VQA Matter"; vqaEval.py of GT-Vision-Lab/VQA, commit a013f00, and issue 14 there on
+    why.
     """
     _need_references(people)
-    said = vqa_plain(answer)
     if len(people) == 1:
-        return float(said == vqa_plain(people[0]))
-    if not official:
-        people = [vqa_plain(person) for person in people]
-    elif len(set(people)) > 1:
-        people = [_without_punctuation(person) for person in people]
+        return float(vqa_plain(answer) == vqa_plain(people[0]))
+    said, people = _one_line(answer), [_one_line(person) for person in people]
+    if not official or len(set(people)) > 1:
+        said, people = vqa_plain(said), [vqa_plain(person) for person in people]
     agree = sum(person == said for person in people)
     others, rest = min(1, (agree - 1) / 3), min(1, agree / 3)  # with one who agrees left out, and with one who does not
     return (agree * others + (len(people) - agree) * rest) / len(people)

@@ -1,5 +1,6 @@
 """Evaluation: rules by hand, a runner that is killed and goes on, files that do not fit, and the page of worst cases."""
 
+import errno
 import json
 import os
 import random
@@ -131,10 +132,14 @@ def test_scores_need_something_to_compare_with():
         ("red", ["red"] * 2 + ["blue"] * 8, 0.6),
         ("red", ["red"] + ["blue"] * 9, 0.3),
         ("green", ["red"] * 10, 0.0),
-        ("Two.", ["2"] * 10, 1.0),
-        ("two", ["two"] * 10, 0.0),  # the official script puts the model's answer into digits, and not the people's
+        ("Two.", ["2"] * 10, 0.0),  # where all agree, every letter counts
+        ("two", ["two"] * 10, 1.0),
+        (" two\n", ["two\t"] * 10, 1.0),
+        ("Two.", ["two"] * 9 + ["2"], 1.0),  # where they differ, both sides are put into plain form
+        ("dog", ["a dog"] * 8 + ["dog"] * 2, 1.0),
         ("Two.", ["two"], 1.0),  # one person alone: our rule, both are put into plain form
-        ("the dont", ["don't"] * 10, 1.0),
+        ("the dont", ["don't"] * 10, 0.0),
+        ("the dont", ["don't"] * 9 + ["no"], 1.0),
     ],
 )
 def test_vqa_accuracy_by_hand(answer, people, accuracy):
@@ -148,16 +153,16 @@ def test_plain_form_of_answers():
 
 
 def test_answers_of_ones_own_are_made_plain_too(tmp_path):
-    """The official rule knows people's answers to be plain, and keeps to VQAv2's files."""
-    assert vqa_accuracy("Nokia", ["Nokia"] * 10) == 0.0
+    """The official rule takes unanimous answers to the letter, and keeps to VQAv2's files."""
+    assert vqa_accuracy("nokia", ["Nokia"] * 10) == 0.0
     for said in ("Nokia", "a dog", "Two", "dont walk", "somebody'd", "somebodyd"):
-        assert vqa_accuracy(said, [said] * 10, official=False) == 1.0
+        assert vqa_accuracy(f"{said}.", [said] * 10, official=False) == 1.0
     people = ["the dog"] * 9 + ["A cat"]
     assert vqa_accuracy("Dog.", people, official=False) == 1.0
     assert vqa_accuracy("cat", people, official=False) == pytest.approx(0.3)
     for facts, accuracy in (({}, 1.0), ({"question_id": 7}, 0.0)):
         own = [Example(b"", "answer en who?", "Nokia", "row 1", ("Nokia",) * 10, facts)]
-        records = answer_examples("vqa", own, lambda rows: ["Nokia"], tmp_path / f"{len(facts)}.jsonl")
+        records = answer_examples("vqa", own, lambda rows: ["nokia"], tmp_path / f"{len(facts)}.jsonl")
         assert score_answers("vqa", records)[0]["accuracy"] == accuracy
 
 
@@ -223,6 +228,27 @@ def test_wherever_the_file_is_torn_no_answer_is_lost_or_given_twice(tmp_path):
         assert len(asked) == 9 - whole[:cut].count(b"\n")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="to_disk does nothing there")
+def test_a_batch_is_on_the_disk_before_the_next_is_asked(tmp_path, monkeypatch):
+    path, steps = tmp_path / "answers.jsonl", []
+
+    def answer(examples):
+        steps.append("asked")
+        return echo(examples)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: steps.append(path.read_bytes().count(b"\n")))
+    answer_examples("caption", rows(9), answer, path, batch_size=4)
+    assert steps == ["asked", 4, "asked", 8, "asked", 9]
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RuntimeError, match=r"answers\.jsonl: No space left on device: make room"):
+        answer_examples("caption", rows(20), answer, path, batch_size=4)
+    assert steps[6:] == ["asked"], "no second batch"
+
+
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "answers.jsonl"
     answer_examples("caption", rows(3), echo, path)
@@ -249,6 +275,15 @@ def test_an_answer_that_lacks_something_is_named(tmp_path):
     answer_examples("caption", rows(2), echo, path)
     path.write_bytes(path.read_bytes() + b'{"index": 2, "answer": "a"}\n')
     with pytest.raises(ValueError, match=r"line 3 has no answers, megabytes, prompt, .*: the file was edited"):
+        answer_examples("caption", rows(3), echo, path)
+
+
+def test_an_answer_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    answer_examples("caption", rows(2), echo, path)
+    first, second = map(json.loads, path.read_text().splitlines())
+    path.write_text("".join(json.dumps(line) + "\n" for line in (first, second | {"answer": 5})))
+    with pytest.raises(ValueError, match=r"line 2: answer is 5, expected a text: the file was edited"):
         answer_examples("caption", rows(3), echo, path)
 
 

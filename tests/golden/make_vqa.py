@@ -1,17 +1,18 @@
 """Makes vqa.json.gz: 2,000 question-answer sets with the scores of the official VQA script.
 
-    pip install --no-deps --target FOLDER salesforce-lavis     # holds a Python 3 port: lavis/common/vqa_tools
-    python tests/golden/make_vqa.py FOLDER
+    git clone https://github.com/GT-Vision-Lab/VQA     # commit a013f00
+    python tests/golden/make_vqa.py VQA/PythonEvaluationTools/vqaEvaluation/vqaEval.py
 
-Run once; the tests read the file alone. The port is loaded from its file, so that the rest of that package is not needed.
+Run once; the tests read the file alone. The script is of Python 2: its two `print` statements are put into brackets.
 """
 
 import gzip
-import importlib.util
 import json
 import random
+import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 BASES = {
     "yes/no": ["yes", "no", "Yes", "no.", "yes!", "maybe", "can't tell", "cant tell", "none", "a yes"],
@@ -46,10 +47,9 @@ def one_set(rng: random.Random) -> dict:
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) / "lavis" / "common" / "vqa_tools" / "vqa_eval.py"
-    spec = importlib.util.spec_from_file_location("vqa_eval", path)
-    official = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(official)
+    text = Path(sys.argv[1]).read_text(encoding="utf-8")
+    official = ModuleType("vqaEval")
+    exec(re.sub(r'print (".*")', r"print(\1)", text), vars(official))
     rng = random.Random(0)
     sets = [one_set(rng) for _ in range(2000)]
 
@@ -57,7 +57,7 @@ def main() -> None:
         def __init__(self, qa: dict):
             self.qa = qa
 
-        def getQuesIds(self):  # noqa: N802: the name that the script asks for
+        def getQuesIds(self):  # noqa: N802 - the name that the script asks for
             return list(self.qa)
 
     truth = {
