@@ -196,8 +196,8 @@ _TURNS = {
 # a short list of colours. `RGBA` has a fourth number, **alpha**: how solid a pixel is. `I;16` is 16-bit grey, `F` floats,
 # `CMYK` four inks.
 #
-# Most modes become RGB by one call. Two would go wrong. Of transparency Pillow drops the alpha, and shows colours that
-# nobody was meant to see. Deep grey it cuts off at 255, so that nearly everything is white.
+# Most modes become RGB by one call. Two would go wrong. From a transparent picture Pillow drops the alpha, and shows colours
+# that nobody was meant to see. Grey of 16 bits it cuts off at 255, so that nearly everything is white.
 
 
 # %%
@@ -316,10 +316,10 @@ for name in ("notes.png", "half.jpg", "nowhere.png"):
 # ## A smaller square, by hand
 #
 # Making a row of pixels smaller means mixing. Taking every third pixel would drop the others: thin lines vanish, edges
-# get stairs. Instead each new pixel is a weighted mean of those that it covers.
+# get stairs. Instead each new pixel is a weighted mean of the pixels that it covers and of some beside them.
 #
-# **Bicubic** is a shape for the weights: a hump, with a small dip below zero on each side, which keeps edges crisp. The
-# hump is as wide as the pixels that melt into one; that is what *antialiasing* means.
+# **Bicubic** is a shape for the weights: a hump, with a small dip below zero on each side, which keeps edges crisp. When
+# three pixels melt into one, the hump is stretched three times; that is what *antialiasing* means.
 
 
 # %%
@@ -332,7 +332,7 @@ def hump(x: float) -> float:
 
 def shrink_naive(row: list[float], size: int) -> list[float]:
     scale = len(row) / size
-    wide = max(scale, 1.0)  # when shrinking, the hump is stretched over all pixels that melt into one
+    wide = max(scale, 1.0)  # when shrinking, the hump is stretched
     new = []
     for place in range(size):
         centre = (place + 0.5) * scale
@@ -606,8 +606,7 @@ def _add_declared(backend: "_Json | _Model", path: Path) -> None:
     """Add the pieces that `tokenizer_config.json` says were added, in the order of their ids."""
     declared = read_json(path).get("added_tokens_decoder") or {}
     try:
-        pieces = [declared[token]["content"] for token in sorted(declared, key=int)]
-        backend.add(pieces)
+        backend.add([one["content"] for _, one in sorted(declared.items(), key=lambda item: int(item[0]))])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{path}: "added_tokens_decoder" is no table of ids and {{"content": piece}}') from error
 
@@ -674,8 +673,8 @@ class _Json:
 
 # %% [markdown]
 # SentencePiece takes `<bos>` in a text for letters like any others. So we cut such names out of the text first, and give it what lies
-# between. On the way back, runs of bytes become characters together; a run that is none becomes the sign for "cannot be
-# read", `\ufffd`, once for each byte.
+# between. On the way back, runs of bytes become characters together; bytes that make no character become the sign for
+# "cannot be read", `\ufffd`, one for each.
 
 
 # %%
@@ -1194,7 +1193,7 @@ check(over_white, ((0.0, 1.0), 0.0), ((0.0, 0.25), 191.25), ((100.0, 0.0), 255.0
 
 # %% [markdown]
 # **3.** ★★ The picture was squeezed to a square of `size` pixels, and the model found something there. Bring its box
-# `(left, top, right, bottom)` back to the picture of `width` x `height`.
+# `(left, top, right, bottom)` (x first here, as Pillow has it) back to the picture of `width` x `height`.
 
 
 # %%

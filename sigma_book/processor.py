@@ -330,8 +330,7 @@ def _add_declared(backend: "_Json | _Model", path: Path) -> None:
     """Add the pieces that `tokenizer_config.json` says were added, in the order of their ids."""
     declared = read_json(path).get("added_tokens_decoder") or {}
     try:
-        pieces = [declared[token]["content"] for token in sorted(declared, key=int)]
-        backend.add(pieces)
+        backend.add([one["content"] for _, one in sorted(declared.items(), key=lambda item: int(item[0]))])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{path}: "added_tokens_decoder" is no table of ids and {{"content": piece}}') from error
 

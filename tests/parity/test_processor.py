@@ -6,6 +6,7 @@ torchvision is missing. So the tests name the first. Both sides read the pocket'
 """
 
 import io
+import json
 import random
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer, GemmaTokenizer, PaliGemmaProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -398,6 +400,66 @@ def test_a_tokenizer_without_places(tmp_path):
         ids = tokenizer.encode(text)
         assert ids == plain.encode(text, add_special_tokens=False)
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_places_that_only_the_vocabulary_has(ours, tmp_path):
+    """As in the first PaliGemma's tokenizer.json: no merge leads to `<loc0000>`, so it must be cut out of the text."""
+    table = json.loads((FOLDER / "tokenizer.json").read_text(encoding="utf-8"))
+    table["added_tokens"] = [one for one in table["added_tokens"] if not one["content"].startswith(("<loc", "<seg"))]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(table), encoding="utf-8")
+    shutil.copy(FOLDER / "tokenizer_config.json", tmp_path)
+    plain = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(plain.encode("<loc0001>", add_special_tokens=False)) > 1
+    PaliGemmaProcessor(SiglipImageProcessorPil.from_pretrained(FOLDER), plain)  # which cuts them out too
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.vocab_size == ours.tokenizer.vocab_size
+    for prompt in PROMPTS["places"] + PROMPTS["spaces"] + ["<loc0000><loc0010><loc0500><loc1023> red star ; <seg001>"]:
+        ids = tokenizer.encode(prompt)
+        assert ids == plain.encode(prompt, add_special_tokens=False) == ours.tokenizer.encode(prompt)
+        assert tokenizer.decode(ids) == ours.tokenizer.decode(ids)
+
+
+def test_places_that_are_ordinary_pieces(ours, tmp_path):
+    proto = sentencepiece_model_pb2.ModelProto.FromString((FOLDER / "tokenizer.model").read_bytes())
+    for piece in proto.pieces:
+        if piece.piece.startswith(("<loc", "<seg")):
+            piece.type = piece.NORMAL
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    library = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    assert library.encode("<loc0000><loc1023>") != ours.tokenizer.encode("<loc0000><loc1023>")
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    for prompt in PROMPTS["places"] + ["<loc0000><loc0010><loc0500><loc1023> red star ; <seg001>"]:
+        assert tokenizer.encode(prompt) == ours.tokenizer.encode(prompt)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_pieces_that_the_settings_declare(ours, tmp_path, name):
+    settings = json.loads((FOLDER / "tokenizer_config.json").read_text(encoding="utf-8"))
+    size, tokenizer = ours.tokenizer.vocab_size, ours.tokenizer
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized", "special"), False)
+    declared = {
+        tokenizer.token_id("<loc0001>"): "<loc0001>",
+        size + 1: "<two>",
+        size: "<one>",
+        tokenizer.pad_id: "<pad>",
+    }
+    declared[tokenizer.image_id] = "<image>"  # which tokenizer.model lacks
+    settings["added_tokens_decoder"] = {
+        str(token): {"content": text} | flags | {"special": text == "<image>"} for token, text in declared.items()
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    shutil.copy(FOLDER / name, tmp_path)
+    again = Tokenizer.from_folder(tmp_path)
+    assert again.encode("<two><one> star<loc0001>") == [size + 1, size, *tokenizer.encode(" star<loc0001>")]
+    if name == "tokenizer.json":
+        theirs = AutoTokenizer.from_pretrained(tmp_path)
+        for text in ("a<two><one> b", "<one>", "<loc0001><two>", "é<one>é"):
+            assert again.encode(text) == theirs.encode(text, add_special_tokens=False)
+    for wrong in ([], {"a": {"content": "b"}}, {"7": "b"}, {"7": {}}, {"7": {"content": 5}}):
+        settings["added_tokens_decoder"] = wrong or [1]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match=r'tokenizer_config.json: "added_tokens_decoder" is no table'):
+            Tokenizer.from_folder(tmp_path)
 
 
 def test_a_folder_that_the_reference_wrote(ours, reference, tmp_path):
