@@ -490,8 +490,9 @@ assert {record["index"]: record["answer"] for record in records if record["answe
 # and a part that others follow must be full.
 #
 # A row with an error counts as done. To ask such rows again, write them into a file of their own and give a new folder. But
-# what if the disk of the pictures is away for an hour? Every row would get an error, and none would be asked again. So errors
-# in a row are held back until a row is answered, and a thousand of them stop the run.
+# what if the disk of the pictures is away for an hour? Every row would get an error, and none would be asked again. So, behind
+# the first answer of a command, errors in a row are held back until a row is answered, and a thousand of them stop the run.
+# Errors before any answer are written: give the same command again only when the disk is back.
 
 
 # %%
@@ -720,7 +721,7 @@ assert [record["index"] for record in whole] == list(range(12))
 
 # %%
 # | export
-MOST_BLOCKS = 10_000  # more batches share them; an actor that dies costs no more than a ten thousandth of the run
+MOST_BLOCKS = 10_000  # more batches share them: a dead actor costs one batch, or a ten thousandth of the run, at most
 
 
 @dataclass(frozen=True)
@@ -804,7 +805,8 @@ def answer_with_ray(
         If the actors claim more than the machines have.
     RuntimeError
         If Ray is not installed, the model cannot be loaded, an actor fails in a way that no row explains, or no answer comes
-        for half an hour: a row may end the process of its actor each time that it is asked.
+        for half an hour (with more than `MOST_BLOCKS` batches, for each of those that are handed out together): a row may
+        end the process of its actor each time that it is asked.
     """
     with ray_running() as ray:
         _check_room(ray, config)
@@ -813,6 +815,8 @@ def answer_with_ray(
         context.enable_progress_bars = False  # ours counts rows, not blocks
         size, total = config.batch_size, len(rows)
         batches = [{"start": first, "stop": min(total, first + size)} for first in range(start, total, size)]
+        block = max(1, math.ceil(len(batches) / MOST_BLOCKS))  # batches whose answers come all at once
+        context.execution_no_progress_timeout_s = 1800 * block
         blocks = ray.data.from_items(batches, override_num_blocks=min(len(batches), MOST_BLOCKS))
         answers = blocks.map_batches(
             BulkActor,

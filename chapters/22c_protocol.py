@@ -499,16 +499,16 @@ def open_picture(content: bytes, max_pixels: int) -> Image.Image:
     # a scan begins FF DA, and a length below 256; without its 00, a film behind a photograph may have as many by chance
     if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda\x00") > MOST_SCANS:
         raise ValueError(f"the JPEG is drawn in more than {MOST_SCANS} scans: save it anew, with fewer")
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as probe:
-            width, height = probe.size
-    except Image.DecompressionBombError as error:
+    try:  # opened once: with other readers, the same bytes might be another picture
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"the picture would unpack to more than {max_pixels:,} pixels: reduce it first") from error
     except Exception as error:  # Pillow raises nearly every kind there is
         raise ValueError("the picture cannot be read: send a whole JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF") from error
-    if width * height > max_pixels:
-        raise ValueError(f"the picture is {width} x {height}: at most {max_pixels:,} pixels are taken, reduce it first")
-    return load_image(content)
+    if image.width * image.height > max_pixels:
+        size = f"{image.width} x {image.height}"
+        raise ValueError(f"the picture is {size}: at most {max_pixels:,} pixels are taken, reduce it first")
+    return load_image(image)
 
 
 # %% [markdown]
@@ -560,9 +560,14 @@ def read_sampling(
     return Sampling(temperature or 0.0, 1.0 if top_p is None else top_p, top_k, repetition_penalty or 1.0, seed)
 
 
+MOST_OF_A_STOP = 256
+
+
 def read_stops(stop: tuple[str, ...]) -> tuple[str, ...]:
     if not all(stop):
         raise ApiError(400, "a stop string is empty: leave it out", param="stop")
+    if any(len(text) > MOST_OF_A_STOP for text in stop):  # each is looked for at each token
+        raise ApiError(400, f"a stop string has more than {MOST_OF_A_STOP} characters: shorten it", param="stop")
     return stop
 
 
@@ -583,6 +588,7 @@ class TokenNames:
         self._decode = tokenizer.decode
         self._before = tokenizer.encode("a")[-1:]  # a space at the beginning of a text would be lost
         self._skip = len(self._decode(self._before))
+        self._known: dict[int, tuple[str, list[int] | None]] = {}  # twenty are asked for at each token of an answer
         self._byte = {}
         for value in range(256):
             try:
@@ -591,6 +597,11 @@ class TokenNames:
                 break
 
     def __call__(self, token: int) -> tuple[str, list[int] | None]:
+        if token not in self._known:
+            self._known[token] = self._name(token)
+        return self._known[token]
+
+    def _name(self, token: int) -> tuple[str, list[int] | None]:
         if token in self._byte:
             value = self._byte[token]
             return bytes([value]).decode("utf-8", "replace"), [value]
@@ -794,7 +805,7 @@ assert sent > 20 * text and sent / len(lines) / 0.005 < 100e3
 #
 # ## Your turn
 #
-# **1.** ★ Write `letters(count)`: how many letters a data URL needs for a picture of `count` bytes, without `base64`.
+# **1.** ★ Write `letters(count)`: how many letters of base64 a picture of `count` bytes becomes, without the module.
 
 
 # %%
@@ -831,6 +842,7 @@ check(
     (("../a.png",), False),
     (("a/../../a/b",), False),
     (("./../a.png",), False),
+    (("a//../../b.png",), False),
 )
 
 # %% [markdown]

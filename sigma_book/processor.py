@@ -11,10 +11,11 @@ import json
 import os
 import re
 import shutil
+import threading
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 __all__ = [
     "Batch",
     "Processor",
+    "SharedContext",
     "Tokenizer",
     "encode_picture",
     "file_beside",
@@ -88,19 +90,55 @@ def load_image(source: "str | Path | bytes | np.ndarray | Image.Image") -> Image
         return _to_rgb(_unpack(file, str(path)), str(path))
 
 
+class SharedContext:
+    """A context that sets something of the whole process: made when the first thread enters, undone when the last leaves.
+
+    `make` gives the context. (Two threads that each keep what was set before, and put it back, leave the wrong one behind.)
+    """
+
+    def __init__(self, make: Callable[[], AbstractContextManager]):
+        self._make, self._lock, self._threads = make, threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._threads == 0:
+                self._context = self._make()
+                self._context.__enter__()
+            self._threads += 1
+
+    def __exit__(self, *failure) -> None:
+        with self._lock:
+            self._threads -= 1
+            if self._threads == 0:
+                self._context.__exit__(None, None, None)
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+_QUIET = SharedContext(_no_warnings)  # Pillow remarks on notes in files that nobody here reads
+
+
 def _unpack(file: "io.BufferedIOBase | Image.Image", name: str) -> Image.Image:
     """All pixels of a picture, right side up; one sentence for whatever Pillow raises on the way."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks on notes in the file that nobody here reads
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with _QUIET:
         try:
             image = file if isinstance(file, Image.Image) else Image.open(file)
             if image.format == "EPS":  # a program rather than a picture: Pillow would have Ghostscript run it
                 raise UnidentifiedImageError
+            _refuse_bombs(image)
+            stored = image.tile[0][3] if getattr(image, "tile", None) else None
             image.load()
+            _refuse_bombs(image)  # of a file that holds several sizes, the true one is known now
+            if stored in ("L;2", "L;4") and isinstance(image.info.get("transparency"), int):
+                image.info["transparency"] *= {"L;2": 85, "L;4": 17}[stored]  # as Pillow did to the pixels
             turn = _turn(image)
             return image if turn is None else image.transpose(turn)
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        except Image.DecompressionBombError as error:
             raise ValueError(
                 f"{name} would unpack to more than {Image.MAX_IMAGE_PIXELS:,} pixels: reduce the picture first"
             ) from error
@@ -108,6 +146,12 @@ def _unpack(file: "io.BufferedIOBase | Image.Image", name: str) -> Image.Image:
             raise ValueError(f"{name} is not a picture that can be read: give a JPEG, PNG, WebP, GIF or BMP") from error
         except Exception as error:  # on damaged files Pillow raises nearly every kind there is
             raise ValueError(f"{name} is damaged or cut off ({error}): get a whole copy of the picture") from error
+
+
+def _refuse_bombs(image: Image.Image) -> None:
+    """Pillow only warns up to twice its limit."""
+    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -37,6 +37,7 @@ from fastapi.staticfiles import StaticFiles
 from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, exposition
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from python_multipart.multipart import parse_options_header
 from starlette.exceptions import HTTPException
 
 from sigma_book.batching import Engine, EngineClosed, EngineStats, Event, PromptTooLong, QueueFull
@@ -98,7 +99,7 @@ class ServerConfig:
     max_pixels : int
         Largest picture, in pixels, looked at before it is unpacked.
     max_new_tokens : int, optional
-        Longest answer that may be asked for; the model's context by default.
+        Longest answer that may be asked for; what a row of the engine holds by default.
     max_waiting : int, optional
         Requests under way at a time, from the unpacking of the picture to the end of the answer; more are sent away.
         By default as many as the engine has rows and places in its queue.
@@ -279,6 +280,7 @@ class Guard:
                 self._check_key(path, headers.get(b"authorization", b""))
             if scope["method"] == "POST":
                 self._check_room(path)
+                _check_charset(scope["headers"])
                 signs = self.service.most_signs if path == CHAT_PATH else None
                 receive = await self._read_body(headers, receive, record, signs)
             await self.app(scope, receive, answer)
@@ -398,6 +400,14 @@ class Guard:
 def _fingerprint(secret: bytes) -> bytes:
     """All of one length, so that a comparison does not tell how long the right one is."""
     return hashlib.sha256(secret).digest()
+
+
+def _check_charset(headers: list[tuple[bytes, bytes]]) -> None:
+    """A form's letters are decoded on the loop, and some of Python's codecs (punycode) take the square of their time."""
+    for name, value in headers:
+        given = parse_options_header(value)[1].get(b"charset") if name == b"content-type" else None
+        if given is not None and given.lower() not in (b"utf-8", b"utf8", b"us-ascii", b"iso-8859-1"):
+            raise ApiError(415, "forms are read as UTF-8: leave the charset out of Content-Type", code="charset")
 
 
 def _request_id(given: bytes) -> str:
@@ -554,7 +564,7 @@ class Service:
         """Unpack a picture off the loop and hand it to the engine."""
         record: Record = request.state.record
         if self.config.log_prompts:
-            record.fields["prompt"] = ask.prompt
+            record.fields["prompt"] = ask.prompt[:2000]  # its length is looked at below
         self._check_length(ask)
         reply = Reply(record, self)
         side = self.engine.processor.image_size
@@ -652,7 +662,7 @@ class Service:
             raise ApiError(400, sentence, param="max_tokens")
         if len(ask.prompt) > 100 * self.context:  # not worth cutting into tokens: no piece has 100 characters
             raise _too_long(
-                f"the prompt has {len(ask.prompt):,} characters, the model's context {self.context:,} tokens: shorten it"
+                f"the prompt has {len(ask.prompt):,} characters, a row of this server {self.context:,} tokens: shorten it"
             )
 
     async def chat(self, request: Request, body: ChatRequest):
@@ -760,12 +770,12 @@ class Service:
             raise _busy("8 explanations are waiting")
         self.explaining += 1  # before anything is waited for, or others slip in
 
-        def work(given_up: threading.Event) -> object:
-            return self._explain(open_picture(content, self.config.max_pixels), prompt, answer, given_up)
+        def work(given_up: threading.Event) -> Response:  # written out there too: a long answer has many maps
+            return PlainJson(self._explain(open_picture(content, self.config.max_pixels), prompt, answer, given_up))
 
         try:
             content = await file.read()
-            return PlainJson(await self._in_thread(request, self._explainers, work))
+            return await self._in_thread(request, self._explainers, work)
         except ValueError as error:
             raise ApiError(400, str(error)) from error
         finally:

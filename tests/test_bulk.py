@@ -583,6 +583,10 @@ def test_batches_that_share_a_block_of_ray_are_answered_one_after_another(shelf,
     monkeypatch.setattr(bulk, "MOST_BLOCKS", 4)
     found = list(bulk.answer_with_ray(rows, 5, pretend, BulkConfig(actors=2, batch_size=4, cpus=0.25)))
     assert found == list(answer_here(rows, 5, pretend(), batch_size=4))
+    # twelve batches, three to a block, whose answers come together: a guard that waits for one alone would end a healthy run
+    from ray.data import DataContext  # seconds to import, and only here
+
+    assert DataContext.get_current().execution_no_progress_timeout_s == 3 * 1800
 
 
 def count_lines(folder: Path) -> int:

@@ -93,6 +93,7 @@ def test_the_command_of_compose_is_one_that_the_program_takes(service, values):
     options = build_parser().parse_args(filled(settings["command"], values).split())
     assert (options.host, options.port) == ("0.0.0.0", 8000)
     assert options.model == values.get("MODEL")
+    assert settings["init"] is True  # the kernel keeps signals from a process 1 that has not asked for them
     assert options.max_rows == int(values.get("MAX_ROWS", 8)) and options.queue == int(values.get("QUEUE", 64))
     assert filled(settings["ports"][0], values) == f"{values.get('PORT', '8000')}:8000"
 

@@ -14,6 +14,7 @@ import shutil
 import struct
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -345,6 +346,23 @@ def test_all_ways_in_give_the_same(tmp_path):
     path.write_bytes(content)
     for source in (content, bytearray(content), path, str(path), Image.open(path), Image.fromarray(UPRIGHT), UPRIGHT):
         assert np.array_equal(rgb(source), UPRIGHT)
+
+
+@pytest.mark.parametrize(("depth", "content", "clear"), [(2, b"\x1b", 2), (4, b"\x01\x8f", 8)])
+def test_a_clear_grey_of_few_bits_becomes_white(depth, content, clear):
+    """Four pixels: two ends and two between; Pillow spreads their levels over 0 to 255, and its note on the clear one not."""
+    levels = [0, 1, 2, 3] if depth == 2 else [0, 1, 8, 15]
+    found = rgb(png(4, 1, depth, 0, content, clear.to_bytes(2, "big")))
+    step = 255 // (2**depth - 1)
+    assert found[0, :, 0].tolist() == [255 if level == clear else level * step for level in levels]
+
+
+def test_threads_that_read_pictures_leave_the_warnings_as_they_were():
+    content = encoded(Image.fromarray(np.zeros((400, 400, 3), np.uint8)), "PNG")
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(load_image, [content] * 200))
+    assert warnings.filters == before
 
 
 def test_the_ending_of_a_name_says_nothing(tmp_path):

@@ -304,6 +304,33 @@ def test_a_form_has_known_fields_and_each_once(start_server, tiny_model, scenes)
     assert assert_error(post("/detect?drawn=true"), 400, "'drawn' stands in the address")["param"] == "drawn"
 
 
+def test_letters_of_a_form_are_read_as_utf_8(start_server, tiny_model, scenes):
+    """One field in punycode takes the loop minutes, in which nobody is answered."""
+    server = start_server(tiny_model)
+    head = b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
+    picture = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n%s\r\n--x--\r\n' % scenes[0]
+    slow = head % (b"prompt", b"A" * 300_000) + picture
+    quick = head % (b"prompt", b"caption en") + head % (b"max_tokens", b"1") + picture
+    for kind in ("punycode", "PUNYCODE", "idna", "unknown", "utf-7", '"punycode"'):
+        given = {"Content-Type": f"multipart/form-data; boundary=x; charset={kind}"}
+        assert_error(httpx.post(f"{server.url}/generate", content=slow, headers=given), 415, "read as UTF-8")
+    several = [("Content-Type", f"multipart/form-data; boundary=x{more}") for more in ("; charset=punycode", "")]
+    assert_error(httpx.post(f"{server.url}/generate", content=slow, headers=several), 415, "read as UTF-8")
+    for kind in ("", "; charset=utf-8", "; charset=UTF-8", "; charset=iso-8859-1"):
+        given = {"Content-Type": f"multipart/form-data; boundary=x{kind}"}
+        assert httpx.post(f"{server.url}/generate", content=quick, headers=given).status_code == 200
+
+
+def test_stop_strings_are_short(start_server, tiny_model, scenes):
+    server, picture = start_server(tiny_model), {"file": scenes[0]}
+    for many in ("x" * 257, ["a", "x" * 300_000]):
+        data = {"prompt": "caption en", "max_tokens": "2", "stop": many}
+        error = assert_error(httpx.post(f"{server.url}/generate", files=picture, data=data), 400, "than 256 characters")
+        assert error["param"] == "stop"
+    data["stop"] = "x" * 256
+    assert httpx.post(f"{server.url}/generate", files=picture, data=data).status_code == 200
+
+
 def test_explain_and_the_page(start_server, tiny_model, scenes, tmp_path):
     def explain(image, prompt, answer, given_up):
         if answer == "nothing":
@@ -510,6 +537,15 @@ def test_a_jpeg_of_many_scans():
     assert open_picture(scans(0) + b"\xff\xda\x01" * 500, 10_000).size == (40, 40)  # a film behind it
     with pytest.raises(ValueError, match="more than 100 scans"):
         open_picture(scans(100), 10_000)
+
+
+def test_no_reader_but_those_named_sees_the_bytes(monkeypatch):
+    """Bytes may be a small TIFF to one reader and a large film to another, which Pillow asks first."""
+    Image.init()  # all readers enter the list now, and not while another stands in its place
+    asked = []
+    monkeypatch.setitem(Image.OPEN, "ANY", (lambda file, name: asked.append(name), lambda prefix: True))
+    monkeypatch.setattr(Image, "ID", ["ANY", *Image.ID])
+    assert open_picture(scans(0), 10_000).size == (40, 40) and asked == []
 
 
 def bomb(width: int, height: int) -> bytes:
