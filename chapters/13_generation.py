@@ -46,7 +46,7 @@ from sigma_book.paligemma import PaliGemmaConfig, count_parameters
 from sigma_book.pocket import POCKET
 from sigma_book.processor import Processor, Tokenizer
 from sigma_book.siglip import SiglipConfig
-from sigma_book.style import ANSWER, PROMPT, check, save, use_style
+from sigma_book.style import ANSWER, GREY, check, save, use_style
 from sigma_book.world import caption, draw_scene, make_scene
 
 use_style()
@@ -1116,8 +1116,8 @@ smile = [tokenizer.token_id(f"<0x{byte:02X}>") for byte in "🙂".encode()]
 [tokenizer.decode(smile[:count]) for count in (1, 2, 3, 4)]
 
 # %% [markdown]
-# A **stop string** is the other reason to wait. If the answer should end before "; the", and the text so far ends
-# in ";", we cannot show the semicolon yet. It may be the first piece of the stop string, or just a semicolon.
+# A **stop string** is the other reason to wait. If the answer should end before `"; the "`, with its space behind, and the
+# text so far ends in ";", we cannot show the semicolon yet. It may be the first piece of the stop string, or just a semicolon.
 #
 # So text is *settled* only when nothing that may come can change it. This class keeps the books.
 
@@ -1178,8 +1178,11 @@ class AnswerText:
         """How many characters at the end may be the beginning of a stop string."""
         if self.stopped:
             return 0
-        lengths = [n for stop in self.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
-        return max(lengths, default=0)
+        end, settled = len(self.text), len(self.text)
+        for stop in self.stop:  # the text is cut, not the stop string, which may be long; what was taken begins none
+            starts = range(max(self._taken, end - len(stop) + 1), settled)
+            settled = next((at for at in starts if stop.startswith(self.text[at:])), settled)
+        return end - settled
 
     def finish(self) -> str:
         """The whole text, when no more tokens come: bytes that never became a character are marked U+FFFD."""
@@ -1477,7 +1480,7 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 2.9), width_ratios=(1, 
 left.imshow(picture)
 left.axis("off")
 sure = shares[:, 0].tolist()
-right.bar(range(len(sure)), sure, color=[ANSWER if share > 0.9 else PROMPT for share in sure], width=0.75)
+right.bar(range(len(sure)), sure, color=[ANSWER if share > 0.9 else GREY for share in sure], width=0.75)
 for place, share in enumerate(sure):
     if share <= 0.9:
         other = f"or {shown(int(tokens[place, 1]))}: {float(shares[place, 1]):.2f}"
@@ -1487,8 +1490,8 @@ right.set(ylabel="probability", ylim=(0, 1.1))
 save(figure, "13_sure")
 
 # %% [markdown]
-# *Figure: a drawn scene, and a bar for each token of the pocket model's caption. Most bars reach 1. Two are lower: at
-# the number of diamonds, and behind the diamonds, where it might go on with a comma. The second best token is written
+# *Figure: a drawn scene, and a bar for each token of the pocket model's caption. Most bars reach 1. Two are lower, in grey:
+# at the number of diamonds, and behind the diamonds, where it might go on with a comma. The second best token is written
 # over each.*
 #
 # The pocket model knows nearly every word for certain. It hesitates where the number of diamonds is due, and there it
@@ -1507,11 +1510,12 @@ for width, answers in by_width.items():
 print("answers that differ:", sum(one.text != other.text for one, other in zip(*by_width.values())))
 
 # %% [markdown]
-# Where a model is sure, the first beam wins at every step, and three beams cost three times the work for nothing. One
-# answer differs, that of the figure above: beams find one that is likelier, and it is wrong too. Likely is not true.
+# Where a model is sure, the first beam wins at every step, and three beams do three times the arithmetic for nothing (the
+# bill below says what that costs in time). One answer differs, that of the figure above: beams find one that is likelier,
+# and it is wrong too. Likely is not true.
 #
-# Free captions of photographs are another matter: there many sentences are about equally good, and PaliGemma's
-# published score for COCO captions was reached with two beams.
+# Free captions of photographs are another matter: there many sentences are about equally good. PaliGemma's published score
+# for the captions of COCO, a public set of photographs with five captions each (chapter 15), was reached with two beams.
 
 # %% [markdown]
 # ## The bill
@@ -1579,8 +1583,9 @@ assert 2 * 3 * tokens_seen * cache_per_token == 33_177_600
 
 # %% [markdown]
 # And our bending of the bar? For 3B, a row of scores is about one megabyte, 257,216 numbers of four bytes. Even
-# sorted it is small beside five thousand. What lifts the bound is fewer bytes for each weight: chapter 19 stores most of
-# them in four bits.
+# sorted it is small beside five thousand. What lifts the bound is fewer bytes for each weight: chapter 21b multiplies
+# straight from eight and four bits. (Chapter 19 stores four bits too, but makes the full matrix anew at each use: that saves
+# room, not time.)
 
 # %%
 assert read_each_step["3B, 16 bits"] > 4000 * (4 * 257_216)
@@ -1640,7 +1645,7 @@ def forbidden(tokens: list[int], n: int) -> list[int]: ...
 check(
     forbidden,
     (([1, 2, 3, 1, 2], 3), [3]),
-    (([1, 2, 1, 4, 1], 2), [2, 4]),
+    (([1, 4, 1, 2, 1], 2), [2, 4]),
     (([7, 7], 1), [7]),
     (([7, 7], 2), [7]),
     (([7], 2), []),

@@ -920,7 +920,8 @@ plt.show()
 # Sixteen numbers tell a shape well enough. But each tile was chosen alone, so edges do not quite meet. PaliGemma goes one
 # step further. A small network of convolutions looks at the whole mask and makes 16 vectors of it; the nearest codes are
 # sent; a second network paints the mask from the 16 codes at once. Both networks and the codes were learned together, from
-# many masks.
+# many masks. Such a pair is an *autoencoder* (the V of VAE is for *variational*, the name of one kind); with a codebook in
+# the middle it is a VQ-VAE, from *vector quantization*: hence the names below.
 #
 # ## The real networks
 #

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sigma_book.generation import is_finite
 from sigma_book.locate import Box, encode_box
 from sigma_book.processor import load_image
 
@@ -194,16 +195,20 @@ class Table:
         ValueError
             If one is not a JSON object in UTF-8.
         RuntimeError
-            If the file is not the one that was indexed.
+            If the file is not the one that was indexed, or cannot be read now.
         """
-        with self.path.open("rb") as file:
-            state = os.fstat(file.fileno())
-            if (state.st_size, state.st_mtime_ns) != (self.size, self.changed):
-                raise RuntimeError(f"{self.path} was changed while it was in use: start again")
-            found = []
-            for index in indices:
-                file.seek(int(self.starts[index]))
-                found.append(_read_object(file.read(int(self.ends[index] - self.starts[index]))))
+        found = []
+        try:
+            with self.path.open("rb") as file:
+                state = os.fstat(file.fileno())
+                if (state.st_size, state.st_mtime_ns) != (self.size, self.changed):
+                    raise RuntimeError(f"{self.path} was changed while it was in use: start again")
+                for index in indices:
+                    file.seek(int(self.starts[index]))
+                    found.append(_read_object(file.read(int(self.ends[index] - self.starts[index]))))
+        except OSError as error:  # a broken row is another thing: it may be left out
+            said = f"{self.path} cannot be read now ({error.strerror})"
+            raise RuntimeError(f"{said}: check the disk, then go on") from error
         return found
 
 
@@ -870,9 +875,9 @@ class _InstanceSource:
 def _corners(row: dict) -> Box:
     """COCO's box (x, y, width, height) as (y_min, x_min, y_max, x_max)."""
     box = row.get("bbox")
-    good = isinstance(box, list) and len(box) == 4 and all(isinstance(edge, int | float) for edge in box)
-    if not good or not all(math.isfinite(edge) for edge in box) or box[2] < 0 or box[3] < 0:
-        raise ValueError(f"annotation {row.get('id')} has bbox {box!r}: expected [x, y, width, height] in pixels")
+    good = isinstance(box, list) and len(box) == 4 and all(map(is_finite, box))
+    if not good or box[2] < 0 or box[3] < 0:
+        raise ValueError(f"annotation {row.get('id')} has bbox {box!r:.80}: expected [x, y, width, height] in pixels")
     x, y, width, height = map(float, box)
     return y, x, y + height, x + width
 
@@ -1080,7 +1085,7 @@ class Examples(Sequence):
         ValueError
             If the row is broken. The sentence begins with its place.
         RuntimeError
-            If the file was changed since it was opened.
+            If the file was changed since it was opened, or cannot be read now.
         """
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
@@ -1180,6 +1185,8 @@ def _data_file(path: str | Path) -> Path:
         raise ValueError(f"{path} is a folder: give a JSONL or JSON file that names the pictures in it")
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
+    if not path.is_file():  # a pipe, say, which can be read only once
+        raise ValueError(f"{path} is no file: write the rows into one first")
     with path.open("rb") as file:
         head = file.read(4)
     if head[:2] in (b"\x1f\x8b", b"PK", b"BZ") or head == b"\xfd7zX":
@@ -1206,7 +1213,8 @@ def _open_tables(path: Path) -> tuple[dict[str, Table], dict[str, object]]:
 def _is_document(window: _Window) -> bool:
     """Whether one JSON object with a known array follows, and not a line with a row."""
     with suppress(ValueError, RecursionError):  # a document may go on in the next line, a row does not
-        if "image" in json.loads(window.text[window.at :].partition("\n")[0]):
+        first, _, rest = window.text[window.at :].partition("\n")
+        if "image" in json.loads(first) or rest.strip():
             return False
     try:
         window.take("{")

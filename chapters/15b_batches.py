@@ -24,6 +24,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -226,7 +227,7 @@ def _fit_text(
     encode, decode = processor.tokenizer.encode, processor.tokenizer.decode
     ids, keep = encode(prefix), prompt_room
     while len(encode(f"{prefix}\n")) - 1 > prompt_room:  # a cut text may be cut into other pieces, even into more
-        prefix = decode(ids[:keep], skip_special_tokens=False)
+        prefix = decode(ids[:keep], skip_special_tokens=False).rstrip("\ufffd")  # part of a letter that was cut
         keep -= 1
     return prefix, True
 
@@ -566,6 +567,7 @@ class Batches:
             sampler=steps,
             num_workers=self._workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_go_on_reading,
             generator=torch.Generator(),  # its own, so that the global one stays as it is
         )
         return iter(loader)
@@ -581,6 +583,11 @@ class Batches:
 def _as_it_is(made: "_Made") -> "_Made":
     """What the loader does to a batch: nothing, it is one already."""
     return made
+
+
+def _go_on_reading(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal. A worker leaves it to the run, which ends its step and saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
@@ -840,7 +847,8 @@ class Survey:
 
 # %% [markdown]
 # Here too the rows are not kept. The survey remembers two lengths of each row and two *fingerprints*, short hashes of the row
-# and of its answer. Equal texts have equal fingerprints, so repeated rows are found without keeping the texts.
+# and of its answer. Equal texts have equal fingerprints, so repeated rows are found without keeping the texts. Only of the
+# answers the first 100,000 different ones are kept as text, to name the most common.
 
 
 # %%
@@ -1233,7 +1241,7 @@ check(steps_of, ((40, 16, 1), 3), ((32, 16, 1), 2), ((11, 2, 3), 2), ((1, 16, 4)
 
 # %% [markdown]
 # **3.** ★★★ Put the lengths of rows into batches of `size`, of which at most one may be shorter, so that as few padding tokens
-# as possible are needed; return how many. Sorting is half of the answer: what is lost by it?
+# as possible are needed; return how many. Sorting is half of the answer. The other half: which batch is the short one?
 
 
 # %%
@@ -1247,6 +1255,7 @@ check(
     (([1, 5, 5], 2), 0),
     (([5, 1, 1], 2), 0),
     (([9, 1, 4, 9, 1], 2), 0),
+    (([1, 1, 5, 5, 5], 3), 0),
 )
 
 # %% [markdown]

@@ -891,8 +891,14 @@ def freeze_parts(model: nn.Module, frozen: Sequence[str]) -> None:
 # ## A look inside: a run of seconds
 #
 # The pocket model knows the shapes of its world. It was never asked how many corners they have. We ask, before and after
-# forty steps in which its tower is frozen. Asking is a function of its own: the loss on examples that are not learned from,
-# and how many greedy answers are exact.
+# forty steps in which its tower is frozen.
+#
+# What do we ask? Not what it learned from. A model with millions of numbers can learn its examples by heart: their loss goes
+# on falling while answers to everything else get worse. That is *overfitting*, and the training loss cannot show it. So some
+# examples are *held out*: never learned from, only asked. Where their loss turns and rises, the run should have stopped. That
+# is why the best model so far, by held-out examples, is kept beside the last.
+#
+# Asking is a function of its own: the loss on examples that are held out, and how many greedy answers are exact.
 
 
 # %%
@@ -1000,9 +1006,9 @@ lines[0]
 # ## Stopped, and gone on
 #
 # A run of days will be stopped: the power fails, the time is up, someone kills it. What must be kept so that it goes on as
-# if nothing had happened? Here is a small model with *dropout*, which sets random numbers to zero while learning. We stop it
-# after 20 of 40 steps, and go on three times: from its weights, from weights and AdamW's means, and from both and the state
-# of the random numbers.
+# if nothing had happened? Here is a small model with *dropout*, which while learning sets a randomly chosen half of the
+# numbers that pass through to zero, and doubles the rest. We stop it after 20 of 40 steps, and go on three times: from its
+# weights, from weights and AdamW's means, and from both and the state of the random numbers.
 
 
 # %%
@@ -1787,7 +1793,7 @@ assert cheap.optimizer < 0.3 * bills["all kept"].optimizer
 def claim_folder(
     out: Path,
     identity: dict,
-    saved: Sequence[str] = ("checkpoints/*", "final"),
+    saved: Sequence[str] = ("checkpoints/*", "best", "final"),
     alone: bool = True,
     later: Collection[str] = (),
 ) -> None:
@@ -1802,7 +1808,7 @@ def claim_folder(
     saved : sequence of str
         Patterns of what a run leaves there. As long as there is nothing like it, a run with other values may take over.
     alone : bool
-        Whether a folder without `run.json` must be empty, or may hold all but what is `saved`.
+        Whether a folder without `run.json` must be empty (a `.lock` aside), or may hold all but what is `saved`.
     later : collection of str
         Keys that came with a later version: in a run that has none of them they count as the same.
 
@@ -1830,7 +1836,7 @@ def claim_folder(
                 f"{out} holds a run with {key} = {known.get(key)!r}, this one has {wanted[key]!r}: "
                 "give the same to go on with it, or another folder for a new run"
             )
-    elif begun or (alone and out.exists() and any(entry.name != ".run.json.part" for entry in out.iterdir())):
+    elif begun or (alone and out.exists() and {entry.name for entry in out.iterdir()} - {".lock", ".run.json.part"}):
         raise ValueError(f"{out} holds something else and no run.json: give a folder that is empty or new")
     out.mkdir(parents=True, exist_ok=True)
     with file_beside(path) as fresh:

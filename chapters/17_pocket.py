@@ -226,7 +226,7 @@ assert tokenizer.decode(tokenizer.encode("é")) == "é"
 #
 # Four blocks of eyes, four of voice. A scene of 112 x 112 pixels gives 64 picture tokens. The heads of the decoder are
 # wide, 64 numbers. Of six trial runs with heads of 32, five answered "what colour is the star?" no better than by
-# guessing after 65,000 questions; one with heads of 64 was right three times of four. (That one had another seed too, two
+# guessing after 65,000 questions. A seventh, with heads of 64, was right three times of four. (It had another seed too, two
 # things in a scene at most, and no boxes. It is a hint, not a proof.)
 
 # %%
@@ -420,11 +420,12 @@ def picture_tensor(scenes: list[Scene]) -> torch.Tensor:
 
 
 def patch_truth(scene: Scene) -> torch.Tensor:
-    """What each patch should know of the thing that it shows, (P, 13), -1 where it shows none.
+    """What each patch should know of the thing that it belongs to, (P, 13), -1 where there is none.
 
-    A patch shows the thing that covers most of it, and at least 12 % of it. The columns: shape and colour (numbers
-    in `SHAPES` and `COLOURS`); the four edges of its box as loc bins; how many things are of its kind, of its shape,
-    of its colour, and in all (this one for every patch); its place from the left; how many kinds come before and after.
+    A patch belongs to the thing whose box covers most of it, and at least 12 %, also where it shows only ground inside
+    the box. The columns: shape and colour (numbers in `SHAPES` and `COLOURS`); the four edges of its box as loc bins;
+    how many things are of its kind, of its shape, of its colour, and in all (this one for every patch); its place from
+    the left; how many kinds come before and after.
     """
     size = POCKET.vision.patch_size
     side = SIZE // size
@@ -755,7 +756,7 @@ assert not mask[0, 0, 64:71, 71:].any()  # the first question does not see the s
 # red`. Right after the word "star" the answer is one step away.
 
 # %%
-# Colour questions answered right on 60 unseen scenes, after so many steps of 8 pictures (2026-11-24, three runs).
+# Colour questions answered right on 60 unseen scenes, after so many steps of 8 pictures (2026-11-24, a run of each kind).
 without = ((157, 0.720), (289, 0.652), (418, 0.696), (533, 0.696), (646, 0.652), (778, 0.717))
 with_names = ((112, 0.769), (148, 0.636), (260, 0.945), (373, 0.982), (665, 0.964), (738, 1.0))
 figure, axis = plt.subplots(figsize=(5, 2.5))
@@ -977,7 +978,8 @@ def quick_report(model: PaliGemma, processor: Processor) -> str:
 # %% [markdown]
 # ## How it went
 #
-# These are the logs of the run that made the model inside the package. (Muon's products were in bfloat16 then.)
+# These are the logs of the run that made the model inside the package. (It had 1,700 and 4,200 steps, and Muon's products
+# were in bfloat16.)
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.4))
@@ -1056,7 +1058,8 @@ def guessing(k: int) -> float: ...
 check(guessing, ((1,), 1.0), ((4,), 0.25))
 
 # %% [markdown]
-# **2.** ★★ How many tokens has a pack of `n` questions of `length` tokens each, and how many have `n` ordinary rows?
+# **2.** ★★ How many tokens, the 64 of the picture included, has a pack of `n` questions of `length` tokens each? And how many
+# have `n` ordinary rows together?
 
 
 # %%

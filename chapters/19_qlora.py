@@ -60,7 +60,7 @@ _ = torch.manual_seed(0)
 
 # %%
 curve = NormalDist()
-line = torch.linspace(-1.15, 1.15, 300)
+line = torch.linspace(-1, 1, 300)
 top = curve.inv_cdf(0.9677083)  # the outermost level, before it is called 1
 bell = torch.tensor([curve.pdf(x * top) for x in line.tolist()])
 levels = [
@@ -89,14 +89,15 @@ for place in range(16):
     axis.plot([levels[place]] * 2, [-0.19, -0.12], color=PICTURE, lw=2)
 axis.text(1.07, -0.055, "even steps", va="center", color="0.2", size=9)
 axis.text(1.07, -0.155, "NF4", va="center", color=PICTURE, size=9)
-axis.text(0, 0.2, "weights of a block", ha="center", size=9, color="0.3")
+axis.text(0, 0.2, "the bell that NF4 supposes", ha="center", size=9, color="0.3")
 axis.set(xlim=(-1.2, 1.4), ylim=(-0.22, 0.42), yticks=[], xlabel="weight, divided by the largest of its block")
 axis.spines["left"].set_visible(False)
 save(figure, "19_bell")
 
 # %% [markdown]
-# *Figure: a grey bell over a line from -1 to 1. Below it two rows of sixteen strokes: the first evenly spaced, the second
-# close together under the middle of the bell and far apart under its ends.*
+# *Figure: a grey bell over a line from -1 to 1, where it is cut off: no weight is larger than the largest. Below it two rows of
+# sixteen strokes: the first evenly spaced, the second close together under the middle of the bell and far apart under its
+# ends.*
 #
 # ## By hand: sixteen even steps
 #
@@ -538,7 +539,7 @@ if _bitsandbytes() is not None:
 #
 # - **The decoder's seven maps of each block**: most of the model, and frozen under an adapter.
 # - **Never the embedding**: it is the output head as well. An error there is an error in every word.
-# - **Never the norms**: they are tiny, and each multiplies all that flows from block to block.
+# - **Never the norms**: they are tiny, and each multiplies all that its attention or MLP reads.
 # - **Not the tower, by default**: a seventh of the model, and what it blurs nobody can see sharp again.
 # - **Not the projector**: less than a thousandth, and every patch passes through it.
 

@@ -56,7 +56,7 @@ from sigma_book.evaluation import (
     vqa_accuracy,
 )
 from sigma_book.locate import Detection, compare_boxes, draw_boxes, parse
-from sigma_book.processor import file_beside, load_image
+from sigma_book.processor import file_beside, load_image, to_disk
 from sigma_book.world import COLOURS, SHAPES, Question, Scene, ask, caption, draw_scene, make_scene
 
 # %%
@@ -83,9 +83,10 @@ torch.set_num_threads(1)  # batches are small here: a second thread waits more t
 #
 # - **It holds little in memory**: a batch of pictures, and one line at a time.
 # - **Each answer is on the disk before the next batch is asked**: one line of JSON, with all that scoring will need. Kill
-#   the process at any moment: the last line may be torn, and is cut off; the next run goes on behind it. Since answers
-#   are written in the order of the examples, the number of the last line says where to go on. None is asked twice, none is
-#   left out.
+#   the process at any moment: the last line may be torn, and is cut off; the next run goes on behind it. (A killed process
+#   loses no whole line; a machine that loses its power at most the batch that it was writing.) Since answers are written in
+#   the order of the examples, the number of the last line says where to go on. None that stands there is asked twice, none
+#   is left out.
 # - **A folder holds one run** (`claim_folder` of chapter 16): with other data or another model it says so, and stops.
 
 # %%
@@ -255,6 +256,8 @@ def answer_examples(
             for rows in iter(lambda: list(itertools.islice(asked, batch_size)), []):
                 for record in _ask_rows(task, rows, answer):
                     append(record)
+                with _disk_errors(path):
+                    to_disk(answers.path)  # once a batch: written lines may still wait in the machine's memory
                 bar.update(rows[-1][0] + 1 - bar.n)
             bar.update(end - bar.n)
     return answers
@@ -270,6 +273,11 @@ def _expect_all(task: str, examples: Sequence[Example], answers: AnswerFile, sta
         if record is not None and (missing := wanted - record.keys()):
             raise ValueError(
                 f"{answers.path}, line {number} has no {', '.join(sorted(missing))}: the file was edited; give a new folder"
+            )
+        if record is not None and not isinstance(record["answer"], str):
+            raise ValueError(
+                f"{answers.path}, line {number}: answer is {record['answer']!r:.60}, expected a text: the file was edited; "
+                "give a new folder"
             )
         index = start if record is None else record["index"]
         for lost in range(following, index):
@@ -295,13 +303,18 @@ def _hold_alone(file: io.FileIO) -> None:
 
 def _append_line(file: io.FileIO, line: str) -> None:
     left = memoryview(line.encode("utf-8", "backslashreplace") + b"\n")
-    try:
+    with _disk_errors(file.name):
         while left:
             left = left[file.write(left) :]
+
+
+@contextmanager
+def _disk_errors(path: str | Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise RuntimeError(
-            f"{file.name}: {error.strerror}. All answers before this one are on the disk: make room, then give the same "
-            "command again"
+            f"{path}: {error.strerror}: make room, then give the same command again; it goes on behind the last whole line"
         ) from error
 
 
@@ -427,9 +440,8 @@ if None not in held.values():
 # scores it keeps the worst cases, which teach more than a mean. What "worst" means depends on the task: the lowest
 # CIDEr; a wrong answer to a question on which people agree; the count that is farthest off; the boxes that fit least.
 #
-# VQAv2's files get VQA's own rule (chapter 20), to the letter. Rows of one's own, which have no `question_id`, come with
-# people's answers as they were typed: `Nokia`, `two`, `a dog`. Both sides are put into plain form then, or an answer that is
-# exactly theirs would count as wrong.
+# VQAv2's files get VQA's own rule (chapter 20). For rows of one's own, which have no `question_id`, both sides are put into
+# plain form in any case: `Two dogs.` is right where people wrote `two dogs`.
 #
 # COCO's crowds count for average precision alone. For the shares of what was found, a box in a crowd is one too many.
 
@@ -1114,7 +1126,8 @@ assert after["exact"] > before["exact"] + 0.08
 #
 # Scoring costs next to nothing beside asking. Asking all of VQAv2 val with a 3B model: two operations for each parameter
 # and token read, 256 picture tokens and some 16 of question and answer, at 400 trillion operations a second. (That is a
-# little too much, since the table of embeddings is only looked up; chapter 21 counts each part.)
+# little too much, since the table of embeddings is only looked up; chapter 21 counts each part.) No card reaches its top
+# rate, pictures must be opened, and each answer token reads all weights of the decoder (chapter 13): hence hours in practice.
 
 # %%
 questions, parameters, tokens = 214_354, 2_923_466_480, 256 + 16
@@ -1152,6 +1165,7 @@ check(
 
 # %% [markdown]
 # **3.** ★★★ Teach the counting lessons again with `1 + i % 8` replaced by `4 + i % 5`, so that only four to eight occur.
-# Write down what you expect for one, two and three; then look. Which earlier sentence of this chapter explains it?
+# (Begin with `model = load()`: this one has had its lessons.) Write down what you expect for one, two and three; then look.
+# Which earlier sentence of this chapter explains it?
 #
 # Next: where the time goes while a model answers.

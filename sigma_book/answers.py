@@ -42,7 +42,7 @@ from sigma_book.evaluation import (
     vqa_accuracy,
 )
 from sigma_book.locate import Detection, compare_boxes, draw_boxes, parse
-from sigma_book.processor import file_beside, load_image
+from sigma_book.processor import file_beside, load_image, to_disk
 from sigma_book.world import COLOURS, SHAPES, Question, Scene, ask, caption, draw_scene, make_scene
 
 __all__ = [
@@ -201,6 +201,8 @@ def answer_examples(
             for rows in iter(lambda: list(itertools.islice(asked, batch_size)), []):
                 for record in _ask_rows(task, rows, answer):
                     append(record)
+                with _disk_errors(path):
+                    to_disk(answers.path)  # once a batch: written lines may still wait in the machine's memory
                 bar.update(rows[-1][0] + 1 - bar.n)
             bar.update(end - bar.n)
     return answers
@@ -216,6 +218,11 @@ def _expect_all(task: str, examples: Sequence[Example], answers: AnswerFile, sta
         if record is not None and (missing := wanted - record.keys()):
             raise ValueError(
                 f"{answers.path}, line {number} has no {', '.join(sorted(missing))}: the file was edited; give a new folder"
+            )
+        if record is not None and not isinstance(record["answer"], str):
+            raise ValueError(
+                f"{answers.path}, line {number}: answer is {record['answer']!r:.60}, expected a text: the file was edited; "
+                "give a new folder"
             )
         index = start if record is None else record["index"]
         for lost in range(following, index):
@@ -241,13 +248,18 @@ def _hold_alone(file: io.FileIO) -> None:
 
 def _append_line(file: io.FileIO, line: str) -> None:
     left = memoryview(line.encode("utf-8", "backslashreplace") + b"\n")
-    try:
+    with _disk_errors(file.name):
         while left:
             left = left[file.write(left) :]
+
+
+@contextmanager
+def _disk_errors(path: str | Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise RuntimeError(
-            f"{file.name}: {error.strerror}. All answers before this one are on the disk: make room, then give the same "
-            "command again"
+            f"{path}: {error.strerror}: make room, then give the same command again; it goes on behind the last whole line"
         ) from error
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -129,7 +130,7 @@ def _fit_text(
     encode, decode = processor.tokenizer.encode, processor.tokenizer.decode
     ids, keep = encode(prefix), prompt_room
     while len(encode(f"{prefix}\n")) - 1 > prompt_room:  # a cut text may be cut into other pieces, even into more
-        prefix = decode(ids[:keep], skip_special_tokens=False)
+        prefix = decode(ids[:keep], skip_special_tokens=False).rstrip("\ufffd")  # part of a letter that was cut
         keep -= 1
     return prefix, True
 
@@ -332,6 +333,7 @@ class Batches:
             sampler=steps,
             num_workers=self._workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_go_on_reading,
             generator=torch.Generator(),  # its own, so that the global one stays as it is
         )
         return iter(loader)
@@ -340,6 +342,11 @@ class Batches:
 def _as_it_is(made: "_Made") -> "_Made":
     """What the loader does to a batch: nothing, it is one already."""
     return made
+
+
+def _go_on_reading(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal. A worker leaves it to the run, which ends its step and saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)

@@ -613,8 +613,11 @@ class AnswerText:
         """How many characters at the end may be the beginning of a stop string."""
         if self.stopped:
             return 0
-        lengths = [n for stop in self.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
-        return max(lengths, default=0)
+        end, settled = len(self.text), len(self.text)
+        for stop in self.stop:  # the text is cut, not the stop string, which may be long; what was taken begins none
+            starts = range(max(self._taken, end - len(stop) + 1), settled)
+            settled = next((at for at in starts if stop.startswith(self.text[at:])), settled)
+        return end - settled
 
     def finish(self) -> str:
         """The whole text, when no more tokens come: bytes that never became a character are marked U+FFFD."""

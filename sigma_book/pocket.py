@@ -298,11 +298,12 @@ def picture_tensor(scenes: list[Scene]) -> torch.Tensor:
 
 
 def patch_truth(scene: Scene) -> torch.Tensor:
-    """What each patch should know of the thing that it shows, (P, 13), -1 where it shows none.
+    """What each patch should know of the thing that it belongs to, (P, 13), -1 where there is none.
 
-    A patch shows the thing that covers most of it, and at least 12 % of it. The columns: shape and colour (numbers
-    in `SHAPES` and `COLOURS`); the four edges of its box as loc bins; how many things are of its kind, of its shape,
-    of its colour, and in all (this one for every patch); its place from the left; how many kinds come before and after.
+    A patch belongs to the thing whose box covers most of it, and at least 12 %, also where it shows only ground inside
+    the box. The columns: shape and colour (numbers in `SHAPES` and `COLOURS`); the four edges of its box as loc bins;
+    how many things are of its kind, of its shape, of its colour, and in all (this one for every patch); its place from
+    the left; how many kinds come before and after.
     """
     size = POCKET.vision.patch_size
     side = SIZE // size

@@ -9,7 +9,7 @@ import tempfile
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -184,10 +184,12 @@ def finetune(
     if config.method == "full":  # they decide nothing there
         identity = {key: value for key, value in identity.items() if key not in ("rank", "alpha", "dropout")}
     if ranks.rank == 0:
-        with held_alone(out) if (out / "run.json").exists() else nullcontext():  # it may be another's, who is at work
+        with _held_if_ours(out):  # it may be another's, who is at work
             _same_kind(out, parallel)
             claim_folder(out, identity, later=place)
     with others_there(str(out)), held_alone(out) if ranks.rank == 0 else nullcontext():
+        if ranks.rank == 0:
+            claim_folder(out, identity, later=place)  # another may have come between
         final, steps = out / "final", _steps(config, len(examples))
         if ranks.first(ranks.rank == 0 and final.is_dir()):
             say(f"{out} is finished: the model of its last step stands in {final}; give another folder for a new run")
@@ -245,7 +247,7 @@ def finetune(
             checkpoints=checkpoints,
             ranks=ranks,
         )
-        if held_out and progress.notes[-1]["step"] != steps:
+        if held_out and (not progress.notes or progress.notes[-1]["step"] != steps):
             found = look(steps)
             say(f"after: {found}")
         (cut,) = ranks.sum(batches.num_truncated)
@@ -271,14 +273,14 @@ def _meet(device: str | torch.device, parallel: str | None) -> tuple[Alone, torc
 
 
 def _tidy(out: Path) -> None:
-    """Remove what a run that was killed left behind, and all of one that had no checkpoint: it may have been another."""
+    """Remove what a run that was killed left behind. One without a checkpoint begins again, and may have been another:
+    of it only `best/` stays, until the first report puts a new one in its place."""
     if not (out / "best").exists():
         for old in out.glob(".old-best-*"):  # the kill came between two renamings
             os.replace(old, out / "best")
     for rest in (*out.glob(".*best-*"), *out.glob(".*final-*")):  # save_model writes beside its folder as well
         shutil.rmtree(rest)
     if not any(out.glob("checkpoints/[!.]*")):
-        shutil.rmtree(out / "best", ignore_errors=True)
         for name in ("evaluations.json", "skipped.jsonl", "wandb-id.txt"):
             (out / name).unlink(missing_ok=True)
 
@@ -297,6 +299,14 @@ def _parallel(parallel: str | None, base: Path, config: TrainingConfig, ranks: R
     if parallel == "fsdp" and base.is_file():
         raise ValueError(f"fsdp reads folders of safetensors: load {base} and save it with save_model, or take ddp")
     return parallel
+
+
+def _held_if_ours(out: Path) -> AbstractContextManager:
+    """`held_alone` for the folder of a run or a new one; a folder of something else is left as it is."""
+    if not out.exists():
+        out.mkdir(parents=True, exist_ok=True)
+    names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+    return held_alone(out) if "run.json" in names or names <= {".lock", ".run.json.part"} else nullcontext()
 
 
 def _same_kind(out: Path, parallel: str | None) -> None:

@@ -1023,7 +1023,7 @@ AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float1
 def claim_folder(
     out: Path,
     identity: dict,
-    saved: Sequence[str] = ("checkpoints/*", "final"),
+    saved: Sequence[str] = ("checkpoints/*", "best", "final"),
     alone: bool = True,
     later: Collection[str] = (),
 ) -> None:
@@ -1038,7 +1038,7 @@ def claim_folder(
     saved : sequence of str
         Patterns of what a run leaves there. As long as there is nothing like it, a run with other values may take over.
     alone : bool
-        Whether a folder without `run.json` must be empty, or may hold all but what is `saved`.
+        Whether a folder without `run.json` must be empty (a `.lock` aside), or may hold all but what is `saved`.
     later : collection of str
         Keys that came with a later version: in a run that has none of them they count as the same.
 
@@ -1066,7 +1066,7 @@ def claim_folder(
                 f"{out} holds a run with {key} = {known.get(key)!r}, this one has {wanted[key]!r}: "
                 "give the same to go on with it, or another folder for a new run"
             )
-    elif begun or (alone and out.exists() and any(entry.name != ".run.json.part" for entry in out.iterdir())):
+    elif begun or (alone and out.exists() and {entry.name for entry in out.iterdir()} - {".lock", ".run.json.part"}):
         raise ValueError(f"{out} holds something else and no run.json: give a folder that is empty or new")
     out.mkdir(parents=True, exist_ok=True)
     with file_beside(path) as fresh:

@@ -1,9 +1,11 @@
 """Examples and batches: what files say, what is learned of it, in which order, how often, and what happens to what is broken."""
 
+import errno
 import json
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -190,6 +192,17 @@ def test_prompt_and_answer_share_the_room(small, prompt, answer, room, kept):
     assert (given, learned) == kept
 
 
+@pytest.mark.parametrize("prompt", ["🦊" * 9, "name 🦊 and 🦔"])
+def test_a_cut_prompt_holds_whole_letters(small, prompt):
+    """A letter that the vocabulary lacks is several tokens, one for each byte."""
+    assert len(small.tokenizer.encode("🦊")) > 2
+    example = Example(draw_scene(make_scene(1)), prompt, "a red star and a blue ring")
+    for room in range(2, 16):
+        cut = collate(small, [example], max_length=small.num_image_tokens + 2 + room, truncate=True)
+        text = small.tokenizer.decode(cut.input_ids[0][cut.labels[0] == -100].tolist())
+        assert "\ufffd" not in text and prompt.startswith(text.removesuffix("\n"))
+
+
 def test_where_there_is_no_room_for_text_nothing_is_cut(small):
     example = Example(draw_scene(make_scene(1)), "caption en", "a red star")
     with pytest.raises(ValueError, match="leave no room for text"):
@@ -249,6 +262,24 @@ def test_a_file_that_changes_is_noticed(gallery, tmp_path, small):
     write_rows(path, [{"image": "1.png", "text": "another"}])
     with pytest.raises(RuntimeError, match="was changed while it was in use"):
         next(running)  # also where broken rows are skipped: this is no broken row
+
+
+def test_a_file_that_cannot_be_read_now_is_no_broken_row(gallery, tmp_path, small, monkeypatch):
+    path = write_rows(tmp_path / "t.jsonl", [{"image": "1.png", "text": f"{i}"} for i in range(8)])
+    found = read_examples(path, root=gallery)
+    made = Batches(found, small, 2, seed=0, on_error="skip", skipped=tmp_path / "skipped.jsonl")
+    usual = Path.open
+
+    def fails(opened, *given, **options):
+        if opened == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return usual(opened, *given, **options)
+
+    monkeypatch.setattr(Path, "open", fails)
+    for read in (lambda: next(iter(made)), lambda: found[0], lambda: survey(found, small)):
+        with pytest.raises(RuntimeError, match=r"t\.jsonl cannot be read now \(.+\): check the disk, then go on"):
+            read()
+    assert made.num_skipped == 0
 
 
 # rows
@@ -748,6 +779,7 @@ def first_annotation(name: str, value):
         ("instances", first_annotation("category_id", 5), "category_id 5 has no entry in 'categories'"),
         ("instances", first_annotation("bbox", [1, 2, -3, 4]), "bbox [1, 2, -3, 4]: expected [x, y, width, height]"),
         ("instances", first_annotation("bbox", [1, 2, 3]), "bbox [1, 2, 3]"),
+        ("instances", first_annotation("bbox", [1, 2, 10**400, 4]), "expected [x, y, width, height]"),
         ("instances", first_annotation("bbox", [113, 2, 3, 4]), "which lies outside of its picture of 112 x 112"),
         ("instances", lambda c: c["images"][0].pop("height"), "height None and width 112: expected pixels"),
         ("instances", lambda c: c["images"][0].pop("file_name"), "image is None"),
@@ -989,6 +1021,7 @@ def test_rows_with_a_list_named_like_cocos_are_rows(tmp_path, gallery):
         (b'{"annotations": {"1": 2}, "images": []}', "has no 'annotations' and no 'questions'"),
         (b'{"file": "a.png", "label": "cat"}\n', "the first has the keys 'file', 'label'"),
         (b'{"data": [{"image": "a.png", "text": "b"}]}', "the first has the keys 'data'"),
+        (b'{"messages": [], "images": ["a.jpg"]}\n' * 2, "the first has the keys 'messages', 'images'"),
         (b'[{"image": "a.png", "text": "b"}', "broken JSON"),
         (b'[{"image": "a.png", "text": "b"},]', "broken JSON"),
     ],
@@ -1009,6 +1042,14 @@ def test_no_file_a_folder_and_no_root(tmp_path, gallery):
     path = write_rows(tmp_path / "t.jsonl", [{"image": "1.png", "text": "a"}])
     with pytest.raises(FileNotFoundError, match="no such folder"):
         read_examples(path, root=tmp_path / "none")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+def test_a_pipe_is_refused(tmp_path):
+    """Nobody writes into it: to open it would be to wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is no file: write the rows into one first"):
+        read_examples(tmp_path / "pipe")
 
 
 # the order of batches
@@ -1092,6 +1133,17 @@ def test_workers_change_nothing_and_leave_the_seed_of_torch_alone(small, rows37)
     torch.manual_seed(5)
     assert torch.equal(drawn, torch.rand(3))
     assert len(alone) == len(ahead) == 20 and all(map(same, alone, ahead))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no such signal to one process")
+def test_a_worker_leaves_control_c_to_the_run(small, rows37):
+    """Here it would hear it as a process of its own does, one that is no copy of the run's and so not deaf by its handler."""
+    before = set(multiprocessing.active_children())
+    made = iter(Batches(rows37, small, 4, seed=1, epochs=1, workers=1))
+    next(made)
+    (worker,) = set(multiprocessing.active_children()) - before
+    os.kill(worker.pid, signal.SIGINT)
+    assert len(list(made)) == 9
 
 
 def test_it_goes_on_behind_any_batch(small, rows37):
@@ -1534,6 +1586,13 @@ def test_the_command_without_out_writes_beside_where_it_stands(rows37, gallery, 
 def test_the_command_refuses_in_one_sentence(official, capsys, arguments, words):
     code, said, remarks = run_command(capsys, *[argument.format(**official) for argument in arguments])
     assert (code, said) == (2, "") and words in remarks and "Traceback" not in remarks
+
+
+def test_the_command_does_not_read_all_before_it_refuses_a_file_to_write_to(rows37, gallery, tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    path = rows37._source.table.path
+    code, said, remarks = run_command(capsys, path, "--root", gallery, "--out", tmp_path / "out")
+    assert (code, said) == (2, "") and f"--out {tmp_path / 'out'} is a file: give a folder" in remarks
 
 
 def test_the_real_command_on_a_folder_of_pictures(gallery, tmp_path):

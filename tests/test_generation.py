@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import math
+import random
 from dataclasses import replace
 from fractions import Fraction
 
@@ -500,6 +501,45 @@ def test_nothing_of_a_stop_string_is_shown(tokenizer):
         shown.append(text.take())
     assert "".join(shown) == text.finish() == "a sta "
     assert shown[2:7] == ["", "", "", "sta ", ""]
+
+
+class CountedStop(str):
+    """A stop string that counts how often it is cut or compared."""
+
+    looks = 0
+
+    def __getitem__(self, place):
+        self.looks += 1
+        return super().__getitem__(place)
+
+    def startswith(self, *beginning):
+        self.looks += 1
+        return super().startswith(*beginning)
+
+
+def test_a_long_stop_string_is_no_more_work_than_the_text():
+    stop = CountedStop("a" * 10_000 + "b")
+    text = AnswerText(lambda ids: "".join(map(chr, ids)), [stop])
+    for letter in "dddddaaaaa":
+        text.push(ord(letter))
+        assert text.take() == letter.strip("a")
+    assert stop.looks <= 10
+
+
+def test_what_is_held_back_is_the_longest_beginning_of_a_stop_string():
+    rng = random.Random(0)
+    longest = 0
+    for _ in range(100):
+        stops = ["".join(rng.choices("ab", k=rng.randint(2, 7))) for _ in range(rng.randint(1, 3))]
+        text, shown = AnswerText(lambda ids: "".join(map(chr, ids)), stops), ""
+        for letter in rng.choices("ab", k=12):
+            if text.push(ord(letter)):
+                break
+            shown += text.take()
+            beginnings = [stop[:n] for stop in stops for n in range(len(stop)) if text.text.endswith(stop[:n])]
+            assert text.text == shown + max(beginnings, key=len)
+            longest = max(longest, *map(len, beginnings))
+    assert longest > 3
 
 
 def test_a_leading_space_survives_decoders_that_drop_it():

@@ -260,10 +260,10 @@ def test_evaluation_takes_the_folder_of_an_adapter(world, data, tmp_path):
 
 
 def test_a_run_that_takes_over_finds_nothing_of_the_one_before(data, tiny_folder, tmp_path):
-    """The other was killed before its first checkpoint: its best model is of another form, and would be read first."""
+    """The other was killed before it had written a model."""
     out = tmp_path / "run"
-    (out / "best").mkdir(parents=True)
-    for name in ("best/model.safetensors", "best/config.json", "wandb-id.txt", "skipped.jsonl"):
+    out.mkdir()
+    for name in ("wandb-id.txt", "skipped.jsonl", "evaluations.json"):
         (out / name).write_text("of the other run")
     (out / "run.json").write_text("{}")
     config = TrainingConfig(**(vars(FEW) | {"max_steps": 1}))
@@ -272,7 +272,75 @@ def test_a_run_that_takes_over_finds_nothing_of_the_one_before(data, tiny_folder
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+    assert [note["step"] for note in json.loads((out / "evaluations.json").read_text())] == [0, 1]
     assert not (out / "wandb-id.txt").exists() and not (out / "skipped.jsonl").exists()
+
+
+def stopped(*given, **options):
+    raise KeyboardInterrupt
+
+
+def test_the_best_model_of_a_run_without_a_checkpoint_stays(data, tiny_folder, tmp_path, monkeypatch):
+    """Until the run has a new one, which takes its place as a whole: the score of the one before is not asked."""
+    out, options = tmp_path / "run", {"model": tiny_folder, "evaluate": data, "evaluate_limit": 1, "device": "cpu"}
+    config = TrainingConfig(**(vars(FEW) | {"max_steps": 1}))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(runs, "train", stopped)
+        finetune(data, out, config, **options)
+    (out / "best").mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (out / "best" / name).write_text("of step 400")
+    (out / "evaluations.json").write_text('[{"step": 400, "asked": 1, "loss": 0.0}]')
+    with pytest.raises(ValueError, match="holds a run with seed = 0, this one has 1"):
+        finetune(data, out, TrainingConfig(**(vars(config) | {"seed": 1})), **options)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(runs, "train", stopped)
+        finetune(data, out, config, **options)
+    assert {path.read_text() for path in (out / "best").iterdir()} == {"of step 400"}
+    finetune(data, out, config, **options)
+    assert sorted(path.name for path in (out / "best").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_a_run_that_begins_where_another_begins_notices_it(data, tiny_folder, tmp_path, monkeypatch, at_work):
+    out, options = tmp_path / "run", {"model": tiny_folder, "device": "cpu"}
+    out.mkdir()
+    with at_work(out):  # it holds the folder and has written nothing so far
+        with pytest.raises(RuntimeError, match="another process is at work"):
+            finetune(data, out, FEW, **options)
+        assert [path.name for path in out.iterdir()] == [".lock"]
+    usual = runs.others_there
+
+    def another_comes(what: str):
+        (out / "run.json").write_text('{"seed": 3}')
+        return usual(what)
+
+    monkeypatch.setattr(runs, "others_there", another_comes)
+    monkeypatch.setattr(runs, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(data, out, FEW, **options)
+    assert json.loads((out / "run.json").read_text())["seed"] == 0
+
+
+def test_examples_to_ask_may_be_left_out_once(data, tiny_folder, tmp_path, monkeypatch):
+    """A run begins with them, saves without them, and ends with them: nothing was asked before the last step."""
+    out, options = tmp_path / "run", {"model": tiny_folder, "save_every": 1, "device": "cpu"}
+    asked = {"evaluate": data, "evaluate_limit": 1, "evaluate_every": 100}
+
+    def two_steps(*given, **settings):
+        usual(*given, **(settings | {"steps": 2}))
+        raise KeyboardInterrupt
+
+    usual = runs.train
+    for stop, more in ((stopped, asked), (two_steps, {})):
+        monkeypatch.setattr(runs, "train", stop)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(data, out, FEW, **options, **more)
+    monkeypatch.setattr(runs, "train", usual)
+    finetune(data, out, FEW, **options, **asked)
+    assert [note["step"] for note in json.loads((out / "evaluations.json").read_text())] == [4]
 
 
 def test_the_best_is_the_least_finite_loss_over_the_same_examples(tmp_path, monkeypatch):

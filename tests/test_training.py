@@ -825,6 +825,8 @@ def test_a_checkpoint_of_other_weights_is_refused(tmp_path):
 
 def test_a_folder_belongs_to_one_run(tmp_path):
     first = {"seed": 1, "freeze": ("vision",), "model": {"name": "pocket"}}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()  # of one that holds it while it claims it
     claim_folder(tmp_path / "run", first | {"seed": 3})  # nothing was saved there: it may be taken over
     claim_folder(tmp_path / "run", first)
     (tmp_path / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
