@@ -298,7 +298,9 @@ assert all(our_name(hub_name(our_name(name))) == our_name(name) for name in head
 # ## Which folder, which device, which dtype
 #
 # A path is a folder, or the name of a repository on the hub. There the weights of PaliGemma lie behind a licence that each
-# user accepts; where that has not been done, a sentence says how.
+# user accepts; where that has not been done, a sentence says how. A name such as `paligemma-3b-pt-224` says size, kind and side
+# of the picture. `pt` is pretrained, made to be taught further; `mix` was taught many tasks at once and answers straight away;
+# `ft` was taught one.
 
 
 # %%
@@ -335,6 +337,8 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
             f"no such folder: {name}; to fetch it from the hub, install the extra: pip install 'sigma-book[hub]'"
         ) from error
     page = f"https://huggingface.co/{name}"
+    # of the HTTP library: a proxy that refuses, a connection that breaks
+    no_answer = errors.HfHubHTTPError.__bases__[0]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_NEEDED))
     except errors.GatedRepoError as error:
@@ -346,7 +350,7 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
             f"neither a folder nor a repository that this account can see: {name}; look at {page}, "
             "and if it is private or asks for a licence, log in with: hf auth login"
         ) from error
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, no_answer) as error:
         answers = (getattr(cause, "response", None) for cause in (error, error.__cause__))
         if any(getattr(answer, "status_code", None) in (401, 403) for answer in answers):
             raise RuntimeError(_LICENCE.format(name=name, page=page)) from error
@@ -384,8 +388,8 @@ def read_config(folder: str | Path) -> PaliGemmaConfig:
 
 
 # %% [markdown]
-# A model can compute in 32 or in 16 bits. Sixteen take half the memory. But a processor without units for them has to imitate
-# each product with others, so on such a machine `auto` means 32. `torch` says which units a processor has.
+# A model can compute in 32 or in 16 bits. Sixteen take half the memory. But a CPU without units that multiply 16-bit numbers
+# has to imitate each product with others, so on such a machine `auto` means 32. `torch` says which units a CPU has.
 
 
 # %%
@@ -553,7 +557,7 @@ def load_model(
     sizes = {name: math.prod(entry["shape"]) * BYTES[entry["dtype"]] for name, (_, _, entry) in places.items()}
     dtype = pick_dtype(dtype, _most_common_dtype(places, sizes), device)
     tensors, windows = {}, {}
-    with tqdm(total=sum(sizes.values()), desc="loading", unit="B", unit_scale=True, delay=1.0) as bar:
+    with tqdm(total=sum(sizes.values()), desc="loading", unit="B", unit_scale=True, delay=1.0, disable=None) as bar:
         for name in sorted(sizes, key=sizes.get, reverse=True):  # the largest while there is still room
             path, stored_name, entry = places[name]
             stays = place is None and device.type == "cpu" and DTYPES[entry["dtype"]] == dtype
@@ -934,13 +938,15 @@ plt.show()
 
 # %%
 kinds = {"vision_tower": PICTURE, "multi_modal_projector": ANSWER, "language_model": PROMPT}
+ends = {kind: [] for kind in kinds}
 figure, axis = plt.subplots(figsize=(6.8, 1.2))
 for name, entry in header.items():
-    begin, end = entry["data_offsets"]
-    colour = next(colour for kind, colour in kinds.items() if our_name(name).startswith(kind))
-    axis.barh(0, (end - begin) / 1e6, left=begin / 1e6, color=colour, edgecolor="white", linewidth=0.3)
-for place, (kind, colour) in enumerate(kinds.items()):
-    axis.text(place * 2.2, 0.62, kind, color=colour, fontsize=8)
+    begin, end = (offset / 1e6 for offset in entry["data_offsets"])
+    kind = next(kind for kind in kinds if our_name(name).startswith(kind))
+    axis.barh(0, end - begin, left=begin, color=kinds[kind], edgecolor="white", linewidth=0.3)
+    ends[kind] += [begin, end]
+for (kind, colour), side in zip(kinds.items(), ("left", "left", "right")):
+    axis.text(min(ends[kind]) if side == "left" else max(ends[kind]), 0.62, kind, color=colour, ha=side, fontsize=8)
 axis.set(xlabel="megabytes", yticks=[], ylim=(-0.45, 0.85))
 axis.spines["left"].set_visible(False)
 save(figure, "12_map")

@@ -468,6 +468,8 @@ class AnswerGrammar:
     before it begins, for `segment` 16 seg tokens, and a label of ordinary pieces that is not empty. However few tokens
     may come, the answer is whole when they are used up. `parse` has nothing to remark on such an answer.
 
+    A model that was taught on RefCOCO alone says box and mask without a label, and is forced to make one up: ask it freely.
+
     Parameters
     ----------
     tokenizer : Tokenizer

@@ -41,7 +41,7 @@ from tqdm import tqdm
 from sigma_book.data import Example, Examples, located, picture_of
 from sigma_book.generation import whole_number
 from sigma_book.locate import draw_boxes, parse
-from sigma_book.processor import Batch, Processor, encode_picture, file_beside, load_image
+from sigma_book.processor import Batch, Processor, encode_picture, file_beside, load_image, make_folder
 
 
 # %%
@@ -1077,7 +1077,7 @@ def write_survey(found: Survey, examples: Sequence[Example], folder: str | Path)
         The files.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     bad, chosen = {where for where, _ in found.broken}, []
     for index in epoch_order(len(examples), 0, 0):
         if len(chosen) < 12 and _where_in(examples, int(index)) not in bad:

@@ -53,7 +53,7 @@ from sigma_book.batches import collate
 from sigma_book.data import Example
 from sigma_book.generation import Sampling, generate_answers, is_finite
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
-from sigma_book.processor import Batch, Processor, file_beside, folder_beside, load_image
+from sigma_book.processor import Batch, Processor, file_beside, folder_beside, load_image, make_folder
 
 
 # %%
@@ -232,7 +232,9 @@ assert (mean_of_all, mean_of_means) == (1.8, 3.0)
 
 # %% [markdown]
 # The mean of the two means is another number: in it, a token of the short batch weighs four times as much as one of the long
-# batch. The cure: each small batch weighs by its tokens.
+# batch. The cure: each small batch weighs by its tokens. (PaliGemma itself was taught with the mean of the means, one for each
+# example: there a short answer counts as much as a long one. What matters is that the groups change nothing. We weigh as
+# `transformers` does.)
 
 # %%
 by_tokens = (2 / 10) * (sum(short) / 2) + (8 / 10) * (sum(long) / 8)
@@ -1838,7 +1840,7 @@ def claim_folder(
             )
     elif begun or (alone and out.exists() and {entry.name for entry in out.iterdir()} - {".lock", ".run.json.part"}):
         raise ValueError(f"{out} holds something else and no run.json: give a folder that is empty or new")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with file_beside(path) as fresh:
         fresh.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
 

@@ -299,6 +299,8 @@ def _hold_alone(file: io.FileIO) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise RuntimeError(f"{file.name} is in use by another process: wait for it, or give a new folder") from error
+    except OSError:  # a file system without locks: `held_alone` has said so
+        pass
 
 
 def _append_line(file: io.FileIO, line: str) -> None:
@@ -377,9 +379,8 @@ def peak_megabytes() -> float | None:
     if most := max(map(torch.cuda.max_memory_allocated, cards), default=0):
         return most / 1e6
     status = Path("/proc/self/status")
-    if status.exists():
-        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e6
-    return None
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None  # some sandboxes leave it out
+    return int(found[1]) * 1024 / 1e6 if found else None
 
 
 # %% [markdown]

@@ -1,5 +1,6 @@
 """The public face: ideas of several chapters put together. Thin; the ideas stay in the chapters."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -34,6 +35,7 @@ POCKET = Path(__file__).parent / "pocket_model"
 ROWS_AT_ONCE = 32  # longer lists are answered in several batches; a beam counts as a row
 WATCHED = ("*.json", "*.safetensors", "tokenizer.model")  # the files that make a model
 
+_loading = threading.Lock()
 _kept: dict[str, tuple[object, PaliGemma]] = {}  # the pocket model and the last other one, for `generate`
 
 
@@ -342,18 +344,20 @@ def _model(model: PaliGemma | str | Path | None) -> PaliGemma:
             raise ValueError("this model has no processor: take one from sigma_book.load, or set model.processor")
         return model
     if model is None:
-        if "pocket" not in _kept:
-            _kept["pocket"] = (None, load())
-        return _kept["pocket"][1]
+        with _loading:
+            if "pocket" not in _kept:
+                _kept["pocket"] = (None, load())
+            return _kept["pocket"][1]
     if not isinstance(model, str | Path):
         raise ValueError(f"model is a path, a hub id or a loaded PaliGemma, got {type(model).__name__}")
-    folder = find_folder(model)
-    files = [folder] if folder.is_file() else sorted(path for pattern in WATCHED for path in folder.glob(pattern))
-    state = (folder.resolve(), [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
-    if "last" not in _kept or _kept["last"][0] != state:
-        _kept.pop("last", None)  # two models may not fit into memory
-        _kept["last"] = (state, load(folder))
-    return _kept["last"][1]
+    with _loading:  # two threads that ask at once wait for one model
+        folder = find_folder(model)
+        files = [folder] if folder.is_file() else sorted(path for pattern in WATCHED for path in folder.glob(pattern))
+        state = (folder.resolve(), [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
+        if "last" not in _kept or _kept["last"][0] != state:
+            _kept.pop("last", None)  # two models may not fit into memory
+            _kept["last"] = (state, load(folder))
+        return _kept["last"][1]
 
 
 def _batches(

@@ -5,11 +5,12 @@ The answer alone goes to standard output, remarks go to standard error. A wrong 
 
 import argparse
 import gc
+import io
 import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,12 +20,17 @@ from sigma_book import __version__
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for a wrong input, 130 when interrupted."""
     options = build_parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or file may know fewer letters than an answer has
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _import_torch()
         options.run(options)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError as error:
+        if _somebody_reads():  # another pipe broke, and the work with it
+            with suppress(OSError):
+                print(f"{_speaker()}: {error}", file=sys.stderr)
+            return 2
     except (ValueError, OSError, RuntimeError) as error:
         print(f"{_speaker()}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -32,6 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{_speaker()}: {interrupt or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
+
+
+def _somebody_reads() -> bool:
+    """Whether our output still has a reader; if `| head` went away, what is left of it goes nowhere."""
+    try:
+        sys.stdout.flush()  # what could not be written before is tried again
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def _import_torch() -> None:
@@ -162,6 +178,10 @@ def _check_picture_name(path: Path) -> None:
         raise FileNotFoundError(f"--save {path}: no such folder: {path.parent}")
 
 
+FORM_HELP = "what FILE is, in place of looking: auto, text, prefix, vqa, vqav2, coco-captions"
+FORM_MASKS = ", coco-detect or coco-segment, which needs SIGMA_BOOK_MASKS (default: auto)"
+
+
 def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--task", metavar="T", required=True, help="caption, vqa, count or detect")
     command.add_argument("--data", metavar="FILE", required=True, help="JSONL or JSON: rows, COCO, or VQAv2 questions")
@@ -169,14 +189,14 @@ def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", metavar="DIR", help="folder or hub id of a PaliGemma (default: the pocket model)")
     command.add_argument("--annotations", metavar="FILE", help="the answers of VQAv2")
     command.add_argument("--root", metavar="DIR", help="where paths of pictures begin (default: the file's folder)")
-    command.add_argument(
-        "--form", metavar="F", default="auto", help="what FILE is, in place of looking (default: auto)"
-    )
+    command.add_argument("--form", metavar="F", default="auto", help=f"{FORM_HELP} or coco-detect (default: auto)")
     command.add_argument("--answers", metavar="FILE", help="score these answers, in the official form, without a model")
     command.add_argument("--official", action="store_true", help="also write results.json in the official form")
     command.add_argument("--batch-size", metavar="N", type=int, default=16, help="answered together (default: 16)")
     command.add_argument("--max-new-tokens", metavar="N", type=int, default=100, help="longest answer (default: 100)")
     command.add_argument("--num-beams", metavar="N", type=int, default=1, help="width of beam search (default: 1)")
+    penalty = "of beams (default: 1; the scores published for COCO: 2 beams and 0)"
+    command.add_argument("--length-penalty", metavar="A", type=float, default=1.0, help=penalty)
     command.add_argument("--num-examples", metavar="N", type=int, help="take the first N only (default: all)")
     command.add_argument("--device", metavar="D", default="auto", help="auto, cuda, cuda:0, mps or cpu (default: auto)")
     command.add_argument(
@@ -211,9 +231,7 @@ def _data_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("file", metavar="FILE", help="JSONL or JSON: rows, COCO, or the questions of VQAv2")
     command.add_argument("--root", metavar="DIR", help="where paths of pictures begin (default: the file's folder)")
     command.add_argument("--annotations", metavar="FILE", help="the answers of VQAv2")
-    command.add_argument(
-        "--form", metavar="F", default="auto", help="what FILE is, in place of looking (default: auto)"
-    )
+    command.add_argument("--form", metavar="F", default="auto", help=FORM_HELP + FORM_MASKS)
     command.add_argument("--model", metavar="DIR", help="whose tokens and context count (default: the pocket model)")
     command.add_argument("--out", metavar="DIR", type=Path, help="where pictures and lists go (default: NAME_survey)")
 
@@ -230,6 +248,9 @@ def _data(options: argparse.Namespace) -> None:
     if options.form == "coco-segment":
         sources["encode_mask"] = load_mask_vae().codes_of
     examples = read_examples(options.file, **sources)
+    out = options.out or Path(f"{Path(options.file).stem}_survey")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: give a folder")
     how = "found by looking" if options.form == "auto" else "as asked"
     print(f"{options.file}: form {examples.form}, {how}", file=sys.stderr)
     for remark in examples.remarks:
@@ -238,7 +259,6 @@ def _data(options: argparse.Namespace) -> None:
     context = read_config(folder).text.max_position_embeddings
     found = survey(examples, Processor.from_folder(folder), context)
     print("\n".join(found.lines()))
-    out = options.out or Path(f"{Path(options.file).stem}_survey")
     for path in write_survey(found, examples, out):
         print(f"written: {path}", file=sys.stderr)
 
@@ -272,7 +292,7 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", metavar="FILE", required=True, help="what to learn: JSONL, COCO or VQAv2")
     command.add_argument("--out", metavar="DIR", type=Path, help="folder of the run; needed unless --dry-run")
     command.add_argument("--model", metavar="DIR", help="folder or hub id to begin from (default: the pocket model)")
-    command.add_argument("--form", metavar="F", default="auto", help="what FILE is, in place of looking")
+    command.add_argument("--form", metavar="F", default="auto", help=FORM_HELP + FORM_MASKS)
     command.add_argument("--root", metavar="DIR", help="where paths of pictures begin (default: the file's folder)")
     command.add_argument("--annotations", metavar="FILE", help="the answers of VQAv2")
     for flag, field, kind, text in TRAINING_OPTIONS:
@@ -339,13 +359,17 @@ def _bench_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", metavar="DIR", help="folder or hub id of a PaliGemma (default: the pocket model)")
     command.add_argument("--size", metavar="S", help="pocket; or, with --random, 300m, 1b or 3b")
     command.add_argument("--random", action="store_true", help="weights of that size are random, written once")
-    command.add_argument("--against", metavar="NAME", action="append", default=[], help="run transformers too")
+    command.add_argument(
+        "--against", metavar="NAME", action="append", default=[], help="transformers: measure it beside this package"
+    )
     command.add_argument("--quantize", metavar="Q", help="as in generate")
     command.add_argument("--compile", action="store_true", help="load with compile=True")
-    command.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16 (default: float32 on a CPU)")
+    command.add_argument(
+        "--dtype", metavar="T", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)"
+    )
     command.add_argument("--device", metavar="D", default="cpu", help="cpu, cuda, mps or auto (default: cpu)")
     command.add_argument("--batch", metavar="N", type=int, default=1, help="pictures answered together (default: 1)")
-    command.add_argument("--prompt", metavar="TEXT", default="caption en", help="(default: caption en)")
+    command.add_argument("--prompt", metavar="TEXT", default="caption en", help="what is asked (default: caption en)")
     command.add_argument("--prompt-tokens", metavar="N", type=int, help="repeat or cut the prompt to N tokens")
     command.add_argument("--new-tokens", metavar="N", type=int, default=16, help="of each answer (default: 16)")
     command.add_argument("--warmup", metavar="N", type=int, default=1, help="turns that do not count (default: 1)")
@@ -382,9 +406,26 @@ def _serve_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--queue", metavar="N", type=int, default=64, help="that wait, or 0; more get a 429 (default: 64)"
     )
-    command.add_argument("--max-tokens", metavar="N", type=int, help="longest answer (default: the model's context)")
-    command.add_argument("--max-body", metavar="BYTES", type=int, default=20_000_000, help="(default: 20000000)")
-    command.add_argument("--max-pixels", metavar="N", type=int, default=50_000_000, help="(default: 50000000)")
+    command.add_argument(
+        "--max-tokens",
+        metavar="N",
+        type=int,
+        help="most tokens that a request may ask for (default: what a row holds); one that asks for none gets 100",
+    )
+    command.add_argument(
+        "--max-body",
+        metavar="BYTES",
+        type=int,
+        default=20_000_000,
+        help="largest body of a request, in bytes (default: 20000000)",
+    )
+    command.add_argument(
+        "--max-pixels",
+        metavar="N",
+        type=int,
+        default=50_000_000,
+        help="largest picture, in pixels, looked at before it is unpacked (default: 50000000)",
+    )
     command.add_argument(
         "--deadline", metavar="S", type=float, default=60.0, help="seconds an answer has (default: 60)"
     )

@@ -130,7 +130,7 @@ def _load_asker(
 ) -> Callable[[list[Example]], list[str]]:
     """In an actor: load the model, and give the function that asks it."""
     torch.set_num_threads(threads)
-    return asker(make_model(), max_new_tokens, 1)
+    return asker(make_model(), max_new_tokens)
 
 
 def export_model(

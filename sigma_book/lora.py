@@ -343,7 +343,14 @@ def adapter_base(folder: str | Path) -> str | None:
     FileNotFoundError, ValueError, RuntimeError
         If its configuration cannot be read.
     """
-    return _read_adapter_config(Path(folder)).get("base_model_name_or_path") or None
+    values = _read_adapter_config(Path(folder))
+    name, revision = values.get("base_model_name_or_path") or None, values.get("revision")
+    if name is not None and revision not in (None, "main") and not Path(name).expanduser().is_dir():
+        raise ValueError(
+            f"{Path(folder) / CONFIG_FILE} was made for revision {revision!r:.80} of {name}: download that, then load its "
+            "folder as the model, with this adapter"
+        )
+    return name
 
 
 def _read_adapter_config(folder: Path) -> dict:

@@ -270,7 +270,7 @@ def load_npz(path: str | Path, device: str | torch.device = "auto", dtype: str |
         model = PaliGemma(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     tensors = {}
-    with tqdm(total=sum(sizes.values()), desc="loading", unit="B", unit_scale=True, delay=1.0) as bar:
+    with tqdm(total=sum(sizes.values()), desc="loading", unit="B", unit_scale=True, delay=1.0, disable=None) as bar:
         for name, _, names, order in sorted(table, key=lambda row: sizes[row[0]], reverse=True):
             array = read_npz_array(path, name)
             for ours, tensor in _layers(array, names):

@@ -34,6 +34,7 @@ __all__ = [
     "file_beside",
     "folder_beside",
     "load_image",
+    "make_folder",
     "pixels",
     "read_file",
     "read_json",
@@ -562,6 +563,20 @@ def encode_picture(picture: Image.Image, kind: str) -> bytes:
     encoded = io.BytesIO()
     picture.save(encoded, kind)
     return encoded.getvalue()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it; one that is there stays as it is.
+
+    Raises
+    ------
+    RuntimeError
+        If it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeError(_NOT_WRITTEN.format(path, error.strerror or error)) from error
 
 
 _NOT_WRITTEN = "{} cannot be written ({}): check the room and the permissions, then try again"

@@ -30,12 +30,12 @@ from sigma_book.answers import (
 from sigma_book.assemble import POCKET, generate, load
 from sigma_book.batches import Batches
 from sigma_book.data import Example, Examples, read_examples
-from sigma_book.generation import read_stop_ids, whole_number
+from sigma_book.generation import Sampling, check_beams, read_stop_ids, whole_number
 from sigma_book.locate import load_mask_vae
 from sigma_book.lora import CONFIG_FILE, DECODER_LINEARS, LoraConfig, add_lora, find_linears, is_adapter, save_adapter
 from sigma_book.npz import read_npz_config
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
-from sigma_book.processor import Batch, Processor, Tokenizer, file_beside, read_json
+from sigma_book.processor import Batch, Processor, Tokenizer, file_beside, make_folder, read_json
 from sigma_book.qlora import nf4_bytes
 from sigma_book.scale import (
     RankCheckpoints,
@@ -304,7 +304,7 @@ def _parallel(parallel: str | None, base: Path, config: TrainingConfig, ranks: R
 def _held_if_ours(out: Path) -> AbstractContextManager:
     """`held_alone` for the folder of a run or a new one; a folder of something else is left as it is."""
     if not out.exists():
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
     return held_alone(out) if "run.json" in names or names <= {".lock", ".run.json.part"} else nullcontext()
 
@@ -702,6 +702,7 @@ def evaluate(
     batch_size: int = 16,
     max_new_tokens: int = 100,
     num_beams: int = 1,
+    length_penalty: float = 1.0,
     num_examples: int | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
@@ -727,7 +728,10 @@ def evaluate(
     max_new_tokens : int
         Longest answer.
     num_beams : int
-        Width of the beam search; 1 is greedy. The published COCO scores of PaliGemma are those of width 2.
+        Width of the beam search; 1 is greedy.
+    length_penalty : float
+        As `generate` takes it. The published COCO scores of PaliGemma are those of two beams compared by their sums, which
+        is a penalty of 0 (big_vision's `predict_fns.py`).
     num_examples : int, optional
         Take the first so many examples only.
     official : bool
@@ -749,7 +753,7 @@ def evaluate(
         raise ValueError(f"task is {task!r}: expected one of {', '.join(EVALUATION_TASKS)}")
     whole_number("batch_size", batch_size, least=1)
     whole_number("max_new_tokens", max_new_tokens, least=1)
-    whole_number("num_beams", num_beams, least=1)
+    check_beams(num_beams, length_penalty, Sampling())
     if num_examples is not None:
         whole_number("num_examples", num_examples, least=1)
     examples = read_examples(data, form=form, root=root, annotations=annotations, per_image=task == "caption")
@@ -758,19 +762,20 @@ def evaluate(
     run |= {"annotations": None if annotations is None else file_mark(annotations)}
     if answers is None:
         run |= {"model": model_mark(model), "dtype": str(dtype)}
-        run |= {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+        run |= {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "length_penalty": length_penalty}
     else:
         answer = answer_from(task, read_official(task, answers, examples, num_examples))
         run |= {"answers": file_mark(answers)}
     out = Path(out)
     if not out.exists():
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     with held_alone(out) if out.is_dir() else nullcontext():  # from the first look at run.json to the scores
         claim_folder(out, run, saved=("answers.jsonl",), alone=False)
         path = out / "answers.jsonl"
         if answers is None:
             waiting = AnswerFile(path).next_index() < min(len(examples), num_examples or len(examples))
-            answer = asker(load(model, device=device, dtype=dtype) if waiting else None, max_new_tokens, num_beams)
+            loaded = load(model, device=device, dtype=dtype) if waiting else None
+            answer = asker(loaded, max_new_tokens, num_beams=num_beams, length_penalty=length_penalty)
         records = answer_examples(task, examples, answer, path, batch_size=batch_size, most=num_examples)
         if next(iter(records), None) is None:  # of the tasks, count alone leaves examples out
             path.unlink(missing_ok=True)  # it is empty: the folder is free for another task
@@ -804,11 +809,11 @@ def full_path(path: str | Path | None) -> str | None:
     return None if path is None else str(Path(path).resolve()) if Path(path).exists() else str(path)
 
 
-def asker(model: PaliGemma | None, max_new_tokens: int, num_beams: int) -> Callable[[list[Example]], list[str]]:
-    """A function from examples to answers."""
+def asker(model: PaliGemma | None, max_new_tokens: int, **beams: float) -> Callable[[list[Example]], list[str]]:
+    """A function from examples to answers; `beams` as `generate` takes them, greedy without."""
 
     def ask(examples: list[Example]) -> list[str]:
         pictures, prompts = [example.image for example in examples], [example.prefix for example in examples]
-        return generate(pictures, prompts, model=model, max_new_tokens=max_new_tokens, num_beams=num_beams)
+        return generate(pictures, prompts, model=model, max_new_tokens=max_new_tokens, **beams)
 
     return ask

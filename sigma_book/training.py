@@ -38,7 +38,7 @@ from sigma_book.batches import collate
 from sigma_book.data import Example
 from sigma_book.generation import Sampling, generate_answers, is_finite
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
-from sigma_book.processor import Batch, Processor, file_beside, folder_beside, load_image
+from sigma_book.processor import Batch, Processor, file_beside, folder_beside, load_image, make_folder
 
 __all__ = [
     "ALONE",
@@ -1068,7 +1068,7 @@ def claim_folder(
             )
     elif begun or (alone and out.exists() and {entry.name for entry in out.iterdir()} - {".lock", ".run.json.part"}):
         raise ValueError(f"{out} holds something else and no run.json: give a folder that is empty or new")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with file_beside(path) as fresh:
         fresh.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
 

@@ -194,6 +194,8 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
             f"no such folder: {name}; to fetch it from the hub, install the extra: pip install 'sigma-book[hub]'"
         ) from error
     page = f"https://huggingface.co/{name}"
+    # of the HTTP library: a proxy that refuses, a connection that breaks
+    no_answer = errors.HfHubHTTPError.__bases__[0]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_NEEDED))
     except errors.GatedRepoError as error:
@@ -205,7 +207,7 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
             f"neither a folder nor a repository that this account can see: {name}; look at {page}, "
             "and if it is private or asks for a licence, log in with: hf auth login"
         ) from error
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, no_answer) as error:
         answers = (getattr(cause, "response", None) for cause in (error, error.__cause__))
         if any(getattr(answer, "status_code", None) in (401, 403) for answer in answers):
             raise RuntimeError(_LICENCE.format(name=name, page=page)) from error
@@ -357,7 +359,7 @@ def load_model(
     sizes = {name: math.prod(entry["shape"]) * BYTES[entry["dtype"]] for name, (_, _, entry) in places.items()}
     dtype = pick_dtype(dtype, _most_common_dtype(places, sizes), device)
     tensors, windows = {}, {}
-    with tqdm(total=sum(sizes.values()), desc="loading", unit="B", unit_scale=True, delay=1.0) as bar:
+    with tqdm(total=sum(sizes.values()), desc="loading", unit="B", unit_scale=True, delay=1.0, disable=None) as bar:
         for name in sorted(sizes, key=sizes.get, reverse=True):  # the largest while there is still room
             path, stored_name, entry = places[name]
             stays = place is None and device.type == "cpu" and DTYPES[entry["dtype"]] == dtype

@@ -127,7 +127,7 @@ def test_a_poisoned_row_has_its_sentence_and_the_others_their_answers(kind, shel
     lines = good_rows(5)
     lines.insert(3, row)
     rows = open_rows(write_lines(tmp_path / "rows.jsonl", lines), shelf)
-    records = answer_range(rows, 0, 6, asker(tiny_model, 12, 1))
+    records = answer_range(rows, 0, 6, asker(tiny_model, 12))
     assert [record["index"] for record in records] == list(range(6))
     assert all(list(record) == KEYS for record in records)
     assert words in records[3]["error"] and records[3]["answer"] is None and "\n" not in records[3]["error"]
@@ -179,7 +179,7 @@ def test_parquet_of_paths_of_bytes_and_of_both(layout, shelf, tiny_model, tmp_pa
         pyarrow.table({"id": range(4), "image": images, "prompt": prompts}), tmp_path / "r.parquet"
     )
     rows = open_rows(tmp_path / "r.parquet", shelf)
-    records = answer_range(rows, 0, 4, asker(tiny_model, 12, 1))
+    records = answer_range(rows, 0, 4, asker(tiny_model, 12))
     for place, prompt in ((0, "caption en"), (3, "x")):
         expected = generate(shelf / names[place], prompt, model=tiny_model, max_new_tokens=12)
         assert records[place]["answer"] == expected

@@ -1,5 +1,8 @@
 """The `sigma-book` command as a user meets it; wrong inputs are in tests/test_bad_input.py."""
 
+import argparse
+import errno
+import io
 import json
 import subprocess
 import sys
@@ -26,6 +29,28 @@ def loaded_by(statement: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
+def stub(monkeypatch, run) -> None:
+    """A command whose work is `run`."""
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(run=run)
+    monkeypatch.setattr("sigma_book.cli.build_parser", lambda: parser)
+
+
+def test_a_pipe_that_breaks_inside_is_no_success(monkeypatch, capsys):
+    def run(options):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    stub(monkeypatch, run)
+    assert main([]) == 2 and "Broken pipe" in capsys.readouterr().err
+
+
+def test_letters_that_the_output_does_not_know(monkeypatch):
+    stub(monkeypatch, lambda options: print("é \ufffd"))
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    assert main([]) == 0 and written.getvalue() == b"\xe9 \\ufffd\n"
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as left:
         main(["--version"])
@@ -39,6 +64,19 @@ def test_help(capsys, arguments):
         main(arguments)
     assert left.value.code == 0
     assert "usage: sigma-book" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["data", "train", "evaluate"])
+def test_help_names_every_form(capsys, monkeypatch, command):
+    from sigma_book.data import FORMS
+
+    monkeypatch.setenv("COLUMNS", "1000")  # so that no line is broken
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("--form F")]
+    words = line.replace(",", "").split()
+    wanted = {*FORMS} - ({"coco-segment"} if command == "evaluate" else set())  # no task scores masks
+    assert wanted <= {*words} and "auto" in words and ("coco-segment" in words) is ("coco-segment" in wanted)
 
 
 @pytest.mark.parametrize("arguments", [[], ["dance"], ["generate"], ["generate", "a.png", "x", "--top-k", "many"]])

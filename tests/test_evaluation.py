@@ -324,6 +324,29 @@ def test_a_picture_of_another_shape_than_its_boxes_need_is_named(world_copy, tin
         evaluate("detect", world_copy["instances"], tmp_path / "out", model=tiny_folder, max_new_tokens=1)
 
 
+def test_a_disk_without_locks_and_a_kernel_without_peaks(tmp_path, monkeypatch):
+    """As Lustre without `flock`, and gVisor."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*given):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    def read_text(path, *given, **named):
+        return "VmRSS:\t1024 kB\n" if str(path) == "/proc/self/status" else whole(path, *given, **named)
+
+    whole = Path.read_text
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(Path, "read_text", read_text)
+    records = answer_examples("caption", rows(2), echo, tmp_path / "answers.jsonl")
+    assert [record["megabytes"] for record in records] == [None, None]
+
+
+def test_a_folder_that_cannot_be_made(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RuntimeError, match="file/run cannot be written .*check the room and the permissions"):
+        evaluate("count", world["questions"], tmp_path / "file" / "run", annotations=world["annotations"])
+
+
 def test_two_processes_do_not_share_a_file(tmp_path):
     path = tmp_path / "answers.jsonl"
     script = f"""

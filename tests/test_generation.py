@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
 
@@ -641,6 +642,14 @@ def test_paths_are_kept_until_files_change(copy_folder, tiny_folder, pictures, m
     assert kept is not assemble._model(folder)
     assert generate(pictures[0], "x", **ask) != first
     assert generate(pictures[0], "x", **ask) == generate(pictures[0], "x", model=load(folder), max_new_tokens=6)
+
+
+def test_threads_that_ask_at_once_wait_for_one_model(copy_folder, tiny_folder, pictures, monkeypatch):
+    folder, loaded = copy_folder(tiny_folder), []
+    monkeypatch.setattr(assemble, "load", lambda given: loaded.append(given) or load(given))
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: generate(pictures[0], "x", model=folder, max_new_tokens=2), range(4)))
+    assert len(loaded) == 1 and len(set(answers)) == 1
 
 
 def test_stop_ids_come_from_generation_config(copy_folder, tiny_folder, pictures):

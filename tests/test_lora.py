@@ -395,6 +395,11 @@ def test_what_the_command_says(adapter, picture_file, tmp_path, capsys, tiny_fol
     assert "was made for /gone/base" in said("--model", str(adapter))
     edit(adapter, base_model_name_or_path=None)
     assert "names no base model" in said("--model", str(adapter))
+    edit(adapter, base_model_name_or_path=str(tiny_folder), revision="float16")  # a folder has no other revisions
+    assert main(["generate", str(picture_file), "caption en", "--model", str(adapter), "--max-new-tokens", "1"]) == 0
+    capsys.readouterr()
+    edit(adapter, base_model_name_or_path="open/model")
+    assert "was made for revision 'float16' of open/model: download that" in said("--model", str(adapter))
     assert "an adapter is a path or a hub id, got int" in str(pytest.raises(ValueError, load, adapter=3).value)
 
 

@@ -860,6 +860,20 @@ def test_hub_gives_what_is_needed(said, shelf, model):
     assert never.startswith("RuntimeError") and "connection" in never
 
 
+@needs_hub
+def test_a_proxy_that_refuses(tmp_path):
+    """Its error is of the HTTP library alone, neither of the hub nor of the system."""
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Hub)  # which knows no CONNECT
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    way = {"HTTPS_PROXY": f"http://127.0.0.1:{proxy.server_port}", "no_proxy": "", "NO_PROXY": ""}
+    try:
+        (said,) = ask_hub(["open/model"], tmp_path, "https://hub.invalid", **way)
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+    assert said.startswith("RuntimeError") and "ProxyError" in said and "check the connection" in said
+
+
 def test_hub_not_installed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # Python's own way to say that there is none
