@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,7 +24,7 @@ from sigma_book.world import caption, draw_scene, make_scene
 
 STATIC = Path(sigma_book.__file__).parent / "static"
 SCENES = json.loads((STATIC / "scenes.json").read_text())
-BROWSER = "/usr/bin/chromium"
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or "/usr/bin/chromium"
 PATIENCE = 60_000  # milliseconds; everything here takes one or two seconds, on a busy machine many more
 
 SERVER = """
@@ -197,20 +198,34 @@ def see(page, selector: str, text: str) -> None:
     page.wait_for_selector(f'{selector}:has-text("{text}")', state="attached")
 
 
-def over(page, x: float, y: float) -> list[int]:
+def over(page, x: float, y: float, canvas: str = "#over") -> list[int]:
     """Red, green, blue, alpha of what lies over the picture, at a place from 0 to 1."""
     return page.evaluate(
-        """([x, y]) => { const c = document.querySelector('#over');
+        """([x, y, canvas]) => { const c = document.querySelector(canvas);
         return [...c.getContext('2d').getImageData(Math.min(c.width - 1, Math.floor(x * c.width)),
                 Math.min(c.height - 1, Math.floor(y * c.height)), 1, 1).data]; }""",
-        [x, y],
+        [x, y, canvas],
     )
 
 
-def png(size=(300, 200), colour="white") -> bytes:
+def png(size=(300, 200), colour="white", mode="RGB") -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, "PNG")
+    Image.new(mode, size, colour).save(file, "PNG")
     return file.getvalue()
+
+
+def watch_bitmaps(page) -> None:
+    """Keep the bitmaps that are made from now on, for `open_bitmaps`."""
+    page.evaluate(
+        """() => { window.bitmaps = []; const make = createImageBitmap;
+        window.createImageBitmap = async (...given) => {
+          const bitmap = await make(...given); window.bitmaps.push(bitmap); return bitmap; }; }"""
+    )
+
+
+def open_bitmaps(page) -> list[int]:
+    """The widths of those that are not closed."""
+    return page.evaluate("window.bitmaps.map((bitmap) => bitmap.width).filter(Boolean)")
 
 
 @pytest.mark.browser
@@ -219,9 +234,11 @@ def test_ask_and_see_the_answer_come(open_page, pocket):
     page.click(f'#scenes button[data-file="{SCENES[1]["file"]}"]')
     page.wait_for_selector(f'#scenes button[data-file="{SCENES[1]["file"]}"][aria-pressed="true"]')
     page.evaluate(
-        """() => { window.seen = []; const answer = document.querySelector('#answer');
-        new MutationObserver(() => window.seen.push([answer.textContent, answer.getAttribute('aria-busy')]))
-          .observe(answer, {childList: true, characterData: true, subtree: true}); }"""
+        """() => { window.seen = []; window.spoken = []; const find = (id) => document.querySelector(id);
+        const hear = (id, take) => new MutationObserver(() => take(find(id).textContent))
+          .observe(find(id), {childList: true, characterData: true, subtree: true});
+        hear('#answer', (text) => window.seen.push([text, find('#answer').getAttribute('aria-busy')]));
+        hear('#spoken', (text) => window.spoken.push(text)); }"""
     )
     page.click('#examples button:text-is("caption en")')
     said = wait_for_answer(page)
@@ -229,8 +246,9 @@ def test_ask_and_see_the_answer_come(open_page, pocket):
     seen = page.evaluate("window.seen")
     lengths = [len(text) for text, _ in seen if text]
     assert lengths == sorted(lengths) and len(set(lengths)) >= 4, "it comes in pieces"
-    assert {busy for text, busy in seen if text} == {"true"}, "a screen reader waits for the end"
+    assert {busy for text, busy in seen if text} == {"true"}
     assert page.get_attribute("#answer", "aria-busy") == "false"
+    assert page.evaluate("window.spoken") == [said], "a screen reader hears it once, when it is whole"
     looks = explain(pocket, load_image(STATIC / SCENES[1]["file"]), "caption en", said)
     assert page.locator("#tokens button").all_text_contents() == [look.text.strip() for look in looks]
 
@@ -244,6 +262,7 @@ def test_boxes_and_maps_are_drawn(open_page, pocket):
     (found,), _ = parse(said, 1, 1)
     item = page.locator("#boxes li")
     assert item.count() == 1 and "orange heart" in item.text_content()
+    assert page.text_content("#spoken") == item.text_content(), "read out as words, not as loc tokens"
     shown = [float(item.get_attribute(f"data-{edge}")) for edge in ("top", "left", "bottom", "right")]
     assert shown == pytest.approx(found.box, abs=1e-3)
     page.mouse.move(5, 5)
@@ -323,16 +342,19 @@ def test_own_pictures(open_page, tmp_path):
       const event = kind === 'drop' ? new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true})
                                     : new ClipboardEvent('paste', {clipboardData: data, bubbles: true});
       document.querySelector(kind === 'drop' ? '#stage' : 'body').dispatchEvent(event); }"""
+    watch_bitmaps(page)
     for kind in ("drop", "paste"):
         page.click("#scenes button >> nth=3")
         see(page, "#shown", "green triangle")
-        page.evaluate(give, [encoded, kind])
+        page.evaluate(f"(given) => {{ ({give})(given); ({give})(given); }}", [encoded, kind])
         see(page, "#shown", "mine.png, 300 × 200")
+    assert open_bitmaps(page) == [300], "neither those before, nor the one that came too late"
     wide = page.evaluate("(() => { const c = document.querySelector('#picture'); return c.width / c.height; })()")
     assert wide == pytest.approx(1.5, abs=0.01), "its proportions are kept"
-    (tmp_path / "chosen.png").write_bytes(png(colour="red"))
+    (tmp_path / "chosen.png").write_bytes(png(colour=(255, 0, 0, 0), mode="RGBA"))
     page.set_input_files("#file", tmp_path / "chosen.png")
     see(page, "#shown", "chosen.png")
+    assert over(page, 0.5, 0.5, "#picture") == [255, 255, 255, 255], "transparent is white, in the dark too"
     page.click("#send")
     wait_for_answer(page)
 
@@ -392,6 +414,14 @@ def test_what_comes_late_or_is_no_picture_changes_nothing(open_page):
     assert wait_for_answer(page) == said
     assert page.text_content("#note") == page.text_content("#error") == ""
 
+    late.clear()
+    page.click("#send")
+    see(page, "#note", "Looking")
+    with page.expect_event("requestfailed", lambda request: request.url.endswith("explain")):
+        page.click("#stop")
+    see(page, "#note", "Stopped.")
+    assert page.text_content("#answer") == said and page.is_disabled("#stop") and page.is_hidden("#why")
+
 
 @pytest.mark.browser
 def test_the_focus_stays(open_page):
@@ -419,8 +449,10 @@ def test_a_large_photo_is_sent_smaller(open_page, tmp_path):
     photo = tmp_path / "photo.jpg"
     Image.effect_noise((4500, 3000), 80).convert("RGB").save(photo, quality=90)
     assert photo.stat().st_size > 4e6
+    watch_bitmaps(page)
     page.set_input_files("#file", photo)
-    see(page, "#shown", "sent as a copy of at most 1792 pixels")
+    see(page, "#shown", "4500 × 3000 pixels, sent as a copy of at most 1792 pixels")
+    assert open_bitmaps(page) == [1792]
     with page.expect_request("**/v1/chat/completions") as asked:
         page.click("#send")
     url = asked.value.post_data_json["messages"][0]["content"][0]["image_url"]["url"]
@@ -468,6 +500,8 @@ def test_what_goes_wrong_is_a_sentence(open_page, tmp_path):
 @pytest.mark.browser
 def test_stop(open_page):
     page = open_page("endless", allow="ERR_ABORTED")
+    explained: list = []
+    page.on("request", lambda request: explained.append(request) if request.url.endswith("explain") else None)
     page.click("summary")
     page.fill("#most", "1000")
     page.click("#send")
@@ -478,6 +512,7 @@ def test_stop(open_page):
     length = len(page.text_content("#answer"))
     page.wait_for_timeout(300)
     assert len(page.text_content("#answer")) == length and page.is_disabled("#stop")
+    assert not explained and page.evaluate("document.activeElement.id") == "stop"
     page.click("#scenes button >> nth=1")
     page.wait_for_selector("#answer:empty", state="attached")
 
@@ -498,9 +533,32 @@ def test_a_server_that_wants_a_key(open_page):
 @pytest.mark.browser
 def test_a_server_that_does_not_explain(open_page):
     page = open_page("mute", allow="status of 404")
+    asked: list = []
+    page.on("request", lambda request: asked.append(request.url.rpartition("/")[2]))
+    for _ in range(2):
+        page.click("#send")
+        see(page, "#note", "does not explain")
+        assert page.text_content("#answer") == SCENES[0]["shows"] and page.is_hidden("#why")
+    assert asked.count("completions") == 2 and asked.count("explain") == 1
+
+
+@pytest.mark.browser
+def test_from_right_to_left(open_page):
+    page = open_page()
+    words = ["نجمة", " حمراء", " كبيرة"]
+    part = {"choices": [{"delta": {"content": "".join(words)}, "finish_reason": "stop"}]}
+    page.route("**/completions", lambda route: route.fulfill(body=f"data: {json.dumps(part)}\n\n"))
+    looks = [{"text": word, "weights": [[0.25, 0.75]] * 2} for word in words]
+    page.route("**/explain", lambda route: route.fulfill(json={"tokens": looks}))
+    page.fill("#prompt", "صف الصورة")
     page.click("#send")
-    see(page, "#note", "does not explain")
-    assert page.text_content("#answer") == SCENES[0]["shows"] and page.is_hidden("#why")
+    assert wait_for_answer(page) == "".join(words)
+    for field in ("prompt", "answer", "tokens"):
+        assert page.evaluate(f"getComputedStyle(document.getElementById('{field}')).direction") == "rtl", field
+    page.locator("#tokens button").first.focus()
+    for key, word in (("ArrowLeft", words[1]), ("ArrowRight", words[0]), ("Control+ArrowLeft", words[0])):
+        page.keyboard.press(key)
+        assert page.evaluate("document.activeElement.textContent") == word.strip(), key
 
 
 @pytest.mark.browser
@@ -515,6 +573,10 @@ def test_a_phone(open_page):
     page.wait_for_selector('#over[data-shows="map"]', state="attached")
     place = page.locator("#over").bounding_box()
     assert place["y"] >= 0 and place["y"] + place["height"] <= 740, "picture and word are seen together"
+    page.locator("#tokens button").nth(2).tap()
+    page.wait_for_selector('#over[data-shows="nothing"]', state="attached")
+    asks = {"autocapitalize": "none", "autocorrect": "off", "enterkeyhint": "send"}
+    assert {name: page.get_attribute("#prompt", name) for name in asks} == asks, "typed as it is meant"
     small = page.evaluate(
         "[...document.querySelectorAll('button, .button, input:not(.file)')].filter((e) => e.checkVisibility() && "
         "(e.getBoundingClientRect().height < 24 || e.getBoundingClientRect().width < 24)).map((e) => e.outerHTML)"
@@ -604,4 +666,5 @@ def test_the_accessibility_tree(open_page):
         if not node["ignored"] and node["role"]["value"] == "heading"
     ]
     assert levels[0] == 1 and levels.count(1) == 1 and max(levels) <= 3
-    assert page.get_attribute("#answer", "aria-live") == "polite" and page.get_attribute("html", "lang") == "en"
+    assert page.get_attribute("#spoken", "role") == "status" and page.get_attribute("html", "lang") == "en"
+    assert page.get_attribute("#answer", "aria-live") is None and ("status", "") in nodes

@@ -36,6 +36,7 @@ from sigma_book.batching import Engine, Event
 from sigma_book.locate import describe, draw
 from sigma_book.protocol import ApiError, TokenNames, check_extras, open_picture
 from sigma_book.server import Reply, ServerConfig, Service, _busy, create_app
+from sigma_book.serving import explainer
 from sigma_book.world import draw_scene, make_scene
 
 
@@ -265,6 +266,9 @@ def test_generate_and_detect(server, scenes, pocket):
     assert answer["answer"] == generate(
         scenes[2], "caption en", model=pocket, temperature=1.5, seed=9, max_new_tokens=4, stop=["x", "y"]
     )
+    for path in ("/generate", "/detect"):
+        data = {"prompt": "detect star ;\r\nheart", "max_tokens": "1"}  # as browsers send a line break
+        assert httpx.post(f"{server.url}{path}", files=sent, data=data).json()["prompt"] == "detect star ;\nheart"
     wide = encode(Image.open(io.BytesIO(scenes[2])).resize((300, 200)))
     shape = make_scene(2).things[0].shape
     for prompt in (f"detect {shape}", shape):
@@ -349,8 +353,14 @@ def test_explain_and_the_page(start_server, tiny_model, scenes, tmp_path):
     }
     sent["data"]["answer"] = "nothing"
     assert_error(httpx.post(f"{server.url}/explain", **sent), 400, "no token")
-    assert "<title>demo</title>" in httpx.get(server.url).text
-    assert httpx.get(f"{server.url}/static/app.js").text == "1"
+    sent["data"] = {"prompt": "c\r\nd", "answer": "a\r\nb"}  # as browsers send a line break
+    as_typed = {"size": size, "prompt": "c\nd", "answer": "a\nb"}
+    assert httpx.post(f"{server.url}/explain", **sent).json() == as_typed
+    page, script = (httpx.get(f"{server.url}/{path}") for path in ("", "static/app.js"))
+    assert "<title>demo</title>" in page.text and script.text == "1"
+    known = httpx.get(script.url, headers={"If-None-Match": script.headers["etag"]})
+    assert known.status_code == 304, "not sent again"
+    assert {answer.headers["cache-control"] for answer in (page, script, known)} == {"no-cache"}, "but asked about"
     assert_error(httpx.get(f"{server.url}/static/../conftest.py"), 404)
     plain = start_server(tiny_model)
     assert_error(httpx.post(f"{plain.url}/explain", **sent), 404)
@@ -1348,14 +1358,17 @@ def answerable(path: str, body: dict, scene: bytes) -> dict:
     return kept | {"file": scene, "prompt": prompt}
 
 
-def test_schemathesis_finds_no_server_error(start_server, tiny_model, scenes):
-    server = start_server(tiny_model, explain=lambda image, prompt, answer, given_up: {})
+@pytest.mark.parametrize("most", [8, pytest.param(60, marks=pytest.mark.slow)])
+def test_schemathesis_finds_no_server_error(start_server, tiny_model, scenes, most):
+    """A few of each kind with a tiny model; many, with the pocket model that explains itself."""
+    model = tiny_model if most < 10 else load(device="cpu")
+    server = start_server(model, explain=explainer(model))
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     asked, answered = Counter(), Counter()
 
     def look(operation, mode) -> None:
         @given(case=operation.as_strategy(generation_mode=mode))
-        @settings(max_examples=8, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=most, deadline=None, database=None, suppress_health_check=list(HealthCheck))
         def no_server_error(case):
             if mode.is_positive and isinstance(case.body, dict):
                 asked[operation.path] += 1
