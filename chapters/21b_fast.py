@@ -293,9 +293,10 @@ codes, steps = quantize_rows(weight)
 assert ((codes * steps[:, None] - weight).abs() <= 0.5001 * steps[:, None]).all()
 
 # %% [markdown]
-# Bytes of weights alone would help a token: less to read. But a prompt of 264 rows is bound by arithmetic, not by reading.
-# There the gain comes from multiplying bytes by bytes, many at a time. So the input is rounded too. Write $s_i$ for the step of
-# token $i$ and $t_o$ for the step of row $o$ of the weights, $q$ and $w$ for their codes, $b$ for the bias:
+# Weights in bytes, with the input left as it is, would already help a token: less to read. But a prompt of 264 rows is bound by
+# arithmetic, not by reading. There the gain comes from multiplying bytes by bytes, many at a time. So the input is rounded too.
+# Write $s_i$ for the step of token $i$ and $t_o$ for the step of row $o$ of the weights, $q$ and $w$ for their codes, $b$ for
+# the bias:
 #
 # $$ y_{io} = s_i\, t_o \sum_k q_{ik}\, w_{ok} + b_o, \qquad q_{ik} = \mathrm{round}(x_{ik} / s_i), \quad
 # s_i = \max_k |x_{ik}| / 127 $$
@@ -974,7 +975,7 @@ class FastPaliGemma(PaliGemma):
 
 # %% [markdown]
 # A packed model cannot learn and says so. Since its weights stay, it may keep features of pictures without fear that they go
-# stale: that is why `picture_cache` is here and not on every model. It holds 64 MB at most.
+# stale: that is why `picture_cache` is here and not on every model. It holds 67 MB at most.
 #
 # ## Filling it, tensor by tensor
 #
@@ -1077,7 +1078,8 @@ class Preparation:
     def _build(self, parts: list[tuple[torch.Tensor, ...]], in_four: bool = False) -> nn.Module:
         first, *steps = (list(kind) for kind in zip(*parts))
         whole = torch.cat(first) if len(first) > 1 else first[0]
-        del first
+        parts.clear()
+        del first  # both hold what `whole` was made of
         if not steps:
             return dense_map(whole, self.quantize and ("int4" if in_four else "int8"))
         if whole.dtype == torch.int8:
@@ -1223,8 +1225,9 @@ def prepare(model: PaliGemma, quantize: str | None = None) -> FastPaliGemma:
     if any(not isinstance(modules.get(part), nn.Linear) for parts in map_groups(model).values() for part in parts):
         raise ValueError("this model has an adapter or quantized maps: merge the adapter, or load it plainly, first")
     ready = Preparation(quantize)
-    for name, tensor in model.state_dict().items():
-        ready(model, name, tensor)
+    tensors = model.state_dict()
+    for name in list(tensors):
+        ready(model, name, tensors.pop(name))
     return ready.finish(model)
 
 
@@ -1400,7 +1403,8 @@ def compile_step(model: FastPaliGemma, mode: str | None = None) -> None:
 # `load(..., compile=True)` does all of this chapter that changes no answer: it lays out and fuses the maps, gives a large head
 # its short list, and on a GPU it compiles the step too. On a CPU it does not: a large model spends its time reading weights,
 # which no compiler shortens. For the pocket model, compiling took 9.5 s on two cores, and an answer then 0.14 s in place of
-# 0.10: it never pays (2026-11-30, AVX2, a slow test of `tests/test_fast.py`). Exercise 2 counts when it would.
+# 0.10: it never pays (2026-11-30, a processor without units for bytes or bfloat16; a slow test of `tests/test_fast.py`).
+# Exercise 2 counts when it would.
 #
 # ## A look inside: what is lost
 #
@@ -1435,7 +1439,7 @@ assert lost["8 bits"] < 0.5 * lost["4 bits"]
 #
 # Where neighbours are near, they do change something. At the full size with random weights the best token leads by an eighth
 # of the scores' spread only. There eight bits (seven for a weight, see above) move the scores by 17 % and keep 57 % of the
-# best tokens, four bits 51 % and 13 % (`tests/test_full_size.py`, 2026-11-30, AVX2 alone).
+# best tokens, four bits 51 % and 13 % (`tests/test_full_size.py`, 2026-11-30, the same processor).
 #
 # And sixteen bits? Few digits are lost in them, but float16 has an end, 65,504 (chapter 16). What flows from block to block
 # reaches it first: each block adds to it, and only the copy that goes into a block is normalized. The pocket model stays far
@@ -1530,7 +1534,12 @@ check(safe_levels, ((16,), 64), ((17,), 128), ((12,), 4))
 def prefix_reuse(prompts: list[list[int]]) -> int: ...
 
 
-check(prefix_reuse, (([[1, 2, 3], [1, 2, 4], [1, 2, 4, 5]],), 5), (([[1, 2, 3], [9], [1, 2, 4]],), 2))
+check(
+    prefix_reuse,
+    (([[1, 2, 3], [1, 2, 4], [1, 2, 4, 5]],), 5),
+    (([[1, 2, 3], [9], [1, 2, 4]],), 2),
+    (([[1, 2, 3], [4, 2, 3], [1, 5, 3]],), 1),
+)
 
 # %% [markdown]
 # Next: chapter 21c answers many at once.

@@ -889,11 +889,12 @@ class RankCheckpoints(Checkpoints):
 # | | kept by each | sent by each in a step |
 # |---|---|---|
 # | DDP | everything | $\frac{2(N-1)}{N}$ of the gradients |
-# | FSDP | $\frac1N$ of everything, and what is borrowed | $\frac{N-1}{N}$ of the blocks, twice, and of the gradients |
+# | FSDP | $\frac1N$ of everything, and what is borrowed | $\frac{N-1}{N}$ of blocks twice, of the rest once, and of gradients |
 #
-# FSDP sends the weights twice, in 16 bits, and the gradients once, in 32. That is $2 \cdot 2 + 4 = 8$ bytes a number, just
-# what DDP sends: $2 \cdot 4$. So in bfloat16 the saved memory costs no extra traffic, for weights travel in half the bits.
-# In float32 it costs half as much again: $2 \cdot 4 + 4 = 12$. And ranks wait for weights in the middle of a step.
+# The rest is what is in no block, the embedding above all. The weights of the blocks FSDP sends twice, in 16 bits, and the
+# gradients once, in 32. That is $2 \cdot 2 + 4 = 8$ bytes a number, just what DDP sends: $2 \cdot 4$. So in bfloat16 the saved
+# memory costs no extra traffic, for weights travel in half the bits. In float32 it costs half as much again:
+# $2 \cdot 4 + 4 = 12$. And ranks wait for weights in the middle of a step.
 #
 # A frozen block through which no gradient comes back is gathered once: the tower, when adapters of the decoder learn. Its last
 # block is the exception. FSDP fetches ahead, and gathers that one in vain.
@@ -1130,9 +1131,10 @@ save(figure, "22_bill")
 # line of 80 GB. LoRA and QLoRA are flat lines below it. FSDP starts beside DDP, is under the dotted line at 8 GPUs, and under
 # all others at 64.*
 #
-# With FSDP a part does not shrink with more GPUs: what is borrowed. That is two blocks and the embedding, their gradients, and
-# a copy of one gradient in 32 bits: torch makes it to add up in, and frees the one in 16 bits only then. And a rank with one example
-# sends as much as a rank with a hundred, so with few examples each, ranks spend more of a step waiting.
+# With FSDP a part does not shrink with more GPUs: what is borrowed. That is two blocks and what is in no block (the embedding
+# above all), the gradients of one block and of that rest, and a copy of the block's gradient in 32 bits: torch makes it to add
+# up in, and frees the one in 16 bits only then. And a rank with one example sends as much as a rank with a hundred, so with few
+# examples each, ranks spend more of a step waiting.
 #
 # ## Commands
 #

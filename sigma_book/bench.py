@@ -24,7 +24,7 @@ from sigma_book.bench_report import bench_lines, draw_bench, draw_growth, growth
 from sigma_book.fast import wants_shortlist
 from sigma_book.generation import generate_tokens, whole_number
 from sigma_book.paligemma import PaliGemma, PaliGemmaConfig
-from sigma_book.processor import Batch, Processor
+from sigma_book.processor import Batch, Processor, make_folder
 from sigma_book.speed import (
     InferenceBill,
     Machine,
@@ -53,6 +53,7 @@ SIZES = {
     "3b": (SO400M, (2048, 16_384, 18, 8, 1, 257_216)),
 }
 SHARD = 2_500_000_000  # bytes of a random file, so that one at a time is in memory
+LAW = 2  # of random weights: one more when what `write_random_model` draws changes, so that older folders are not taken
 
 
 def size_config(size: str, image_size: int = 224) -> PaliGemmaConfig:
@@ -132,11 +133,11 @@ def random_folder(size: str, dtype: str = "float32") -> Path:
     """
     config = size_config(size)
     home = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "sigma_book")
-    folder = home / f"random-{size}-{dtype}"
+    folder = home / f"random-{size}-{dtype}-{LAW}"
     if (folder / "config.json").is_file():
         return folder
     needed = inference_bill(config, 1, config.num_image_tokens + 8, 1, dtype).weights_held
-    home.mkdir(parents=True, exist_ok=True)
+    make_folder(home)
     if (free := shutil.disk_usage(home).free) < 1.05 * needed:
         raise RuntimeError(
             f"random weights of size {size} take {needed / 1e9:.1f} GB and {home} has {free / 1e9:.1f} GB free: make "
@@ -290,7 +291,9 @@ def bench(work: Work, *, against: Sequence[str] = (), warmup: int = 1, repeat: i
             bill = False
             print(f"{error}; the table has no predictions", file=sys.stderr)
     names = ("sigma_book", *against)
-    children, memories, looks = _take_turns(names, work, warmup, repeat, costs, probe=bill and work.device == "cpu")
+    theirs = inference_bill(config, work.batch, prompt_length, work.new_tokens, work.dtype)  # in none of our few bits
+    held = costs.held + len(against) * theirs.held
+    children, memories, looks = _take_turns(names, work, warmup, repeat, held, probe=bill and work.device == "cpu")
     contenders = {child.role: summary(child, memories[child.role], work) for child in children}
     found = {
         "machine": facts | {"threads": children[0].facts["threads"]},
@@ -330,14 +333,14 @@ def check_work(work: Work, against: Sequence[str], warmup: int, repeat: int) -> 
 
 
 def _take_turns(
-    names: Sequence[str], work: Work, warmup: int, repeat: int, costs: InferenceBill, probe: bool
+    names: Sequence[str], work: Work, warmup: int, repeat: int, held: int, probe: bool
 ) -> tuple[list[Child], dict[str, dict], list[dict]]:
-    """All contenders in turn, or one after the other where memory holds only one.
+    """All contenders in turn, or one after the other where memory does not hold all, which are `held` bytes.
 
     The machine takes a turn behind ours each time, so that it is measured in the same weather.
     """
     free = free_bytes(torch.device("cpu"))
-    together = work.device == "cpu" and (free is None or 1.1 * len(names) * costs.held + 1e9 * len(names) < free)
+    together = work.device == "cpu" and (free is None or 1.1 * held + 1e9 * len(names) < free)
     groups = [list(names)] if together else [[name] for name in names]
     if probe:
         groups[0].insert(1, "machine")
@@ -382,9 +385,11 @@ def compare(costs: InferenceBill, machine: Machine, parts: dict[str, dict]) -> l
     """Predicted beside measured, part by part; then the first token and a next one."""
     rows = []
     step = costs.step()
+    other = costs.head_precision == "int8" and costs.precision != "int8"  # the rates are those of the blocks' maps
+    limits = dict.fromkeys(("head", "step head"), replace(machine, rates=()) if other else machine)
 
     def line(name: str, of: Sequence[Part], names: Sequence[str]) -> None:
-        predicted = sum(map(machine.seconds, of))
+        predicted = sum(limits.get(part.name, machine).seconds(part) for part in of)
         known = all(one in parts for one in names)
         measured = sum(parts[one]["median"] for one in names) if known else None
         flops, moved = sum(part.flops for part in of), sum(part.bytes for part in of)
@@ -539,8 +544,12 @@ def run_bench(
         work, bill = replace(work, folder=str(folder)), bill or not on_cpu  # a card's limits need no measurement
         found = bench(work, against=against, warmup=warmup, repeat=repeat, bill=bill)
         lines, draw = bench_lines(found), draw_bench
-    if json_file is not None:
-        write_beside(json_file, lambda path: write_json(path, found))
-    if picture is not None:
-        write_beside(picture, draw(found).savefig)
+    try:
+        if json_file is not None:
+            write_beside(json_file, lambda path: write_json(path, found))
+        if picture is not None:
+            write_beside(picture, draw(found).savefig)
+    except Exception:
+        print("\n".join(lines), file=sys.stderr)  # what took so long is not lost with a file
+        raise
     return lines

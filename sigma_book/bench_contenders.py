@@ -15,6 +15,7 @@ import torch
 from sigma_book import __version__
 from sigma_book.assemble import load
 from sigma_book.generation import generate_tokens
+from sigma_book.paligemma import PaliGemma, count_parameters
 from sigma_book.processor import Batch, Processor
 from sigma_book.speed import measure_machine, wait_for
 from sigma_book.world import draw_scene, make_scene
@@ -89,7 +90,8 @@ class Ours:
         self.clock.watch(self.model, "prefill", "prefill")
         self.clock.watch(self.model, "decode", "step")
         self.clock.watch(self.model, "next_token_logits", "head")
-        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        with torch.device("meta"):  # prepared or in few bits, the model keeps its weights in buffers
+            self.parameters = count_parameters(PaliGemma(self.model.config))
 
     def turn(self, number: int) -> dict:
         batch = make_batch(self.model.processor, self.work, number)

@@ -103,7 +103,7 @@ def draw_growth(found: dict):
         values = [point["value"] for point in found[kind]]
         axis.plot(values, [point["predicted"] for point in found[kind]], color=PICTURE, label="predicted")
         seen = [(point["value"], point["measured"]) for point in found[kind] if point["measured"] is not None]
-        axis.plot(*zip(*seen), "o", color=ANSWER, label="measured")
+        axis.plot([value for value, _ in seen], [seconds for _, seconds in seen], "o", color=ANSWER, label="measured")
         axis.set(xscale="log", yscale="log", xticks=values, xticklabels=values)
         axis.set_xlabel({"pixels": "side in pixels", "pictures": "pictures at once", "tokens": "new tokens"}[kind])
         axis.minorticks_off()

@@ -684,7 +684,8 @@ class Preparation:
     def _build(self, parts: list[tuple[torch.Tensor, ...]], in_four: bool = False) -> nn.Module:
         first, *steps = (list(kind) for kind in zip(*parts))
         whole = torch.cat(first) if len(first) > 1 else first[0]
-        del first
+        parts.clear()
+        del first  # both hold what `whole` was made of
         if not steps:
             return dense_map(whole, self.quantize and ("int4" if in_four else "int8"))
         if whole.dtype == torch.int8:
@@ -818,8 +819,9 @@ def prepare(model: PaliGemma, quantize: str | None = None) -> FastPaliGemma:
     if any(not isinstance(modules.get(part), nn.Linear) for parts in map_groups(model).values() for part in parts):
         raise ValueError("this model has an adapter or quantized maps: merge the adapter, or load it plainly, first")
     ready = Preparation(quantize)
-    for name, tensor in model.state_dict().items():
-        ready(model, name, tensor)
+    tensors = model.state_dict()
+    for name in list(tensors):
+        ready(model, name, tensors.pop(name))
     return ready.finish(model)
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,20 +13,23 @@ from safetensors import safe_open
 
 from sigma_book.assemble import POCKET, load
 from sigma_book.bench import (
+    LAW,
     SIZES,
     Child,
     _ratios,
+    _spread,
     bench,
     compare,
     equal_tokens,
     growth,
     random_folder,
+    run_bench,
     size_config,
     spread,
     write_random_model,
 )
-from sigma_book.bench_contenders import Ours, Work, make_batch
-from sigma_book.bench_report import bench_lines
+from sigma_book.bench_contenders import Ours, Theirs, Work, make_batch
+from sigma_book.bench_report import bench_lines, draw_growth
 from sigma_book.cli import main
 from sigma_book.fast import static_step
 from sigma_book.generation import generate_tokens
@@ -51,7 +55,7 @@ def test_beside_transformers(tmp_path, capsys):
         assert 0 < one["next_token"]["min"] <= one["next_token"]["median"] <= one["next_token"]["p95"]
         memory = one["memory"]
         assert memory["peak_resident"] >= max(memory["anonymous"], memory["file_mapped"]) > 0
-        assert one["load"]["parameters"] > 1e6
+    assert len({one["load"]["parameters"] for one in found["contenders"].values()}) == 1
     ours, theirs = (found["contenders"][name] for name in ("sigma_book", "transformers"))
     assert found["ratios"]["first_token"] == ours["first_token"]["median"] / theirs["first_token"]["median"]
     assert [row["part"] for row in found["bill"]] == PARTS
@@ -88,6 +92,13 @@ def test_every_turn_has_pictures_of_its_own(tiny_folder):
     assert torch.equal(first, again)
     assert not any(torch.equal(one, other) for one in second for other in first)
     assert not torch.equal(first[0], first[1])
+
+
+@pytest.mark.parametrize("settings", [{}, {"compile": True}, {"quantize": "int8"}, {"quantize": "nf4"}])
+def test_parameters_are_counted_as_transformers_counts_them(tiny_folder, settings):
+    """Prepared or quantized, a model has few parameters, or none, and as many numbers as before."""
+    work = Work(str(tiny_folder), **settings)
+    assert Ours(work).parameters == Theirs(work).parameters > 10_000
 
 
 @pytest.mark.slow
@@ -167,6 +178,87 @@ def test_a_disk_that_is_full_is_said(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"take 11\.7 GB .* has 1\.0 GB free: make room, or set SIGMA_BOOK_CACHE"):
         random_folder("3b")
     assert not list(tmp_path.iterdir())
+
+
+def test_random_weights_of_an_earlier_law_are_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIGMA_BOOK_CACHE", str(tmp_path))
+    kept = random_folder("pocket")
+    assert random_folder("pocket") == kept
+    monkeypatch.setattr("sigma_book.bench.LAW", LAW + 1)
+    assert random_folder("pocket") != kept
+    names = ("language_model.embed_tokens.weight", "q_proj.weight", "k_proj.weight", "v_proj.weight")
+    assert (LAW, [_spread(name) for name in names]) == (2, [0.1, 2.0, 2.0, 1.0])  # who changes one changes both
+
+
+def test_contenders_run_alone_where_memory_holds_only_one_of_them(tiny_folder, monkeypatch):
+    """transformers keeps whole numbers, whatever --quantize says. Each plan is made up of what runs beside what."""
+    work, plans = Work(str(tiny_folder), quantize="int8"), []
+    ours, theirs = (inference_bill(read_config(tiny_folder), 1, 8, 16, kind).held for kind in ("int8", "float32"))
+    assert theirs > 1.2 * ours
+
+    class Stop(Exception):
+        pass
+
+    class Noted:
+        def __init__(self, role, work):
+            self.role = role
+            plans[-1].append(role)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def turn(self, *_, **__):
+            raise Stop
+
+    monkeypatch.setattr("sigma_book.bench.Child", Noted)
+    for free in (2e9 + 1.1 * (2.1 * ours), 2e9 + 1.1 * (1.1 * ours + 1.1 * theirs)):
+        plans.append([])
+        monkeypatch.setattr("sigma_book.bench.free_bytes", lambda device, free=free: free)
+        with pytest.raises(Stop):
+            bench(work, against=["transformers"])
+    assert plans == [["sigma_book"], ["sigma_book", "transformers"]]
+
+
+def test_a_head_in_eight_bits_is_not_predicted_from_rates_of_wider_maps():
+    config = size_config("3b")
+    machine = replace(gpu_machine("L4"), rates=((1, 1e9, 1e9), (512, 1e9, 1e9)), begin=1.0)
+    for precision, head, fast in (("float32", "int8", True), ("int8", None, False), ("float32", None, False)):
+        costs = inference_bill(config, 1, 260, 4, precision, head=head)
+        rows = {row["part"]: row["predicted"] for row in compare(costs, machine, {})}
+        roofline = replace(machine, rates=()).seconds(costs.head)
+        assert (rows["head"] == rows["step head"] == roofline) is fast
+        assert rows["next token"] == rows["step"] + rows["step head"]
+        assert rows["step"] == machine.seconds(costs.step()[0]) != replace(machine, rates=()).seconds(costs.step()[0])
+
+
+@pytest.mark.parametrize("asked", ["json_file", "picture"])
+def test_what_was_measured_is_told_where_its_file_cannot_be_written(tmp_path, monkeypatch, capsys, asked):
+    """Measurement and disk are made up."""
+    point = {"value": 224, "predicted": 1.0, "measured": 2.5}
+    found = {"size": "pocket", "machine": {"cpu": "a CPU", "date": "today"}}
+    monkeypatch.setattr(
+        "sigma_book.bench.growth", lambda size: found | dict.fromkeys(("pixels", "pictures", "tokens"), [point])
+    )
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(RuntimeError, match="cannot be written .No space left on device"):
+        run_bench(grow=True, **{asked: tmp_path / {"json_file": "a.json", "picture": "a.png"}[asked]})
+    assert "2.50" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_growth_is_drawn_without_a_measured_point():
+    points = [{"value": value, "predicted": float(value), "measured": None} for value in (1, 2)]
+    figure = draw_growth(dict.fromkeys(("pixels", "pictures", "tokens"), points))
+    for axis in figure.axes:
+        assert [len(line.get_xdata()) for line in axis.lines] == [2, 0]
+        assert axis.get_xticks().tolist() == [1, 2]
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import textwrap
 import time
+import weakref
+from concurrent.futures import wait
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from sigma_book.fast import (
     Int8Linear,
     PackedLinear,
     PictureCache,
+    Preparation,
     ShortlistHead,
     compile_step,
     dense_map,
@@ -627,6 +630,30 @@ def test_the_second_question_skips_the_tower(pictures):
     plain.vision_tower.register_forward_hook(lambda module, given, output: calls.append(len(output)))
     generate(pictures[0], ["caption en"] * 2, model=plain)
     assert calls == [1, 1, 2]  # a model that may still learn keeps nothing
+
+
+def test_each_matrix_is_freed_when_its_copy_is_made(tiny_folder, monkeypatch):
+    given, late, take = {}, [], Preparation.__call__
+
+    def watched(self, model, name, tensor):
+        wait(self._packing.values())
+        late.extend(old for old, matrix in given.items() if matrix() is not None and old not in self._parts)
+        kept = take(self, model, name, tensor)
+        if not kept:
+            given[name.rpartition(".")[0]] = weakref.ref(tensor)
+        return kept
+
+    monkeypatch.setattr(Preparation, "__call__", watched)
+    model = load_model(tiny_folder, "cpu")
+    prepare(model)
+    assert "lm_head" in given and len(given) > 10 and not late
+
+
+def test_parts_are_freed_before_the_whole_is_packed(monkeypatch):
+    parts = [(torch.ones(2, 2),), (torch.ones(2, 2),)]
+    matrices = [weakref.ref(part) for (part,) in parts]
+    monkeypatch.setattr("sigma_book.fast.dense_map", lambda whole, quantize: [matrix() for matrix in matrices])
+    assert Preparation()._build(parts) == [None, None]
 
 
 def test_what_a_prepared_model_refuses(tiny_folder, tmp_path):
