@@ -1420,8 +1420,19 @@ mean = {name: sum(score["right"] for score in of.values()) / len(of) for name, o
 assert mean["8 bits"] > mean["float32"] - 0.05
 
 # %% [markdown]
-# Few scenes make coarse shares. The scores behind the answers tell more: how far they are off, and how often the best token
-# stays the best.
+# Few scenes make coarse shares. With 500 (2026-11-30), in per cent, NF4 of chapter 19 beside them:
+#
+# | | float32 | int8 | int4 | NF4 |
+# |---|---|---|---|---|
+# | captions | 96.0 | 96.0 | 95.8 | 95.4 |
+# | colour | 100.0 | 100.0 | 100.0 | 100.0 |
+# | counting | 98.4 | 98.2 | 98.2 | 98.6 |
+# | yes or no | 99.2 | 99.6 | 99.2 | 99.4 |
+# | left of | 99.4 | 99.4 | 99.4 | 100.0 |
+# | all boxes | 96.6 | 96.0 | 95.8 | 96.8 |
+#
+# Nothing is lost that 500 scenes would show: one in 500 is 0.2. The scores behind the answers tell more: how far they are off,
+# and how often the best token stays the best.
 
 # %%
 true_scores = pocket(*given)

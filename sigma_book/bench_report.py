@@ -3,6 +3,10 @@
 __all__ = ["bench_lines", "draw_bench", "draw_growth", "growth_lines"]
 
 
+def _megabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:,.0f}"
+
+
 def _milliseconds(values: dict | None) -> str:
     return "-" if values is None else " / ".join(f"{1e3 * values[key]:,.1f}" for key in ("min", "median", "p95"))
 
@@ -22,14 +26,17 @@ def bench_lines(found: dict) -> list[str]:
         f"{'':14}{'min / median / p95':>28}{'min / median / p95':>28}",
     ]
     for name, one in found["contenders"].items():
-        megabytes = [
-            "-" if one["memory"][key] is None else f"{one['memory'][key] / 1e6:,.0f}"
-            for key in (peak, "anonymous", "file_mapped")
-        ]
+        megabytes = [_megabytes(one["memory"][key]) for key in (peak, "anonymous", "file_mapped")]
         speed = one["tokens_per_second"]
         lines.append(
             f"{name:14}{_milliseconds(one['first_token']):>28}{_milliseconds(one['next_token']):>28}"
             f"{'-' if speed is None else f'{speed:.1f}':>10}{megabytes[0]:>10}{megabytes[1]:>8}{megabytes[2]:>8}"
+        )
+    for name, one in found["contenders"].items():
+        then = one["load"]["loaded"]
+        lines.append(
+            f"{name} loaded in {one['load']['load_seconds']:.1f} s: at most {_megabytes(then[peak])} MB, in the end "
+            f"{_megabytes(then['anonymous'])} MB of its own"
         )
     if "ratios" in found:
         ratios = ", ".join(f"{name.replace('_', ' ')} {ratio:.2f}" for name, ratio in found["ratios"].items())

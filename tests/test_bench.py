@@ -67,6 +67,7 @@ def test_beside_transformers(tmp_path, capsys):
     with Image.open(picture) as drawn:
         assert drawn.format == "PNG" and min(drawn.size) > 100
     shown = capsys.readouterr().out
+    assert f"transformers loaded in {theirs['load']['load_seconds']:.1f} s: at most " in shown
     assert "same tokens: yes" in shown and all(part in shown for part in PARTS)
     assert {path.name for path in tmp_path.iterdir()} == {"found.json", "found.png"}
 
