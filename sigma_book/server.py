@@ -519,6 +519,11 @@ async def cancelled_when_gone(request: Request, cancel: Callable[[], None]) -> A
         watching.cancel()
 
 
+def _as_typed(text: str) -> str:
+    """A field of a form with line breaks as they were: browsers send each as two characters."""
+    return text.replace("\r\n", "\n")
+
+
 def _drawn(content: bytes, answer: str, max_pixels: int) -> bytes:
     """A PNG of a picture with the boxes and masks of an answer."""
     encoded = io.BytesIO()
@@ -720,8 +725,9 @@ class Service:
         stop: Annotated[list[str] | None, Form(max_length=4)] = None,
     ):
         """Ask about a picture, as a form: `curl -F file=@cat.png -F prompt="caption en"`. Other fields are refused."""
+        prompt = _as_typed(prompt)
         sampling = read_sampling(temperature, top_p, top_k, repetition_penalty, seed)
-        ask = Ask(prompt, max_tokens or self.default_tokens, sampling, read_stops(tuple(stop or ())))
+        ask = Ask(prompt, max_tokens or self.default_tokens, sampling, read_stops(tuple(map(_as_typed, stop or ()))))
         answer, finish, reply = await self._answer(request, await file.read(), ask)
         return PlainJson({"prompt": prompt, "answer": answer, "finish_reason": finish, "usage": reply.usage})
 
@@ -743,6 +749,7 @@ class Service:
 
         Other fields are refused.
         """
+        prompt = _as_typed(prompt)
         if not prompt.startswith(("detect ", "segment ")):
             prompt = f"detect {prompt}"
         content = await file.read()
@@ -765,6 +772,7 @@ class Service:
         answer: Annotated[str, Form(description="as the model gave it")],
     ):
         """Which patches of the picture each token of an answer looked at. Other fields are refused."""
+        prompt, answer = _as_typed(prompt), _as_typed(answer)
         self._check_length(Ask(prompt + answer, 1, Sampling()))
         if self.explaining > 8:
             raise _busy("8 explanations are waiting")
@@ -941,13 +949,25 @@ def _known_error(request: Request, error: ApiError) -> Response:
     return error_response(error)
 
 
+_ASK_ANEW = {"Cache-Control": "no-cache"}  # or a browser runs the old app.js on the page of a new version
+
+
+class _PageFiles(StaticFiles):
+    def file_response(self, *given, **options) -> Response:
+        response = super().file_response(*given, **options)  # a 304 where the browser has the file already
+        response.headers.update(_ASK_ANEW)
+        return response
+
+
 def _add_pages(app: FastAPI, static: Path | None) -> None:
     """The folder of the demo page; without one, / leads to /docs."""
     page = None if static is None else static / "index.html"
 
     async def front() -> Response:
-        return FileResponse(page) if page is not None and page.is_file() else RedirectResponse("docs")
+        if page is None or not page.is_file():
+            return RedirectResponse("docs")
+        return FileResponse(page, headers=_ASK_ANEW)
 
     app.add_api_route("/", front, methods=["GET", "HEAD"], include_in_schema=False)
     if static is not None and static.is_dir():
-        app.mount("/static", StaticFiles(directory=static))
+        app.mount("/static", _PageFiles(directory=static))

@@ -10,7 +10,7 @@ const BINS = 1024;
 const EDGES = ["top", "left", "bottom", "right"];
 
 const state = {
-  picture: null, // {blob, bitmap, name, copied}
+  picture: null, // {blob, bitmap, width, height, name}: the bitmap may be smaller than the picture is
   boxes: [],
   looks: [], // [{text, weights}], from /explain
   pinned: -1,
@@ -20,6 +20,7 @@ const state = {
   turn: 0, // grows with each picture and question: what comes late for an earlier one is dropped
   pick: 0, // grows with each picture that is chosen, before it is known to be one
   settled: 0, // the last of them that came, or that will not come
+  mute: false, // whether the server has said that it does not explain: then it is not asked again
 };
 
 // ---- sentences -------------------------------------------------------------------------------------------------
@@ -73,19 +74,26 @@ async function takePicture(blob, name, scene = null) {
     lost(pick, `“${name}” is not a picture that this browser can read: choose a JPEG, PNG, WebP or GIF.`);
     return;
   }
+  const { width, height } = bitmap;
   let sent = blob;
-  const large = blob.size > MOST_BYTES || Math.max(bitmap.width, bitmap.height) > MOST_SIDE;
+  const large = blob.size > MOST_BYTES || Math.max(width, height) > MOST_SIDE;
   try {
+    bitmap = await shrunk(bitmap);
     if (large || !SENT_AS_IT_IS.has(blob.type)) sent = await copyOf(bitmap);
   } catch (error) {
+    bitmap.close();
     lost(pick, `“${name}” could not be made smaller: ${reasonOf(error)}`);
     return;
   }
-  if (pick !== state.pick) return;
+  if (pick !== state.pick) {
+    bitmap.close();
+    return;
+  }
   state.settled = pick;
   forget();
-  state.picture = { blob: sent, bitmap, name };
-  const sides = `${bitmap.width} × ${bitmap.height} pixels`;
+  state.picture?.bitmap.close();
+  state.picture = { blob: sent, bitmap, width, height, name };
+  const sides = `${width} × ${height} pixels`;
   const copied = sent === blob ? "" : `, sent as a copy of at most ${COPY_SIDE} pixels`;
   $("shown").textContent = scene ? `Really there: ${scene.shows}.` : `${name}, ${sides}${copied}`;
   $("picture").setAttribute("aria-label", scene ? `Drawn scene: ${scene.shows}` : `Picture ${name}`);
@@ -99,18 +107,33 @@ async function takePicture(blob, name, scene = null) {
   paint();
 }
 
+/** The bitmap, of at most COPY_SIDE pixels a side: it stays in memory and is drawn again at each token. */
+async function shrunk(bitmap) {
+  const factor = COPY_SIDE / Math.max(bitmap.width, bitmap.height);
+  if (factor >= 1) return bitmap;
+  const [resizeWidth, resizeHeight] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * factor)));
+  const small = await createImageBitmap(bitmap, { resizeWidth, resizeHeight, resizeQuality: "high" });
+  bitmap.close();
+  return small;
+}
+
 async function copyOf(bitmap) {
-  const factor = Math.min(1, COPY_SIDE / Math.max(bitmap.width, bitmap.height));
   const canvas = document.createElement("canvas");
-  canvas.width = Math.max(1, Math.round(bitmap.width * factor));
-  canvas.height = Math.max(1, Math.round(bitmap.height * factor));
-  const pen = canvas.getContext("2d");
-  pen.fillStyle = "white"; // as the processor does with what is transparent
-  pen.fillRect(0, 0, canvas.width, canvas.height);
-  pen.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  canvas.width = bitmap.width;
+  canvas.height = bitmap.height;
+  drawOnWhite(canvas, bitmap);
   const blob = await new Promise((done) => canvas.toBlob(done, "image/jpeg", 0.92));
   if (!blob) throw new Error("the browser has no room for it");
   return blob;
+}
+
+/** Fill a canvas with a bitmap; what is transparent is white, as for the processor. */
+function drawOnWhite(canvas, bitmap) {
+  const pen = canvas.getContext("2d");
+  pen.imageSmoothingQuality = "high";
+  pen.fillStyle = "white";
+  pen.fillRect(0, 0, canvas.width, canvas.height);
+  pen.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
 }
 
 async function takeScene(scene) {
@@ -138,7 +161,7 @@ function forget() {
   state.looking?.abort();
   state.turn += 1;
   Object.assign(state, { boxes: [], looks: [], pinned: -1, shown: -1 });
-  for (const id of ["answer", "note", "error", "where"]) $(id).textContent = "";
+  for (const id of ["answer", "spoken", "note", "error", "where"]) $(id).textContent = "";
   $("boxes").replaceChildren();
   $("tokens").replaceChildren();
   $("boxes").hidden = $("why").hidden = true;
@@ -150,12 +173,12 @@ function forget() {
 /** Draw the picture, and above it the map of the word shown, or the boxes. */
 function paint() {
   if (!state.picture) return;
-  const { bitmap } = state.picture;
+  const { picture } = state;
   const narrow = matchMedia("(max-width: 52rem)").matches;
   const room = { width: $("stage").clientWidth, height: innerHeight * (narrow ? 0.42 : 0.62) };
-  const scale = Math.min(room.width / bitmap.width, Math.max(room.height, 140) / bitmap.height);
-  const width = Math.max(1, Math.round(bitmap.width * scale));
-  const height = Math.max(1, Math.round(bitmap.height * scale));
+  const scale = Math.min(room.width / picture.width, Math.max(room.height, 140) / picture.height);
+  const width = Math.max(1, Math.round(picture.width * scale));
+  const height = Math.max(1, Math.round(picture.height * scale));
   const sharp = window.devicePixelRatio || 1;
   for (const canvas of [$("picture"), $("over")]) {
     canvas.width = Math.round(width * sharp);
@@ -163,9 +186,7 @@ function paint() {
     canvas.style.width = `${width}px`;
     canvas.style.height = `${height}px`;
   }
-  const under = $("picture").getContext("2d");
-  under.imageSmoothingQuality = "high";
-  under.drawImage(bitmap, 0, 0, $("picture").width, $("picture").height);
+  drawOnWhite($("picture"), picture.bitmap);
   const over = $("over").getContext("2d");
   over.setTransform(sharp, 0, 0, sharp, 0, 0);
   const look = state.looks[state.shown];
@@ -264,7 +285,7 @@ async function ask() {
 
   const stop = new AbortController();
   state.asking = stop;
-  busy(true);
+  showRunning();
   if (!state.model) await nameModel(); // there may be a key by now
   let end = { reason: "stopped", text: "" };
   try {
@@ -287,10 +308,12 @@ async function ask() {
   } finally {
     if (state.asking === stop) {
       state.asking = null;
-      busy(false);
+      showRunning();
     }
   }
   if (turn !== state.turn) return;
+  // one change, when all is there: screen readers leave out a region that was busy, or read it anew at each token
+  $("spoken").textContent = [...$("boxes").children].map((item) => item.textContent).join("; ") || end.text;
   if (stop.signal.aborted) $("note").textContent = "Stopped.";
   else if (end.reason === "length") {
     $("note").textContent = most
@@ -298,7 +321,7 @@ async function ask() {
       : "Cut at the length that the server gives by itself: Settings can ask for more.";
   }
   else if (end.reason === "stop" && !end.text) $("note").textContent = "The model had nothing to say.";
-  if (end.text) await explainAnswer(turn, picture.blob, prompt, end.text);
+  if (end.text && !stop.signal.aborted) await explainAnswer(turn, picture.blob, prompt, end.text);
 }
 
 async function asked(blob, prompt, most, temperature) {
@@ -333,10 +356,10 @@ async function readAnswer(response, take) {
   }
 }
 
-function busy(asking) {
-  $("send").setAttribute("aria-disabled", String(asking)); // `disabled` would take the focus from it
-  $("stop").setAttribute("aria-disabled", String(!asking));
-  $("answer").setAttribute("aria-busy", String(asking));
+function showRunning() {
+  $("send").setAttribute("aria-disabled", String(Boolean(state.asking))); // `disabled` would take the focus from it
+  $("stop").setAttribute("aria-disabled", String(!state.asking && !state.looking));
+  $("answer").setAttribute("aria-busy", String(Boolean(state.asking)));
 }
 
 function showAnswer(text) {
@@ -352,6 +375,7 @@ function showAnswer(text) {
   $("boxes").replaceChildren(...state.boxes.map((box) => {
     const item = document.createElement("li");
     const name = document.createElement("b");
+    name.dir = "auto";
     name.textContent = box.label;
     const percent = (place) => `${Math.round(100 * place)} %`;
     item.append(name, `: ${percent(box.left)} to ${percent(box.right)} from the left, `,
@@ -376,30 +400,39 @@ function boxesOf(text) {
 // ---- why -------------------------------------------------------------------------------------------------------
 
 async function explainAnswer(turn, blob, prompt, answer) {
+  const before = $("note").textContent;
+  const note = (sentence) => {
+    if (turn === state.turn) $("note").textContent = `${before} ${sentence}`.trim();
+  };
+  if (state.mute) return note("This server does not explain its answers.");
   const form = new FormData();
   form.append("file", blob, "picture");
   form.append("prompt", prompt);
   form.append("answer", answer);
-  const unsaid = $("note").textContent;
-  state.looking = new AbortController(); // the next question or picture aborts it, and is another turn
+  const stop = new AbortController(); // the next question or picture aborts it, and is another turn
+  state.looking = stop;
+  showRunning();
   try {
-    $("note").textContent = `${unsaid} Looking for what each word rests on …`.trim();
-    const { signal } = state.looking;
-    const response = await fetch("explain", { method: "POST", headers: headers(), body: form, signal });
+    note("Looking for what each word rests on …");
+    const response = await fetch("explain", { method: "POST", headers: headers(), body: form, signal: stop.signal });
     if (turn !== state.turn) return;
-    if (!response.ok) {
-      const missing = [404, 405, 501].includes(response.status);
-      const said = missing ? "This server does not explain its answers." : `No explanation: ${await sentenceOf(response)}`;
-      if (turn === state.turn) $("note").textContent = `${unsaid} ${said}`.trim();
-      return;
+    if ([404, 405, 501].includes(response.status)) {
+      state.mute = true;
+      return note("This server does not explain its answers.");
     }
+    if (!response.ok) throw new Error(await sentenceOf(response));
     const { tokens } = await response.json();
     if (turn !== state.turn) return;
-    $("note").textContent = unsaid;
+    note("");
     state.looks = tokens;
     showTokens();
   } catch (error) {
-    if (turn === state.turn) $("note").textContent = `${unsaid} No explanation: ${reasonOf(error)}`.trim();
+    note(error.name === "AbortError" ? "Stopped." : `No explanation: ${reasonOf(error)}`);
+  } finally {
+    if (state.looking === stop) {
+      state.looking = null;
+      showRunning();
+    }
   }
 }
 
@@ -420,7 +453,11 @@ function showTokens() {
     button.addEventListener("focus", () => show(index));
     button.addEventListener("mouseleave", () => show(kept()));
     button.addEventListener("blur", () => show(state.pinned));
-    button.addEventListener("click", () => pin(state.pinned === index ? -1 : index, index));
+    button.addEventListener("click", () => {
+      const letGo = state.pinned === index;
+      const gone = letGo && matchMedia("(hover: none)").matches; // a mouse would still point at it
+      pin(letGo ? -1 : index, gone ? -1 : index);
+    });
     return button;
   }));
   $("why").hidden = !state.looks.length;
@@ -481,11 +518,7 @@ function wire() {
     event.preventDefault();
     if (!state.asking) ask();
   });
-  $("stop").addEventListener("click", () => {
-    if (!state.asking) return;
-    state.asking.abort();
-    $("prompt").focus();
-  });
+  $("stop").addEventListener("click", () => (state.asking ?? state.looking)?.abort());
   $("file").addEventListener("change", () => {
     takeFiles($("file").files);
     $("file").value = ""; // so that the same file may be chosen again
@@ -517,10 +550,11 @@ function wire() {
   });
   $("tokens").addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (!step) return;
+    if (!step || event.altKey || event.ctrlKey || event.metaKey) return; // those are the browser's own
     const buttons = [...$("tokens").children];
+    const along = getComputedStyle($("tokens")).direction === "rtl" ? -step : step;
     event.preventDefault();
-    buttons[(buttons.indexOf(document.activeElement) + step + buttons.length) % buttons.length].focus();
+    buttons[(buttons.indexOf(document.activeElement) + along + buttons.length) % buttons.length].focus();
   });
   new ResizeObserver(paint).observe($("stage"));
   addEventListener("resize", paint);
