@@ -32,7 +32,8 @@ use_style()
 # %% [markdown]
 # ## The answer first
 #
-# Here is a picture. We ask for a caption.
+# Here is a picture. We ask for a caption. (PaliGemma is asked in short commands that it was taught: first the task, then the
+# language. `caption en` is a caption in English, `answer en ...` a question, and `detect ...` asks where a thing is.)
 
 # %%
 picture = draw_scene(make_scene(5))
@@ -165,8 +166,9 @@ for chance, token in zip(chances, tokens, strict=True):
     print(f"{processor.tokenizer.decode([token.item()])!r}: {chance:.1%}")
 
 # %% [markdown]
-# The best token is appended, the model takes one more step, and so on until it says *end*. Keys and values of all that
-# was read are kept, so a step costs one token and not the whole row. Chapters 07 and 13.
+# The best token is appended, the model takes one more step, and so on until it says *end*. What later tokens will need of
+# those already read is kept (their *keys* and *values*, chapter 03), so a step costs one token and not the whole row.
+# Chapters 07 and 13.
 
 # %%
 mask, words = batch.attention_mask, []

@@ -58,8 +58,8 @@ save(figure, "01_idea")
 plt.show()
 
 # %% [markdown]
-# *Figure: four squares with one red, two green, three blue and four purple circles, and over each the sentence that is
-# true of it.* A picture, and a sentence that we know to be true: that is all a model needs to learn from.
+# *Figure: four panels with one red, two green, three blue and four purple circles, and over each the words that are
+# true of it.* A picture, and words that we know to be true: that is all a model needs to learn from.
 #
 # ## First by hand
 #
@@ -157,9 +157,9 @@ class Scene:
 # %% [markdown]
 # ## Scenes from a seed
 #
-# A scene is drawn up from a number, its *seed*. The same seed gives the same scene, today and next year, on any machine.
-# So "scene 5" is a name that anyone can check, and a test can say "scenes 90,000,000 to 90,001,999" and mean pictures that no
-# training ever saw.
+# A scene is drawn up from a number, its *seed*. The same seed gives the same scene on any machine. (Should a later Python
+# draw otherwise, the fingerprint below says so.) So "scene 5" is a name that anyone can check, and a test can say "scenes
+# 90,000,000 to 90,001,999" and mean pictures that no training ever saw.
 #
 # Where there are two things or more, half of the scenes are made to repeat a kind. If all things were different, "how many
 # red stars" would never be more than one.

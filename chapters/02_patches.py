@@ -337,7 +337,8 @@ token_counts
 
 # %% [markdown]
 # 112 is the pocket model of this book, the others are PaliGemma's. 224 pixels make $224 / 14 = 16$ patches a side and
-# 256 tokens. A page of text to read wants 896: a letter must not be smaller than the grid can tell.
+# 256 tokens. A page of text to read wants 896: at 224 pixels a letter of a printed page would be squeezed into one or two
+# pixels.
 #
 # A side that 14 does not divide is an error. Silently dropping the last columns would be worse.
 
@@ -364,7 +365,7 @@ torch.testing.assert_close(pixels_back, patches[0].double(), rtol=0, atol=1e-9)
 # equal, so a few directions say nearly everything. The best ones are among the eigenvectors of $X^\top X$, where each row of
 # $X$ is a patch less the mean of all patches. Each eigenvector is a direction, and its eigenvalue says how much the patches
 # differ along it: `energy` in the code. We take 200 scenes, sort by it, keep the first $D$ directions, and look at what comes
-# back.
+# back. (This is called *principal component analysis*.)
 
 # %%
 many = torch.stack([torch.from_numpy(np.array(draw_scene(make_scene(seed)))) for seed in range(200)])
@@ -434,7 +435,7 @@ axis.set(
     xlabel="pixels moved to the right",
     ylabel="relative distance",
     xticks=range(0, 29, 7),
-    xlim=(-2.5, 30.5),
+    xlim=(-4, 32),
     ylim=(-0.2, 1.05),
 )
 save(figure, "02_shift")

@@ -152,7 +152,8 @@ def attention_naive(query, key, value, mask=None):
 # ## The tensor version
 #
 # PyTorch has a fast kernel for it, which never writes the whole matrix of shares to memory. We use it wherever we can.
-# Gemma 2 squeezes its scores before the softmax, which the kernel cannot do; for that there is the long form.
+# Gemma 2 (the later generation, chapter 08) squeezes its scores before the softmax, which the kernel cannot do; for that there
+# is the long form.
 
 
 # %%

@@ -37,6 +37,7 @@ from functools import partial
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import FancyBboxPatch
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sigma_book import load
@@ -62,7 +63,8 @@ parts = [("patches", 0.6, GREY), ("LayerNorm", 2.3, PROMPT), ("attention", 3.9, 
 parts += [("LayerNorm", 6.0, PROMPT), ("MLP", 7.6, PICTURE), ("features", 9.8, GREY)]
 for name, x, colour in parts:
     axis.add_patch(FancyBboxPatch((x - 0.6, 0.1), 1.2, 0.5, boxstyle="round,pad=0.05", facecolor=colour, lw=0))
-    axis.text(x, 0.35, name, ha="center", va="center", color="white", fontsize=9)
+    ink = "black" if colour == PROMPT else "white"  # white is hard to read on orange
+    axis.text(x, 0.35, name, ha="center", va="center", color=ink, fontsize=9)
 arrow = {"arrowstyle": "-|>", "color": "0.3", "shrinkA": 0, "shrinkB": 0}
 for start, end in ((1.25, 1.65), (2.95, 3.25), (4.55, 4.8), (5.1, 5.35), (6.65, 6.95), (8.25, 8.45), (8.75, 9.15)):
     axis.annotate("", (end, 0.35), (start, 0.35), arrowprops=arrow)
@@ -586,7 +588,8 @@ assert before < 0.1
 #
 # Two optimizers. Muon makes each step of a matrix equally strong in all directions; AdamW takes the rest. (It is PyTorch's Muon;
 # chapter 17 says how it works, and has it multiply in float32.) In a batch, two red stars may meet: then both captions match
-# both pictures, and `matches` says so.
+# both pictures, and `matches` says so. We draw 64 pictures, and there are 64 captions. So a picture has two matches on average,
+# its own and one by chance, and the loss begins near 20 rather than 10.
 #
 # In the code, the formula's $t$ is `log_scale.exp()`: $t$ must stay above zero, so we learn its logarithm. The bias $b$ is called
 # `offset`.
@@ -802,15 +805,37 @@ check(
 # %% [markdown]
 # **4.** ★★★ A machine holds all pictures, but the texts come in pieces of `size`. Write `loss_in_pieces(images, texts,
 # scale, bias, size)` that never makes a score matrix wider than `size`, and gives the same loss. `sigmoid_loss` takes
-# `matches`, which says what matches within a piece.
+# `matches`, which says what matches within a piece. The check looks on: of the matrices of floats with a row for a picture
+# and a column for a text, none may be wider than `size`. (A mask may be, if it is boolean.)
 
 
 # %%
 def loss_in_pieces(images, texts, scale, bias, size: int) -> torch.Tensor: ...
 
 
+class Narrow(TorchFunctionMode):
+    """Within it, a matrix of scores with more than `size` columns is an error. (Features have 16 columns.)"""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        floats = isinstance(result, torch.Tensor) and result.is_floating_point() and result.ndim == 2
+        if floats and len(result) <= 6 and self.size < result.shape[1] <= 6:
+            raise ValueError(f"a score matrix of shape {tuple(result.shape)}: make none wider than {self.size}")
+        return result
+
+
+def watched(*arguments) -> torch.Tensor:
+    with Narrow(arguments[-1]):
+        return loss_in_pieces(*arguments)
+
+
+watched.__name__ = "loss_in_pieces"
 whole = sigmoid_loss(images, texts, torch.tensor(10.0), torch.tensor(-10.0))
-check(loss_in_pieces, *(((images, texts, torch.tensor(10.0), torch.tensor(-10.0), size), whole) for size in (6, 2, 4)))
+check(watched, *(((images, texts, torch.tensor(10.0), torch.tensor(-10.0), size), whole) for size in (6, 2, 4)))
 
 # %% [markdown]
 # Next: the eyes are done. The voice begins with a clock: how words know their place.

@@ -222,7 +222,7 @@ assert abs(score(20, 5) - score(20, 6)) > 1e-3 * size
 # ## Near is loud
 #
 # If query and key are the same vector, the score is largest at distance 0 and falls as the hands come apart. Slow
-# hands keep a memory of far tokens.
+# hands keep a memory of far tokens. How it falls depends on how long the vector is in each pair. Here all are equally long.
 
 # %%
 distance = torch.arange(0, 400)
@@ -241,8 +241,9 @@ plt.show()
 assert cosine[0, 0, 0].mean() == 1 and cosine[0, 0, 100].mean() < 0.7
 
 # %% [markdown]
-# *Figure: the thick line is the score of a vector with itself, by distance: high at 0, then falling. The thin lines are
-# two single pairs: pair 40 swings several times, pair 70 has not come round once.*
+# *Figure: the thick line is the score of a vector with itself, by distance, if all its pairs are equally long: high at 0, then
+# falling. The thin lines are two single pairs: pair 40 swings several times, pair 70 has not come round once.* A head that puts
+# all its length into one pair would see that pair's line instead: learning may use both.
 #
 # ## Two layouts
 #
@@ -323,9 +324,9 @@ assert far.min() < 0.6 and (far > 0.99).float().mean() > 0.8
 # 1, as if the two tokens stood at one place. Where the rounding puts them on two neighbouring places, it drops to half, as if
 # they stood far apart.*
 #
-# So angles are computed in float32, whatever the dtype of the weights; queries and keys are turned in float32 and rounded
-# back once, at the end. Float32 is not exact either. Pair 1 has turned by 7,622 radians at position 8,191. There, half of the
-# last digit is 0.00024, and the rounding of the pair's speed comes on top.
+# So angles are computed in float32, whatever the weights' *dtype* (the kind of number they are kept in); queries and keys are
+# turned in float32 and rounded back once, at the end. Float32 is not exact either. Pair 1 has turned by 7,622 radians at
+# position 8,191. There, half of the last digit is 0.00024, and the rounding of the pair's speed comes on top.
 
 # %%
 exact = torch.cos(torch.arange(8192, dtype=torch.float64) * 10_000.0 ** (-2 / 256))  # pair 1

@@ -263,8 +263,8 @@ for window in (None, 3, 7):
 worst
 
 # %% [markdown]
-# At every step, for every window, the difference is rounding. (Chapter 10 repeats this with whole models, against
-# `transformers`.)
+# At every step, for every window, the difference is rounding. (Chapter 10 repeats this with a whole model; `tests/parity`
+# does it against `transformers`, step by step.)
 #
 # And the buffers never move: each write goes into the same memory.
 

@@ -62,7 +62,7 @@ stages = [
     ("scores", "white"),
 ]
 for place, (name, colour) in enumerate(stages):
-    ink = "black" if colour == "white" else "white"
+    ink = "white" if colour == PICTURE else "black"  # white is hard to read on orange
     axis.text(place, 0, name, ha="center", va="center", color=ink, bbox={"boxstyle": "round", "fc": colour, "ec": GREY})
     if place:
         axis.annotate("", (place - 0.38, 0), (place - 0.62, 0), arrowprops={"arrowstyle": "->", "color": GREY})
@@ -352,7 +352,7 @@ class GemmaBlock(nn.Module):
 # ## The whole decoder
 #
 # Embeddings are multiplied by $\sqrt{D}$. The rows of the table are short, because the same table makes the scores; the
-# blocks want vectors of a common size. The factor is first rounded to the dtype of the weights: in bfloat16
+# blocks want numbers of a size near 1. The factor is first rounded to the dtype of the weights: in bfloat16
 # $\sqrt{2048} = 45.25$.
 
 # %%
@@ -557,7 +557,7 @@ parts | {"total": total, "share of GeGLU in a block": round(parts["of it GeGLU"]
 def soft_cap(score: float, cap: float) -> float: ...
 
 
-check(soft_cap, ((0.0, 30.0), 0.0), ((1000.0, 30.0), 30.0), ((30.0, 30.0), 22.8478))
+check(soft_cap, ((0.0, 30.0), 0.0), ((1000.0, 30.0), 30.0), ((30.0, 30.0), 22.8478), ((30.0, 50.0), 26.8525))
 
 # %% [markdown]
 # **2.** ★ Does layer `i` of Gemma 2 slide?
@@ -567,7 +567,7 @@ check(soft_cap, ((0.0, 30.0), 0.0), ((1000.0, 30.0), 30.0), ((30.0, 30.0), 22.84
 def slides(i: int) -> bool: ...
 
 
-check(slides, ((0,), True), ((1,), False), ((25,), False))
+check(slides, ((0,), True), ((1,), False), ((2,), True), ((24,), True), ((25,), False))
 
 # %% [markdown]
 # **3.** ★ How many parameters would untying the head add to PaliGemma 3B?

@@ -139,8 +139,15 @@ class Projector(nn.Module):
 
 
 # %% [markdown]
-# One layer, no more, and that is the point: the two big parts were taught on their own, and one matrix joins them.
-# It equals our loops.
+# One layer, no more. The two big parts were first taught on their own: the eyes as in chapter 04, the voice by guessing the
+# next word of texts. One matrix joins them, and then all three go on learning together, with nothing frozen: first at 224
+# pixels, then for a shorter while at 448 and at 896 (Beyer et al. 2024, "PaliGemma", section 3.2).
+#
+# Other models join the two in other ways. Flamingo's decoder looks at the picture through attention layers of its own
+# (*cross-attention*). BLIP-2 puts a few learned queries to the picture, and hands only what they found to the decoder (its
+# *Q-Former*). LLaVA 1.5 has a small MLP where PaliGemma has one matrix.
+#
+# Ours equals the loops.
 
 # %%
 projector = Projector(vision_size=3, text_size=2)
@@ -154,7 +161,7 @@ projector(features).shape
 # ## What the map must do
 #
 # The tower has its own directions for "red" and "star". The decoder has others: the rows of its embedding.
-# The map must lay the first on the second, so that a red patch comes out near the word *red*.
+# The map must lay the first where the decoder can read them. The plainest place is near the word *red* itself.
 #
 # We can play that through with invented vectors. Eight ideas have a direction each in a tower of width 24 and another
 # in a decoder of width 16.
@@ -493,9 +500,9 @@ for window in (None, 3):
 # %% [markdown]
 # ## One space for both
 #
-# The map has done its work if a patch of a red star lies near the words "red" and "star". Here is the test on the
-# pocket model (or on the one in `SIGMA_BOOK_MODEL`): take the patch in the middle of each thing in forty scenes, and
-# ask which of eight colour words and which of eight shape words its projected vector resembles most.
+# In the pocket model it can be seen directly what the map has learnt: a patch of a red star lies near the words "red" and
+# "star". Here is the test on it (or on the model in `SIGMA_BOOK_MODEL`): take the patch in the middle of each thing in forty
+# scenes, and ask which of eight colour words and which of eight shape words its projected vector resembles most.
 
 # %%
 trained = load(os.environ.get("SIGMA_BOOK_MODEL"))
@@ -523,11 +530,11 @@ with torch.no_grad():
             right["colour"] += nearest(patch, list(COLOURS)) == thing.colour
             right["shape"] += nearest(patch, list(SHAPES)) == thing.shape
             looked_at += 1
-print({name: f"{count / looked_at:.0%} of {looked_at}" for name, count in right.items()}, "by guessing: 12 %")
+print({name: f"{count / looked_at:.0%} of {looked_at}" for name, count in right.items()}, "by guessing: 12.5 %")
 
 # %% [markdown]
 # In the pocket model nearly every patch points at its own words: chapter 17 teaches it so from the first step. A large
-# model is taught with whole sentences only, and its patches agree with words more loosely.
+# model need not do this: it is taught with whole sentences only, and its blocks can read directions that are no word's.
 
 # %% [markdown]
 # ## The bill

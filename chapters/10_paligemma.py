@@ -471,7 +471,7 @@ loss_naive([[0.0, 0.0], [2.0, 0.0], [0.0, 0.0]], labels=[-100, 1, 0])
 # $$ \mathcal{L} = -\frac{1}{M} \sum_{t :\, y_{t+1} \ne -100} \log \operatorname{softmax}(h_t E^\top)_{y_{t+1}} $$
 #
 # $h_t$ is the decoder's output at place $t$, $E$ the embedding (V, D), $y$ the labels and $M$ the number of places
-# that are asked.
+# that are asked. With no picture and no prefix, this is the loss that taught Gemma to speak.
 #
 # ## The class
 #
