@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -26,11 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _import_torch()
         options.run(options)
         sys.stdout.flush()
-    except BrokenPipeError as error:
-        if _somebody_reads():  # another pipe broke, and the work with it
-            with suppress(OSError):
-                print(f"{_speaker()}: {error}", file=sys.stderr)
-            return 2
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, RuntimeError) as error:
         print(f"{_speaker()}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -38,16 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{_speaker()}: {interrupt or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
-
-
-def _somebody_reads() -> bool:
-    """Whether our output still has a reader; if `| head` went away, what is left of it goes nowhere."""
-    try:
-        sys.stdout.flush()  # what could not be written before is tried again
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
-    return True
 
 
 def _import_torch() -> None:

@@ -612,7 +612,7 @@ def _score(task: str, pairs: list[tuple[Question, str]]) -> dict:
     return score | {"confusions": [(truth, said, times) for (truth, said), times in common]}
 
 
-EYE_STEPS, PACK_STEPS = 1900, 4800
+EYE_STEPS, PACK_STEPS = 1700, 4200
 
 
 def train_pocket(out: str | Path, seed: int = 0, scale: float = 1.0) -> dict:

@@ -351,7 +351,7 @@ def test_a_card_is_looked_up_before_any_work(tiny_folder, tmp_path, monkeypatch,
     before = []
 
     class Ran:
-        role, facts = "sigma_book", {"threads": 1}
+        role, facts = "sigma_book", {"threads": 1, "load_seconds": 2.0, "loaded": {"gpu_peak": 6e9, "anonymous": None}}
         turns = [{"marks": [0.0, 1.0, 3.0], "tokens": [], "parts": {}}]
 
     def take_turns(*given, probe):

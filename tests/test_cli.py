@@ -1,7 +1,6 @@
 """The `sigma-book` command as a user meets it; wrong inputs are in tests/test_bad_input.py."""
 
 import argparse
-import errno
 import io
 import json
 import subprocess
@@ -34,14 +33,6 @@ def stub(monkeypatch, run) -> None:
     parser = argparse.ArgumentParser()
     parser.set_defaults(run=run)
     monkeypatch.setattr("sigma_book.cli.build_parser", lambda: parser)
-
-
-def test_a_pipe_that_breaks_inside_is_no_success(monkeypatch, capsys):
-    def run(options):
-        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
-
-    stub(monkeypatch, run)
-    assert main([]) == 2 and "Broken pipe" in capsys.readouterr().err
 
 
 def test_letters_that_the_output_does_not_know(monkeypatch):

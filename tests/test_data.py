@@ -22,6 +22,7 @@ from pycocotools.coco import COCO
 from transformers import AutoProcessor
 
 from sigma_book import data, load
+from sigma_book.answers import answer_examples, score_answers
 from sigma_book.batches import Batches, collate, draw_lengths, epoch_order, survey, token_counts, write_survey
 from sigma_book.cli import main
 from sigma_book.data import Example, index_document, index_lines, read_examples, read_mask
@@ -693,6 +694,12 @@ def test_runs_against_the_official_code(seed, height, width, share):
         assert np.array_equal(read_mask({"size": size, "counts": counts}, *size), mask)
 
 
+def test_a_polygon_is_filled_where_it_stands():
+    expected = np.zeros((5, 9), bool)
+    expected[1:3, 1:7] = True
+    assert np.array_equal(read_mask([[1, 1, 7, 1, 7, 3, 1, 3]], 5, 9), expected)
+
+
 @pytest.mark.parametrize(
     "segmentation",
     [
@@ -935,11 +942,20 @@ def test_boxes_of_a_picture_of_another_shape_are_refused(small, tmp_path, stored
     Image.new("RGB", stored).save(tmp_path / "a.jpg", exif=exif)
     content = {"images": [{"id": 1, "file_name": "a.jpg", "height": 60, "width": 80}]}
     content["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 30, 20]}]
+    content["annotations"][0]["segmentation"] = [[5, 5, 35, 5, 35, 25, 5, 25]]
     (tmp_path / "x.json").write_text(json.dumps(content | {"categories": [{"id": 1, "name": "cat"}]}))
     found = read_examples(tmp_path / "x.json")
     broken = survey(found, small).broken
     if fits:
         assert broken == () and len(collate(small, found[:]).input_ids) == 1
+        assert found[0].suffix == "<loc0085><loc0064><loc0426><loc0448> cat"  # 1023 times 5/60, 5/80, 25/60, 35/80
+        records = answer_examples("detect", found, lambda rows: [row.suffix for row in rows], tmp_path / "a.jsonl")
+        scores, _ = score_answers("detect", records)
+        assert scores["AP50"] == 1.0 and scores["mean_iou"] > 0.95
+        masks = []
+        note = {"encode_mask": lambda mask, box: masks.append(mask) or range(16)}
+        read_examples(tmp_path / "x.json", form="coco-segment", **note)[:]
+        assert [tuple(mask.shape) for mask in masks] == [(60, 80)] and masks[0][5:25, 5:35].all()
         return
     with pytest.raises(ValueError, match=r"x\.json, image 1, .* the file says 80 x 60, the picture is 60 x [68]0 once"):
         collate(small, found[:])

@@ -201,6 +201,38 @@ def test_boxes_without_truth_and_labels_without_truth():
         average_precision([PictureBoxes([cat], [cat, dog], scores=[1.0])])
 
 
+def test_what_else_is_said_of_boxes():
+    """All found; one of two; no box at all; the right box under another name: 1 + 1 + 0 + 1 over five things."""
+    one, two, said = [0, 0, 100, 100], [200, 200, 300, 300], "<loc0000><loc0000><loc0100><loc0100>"
+    pictures = [(f"{said} cat", [one]), (f"{said} cat", [one, two]), ("no", [one]), (f"{said} dog", [one])]
+    records = [
+        {"index": i, "answer": text, "size": [1023, 1023], "labels": ["cat"] * len(boxes), "boxes": boxes, "crowds": []}
+        for i, (text, boxes) in enumerate(pictures)
+    ]
+    scores, cases = score_answers("detect", records)
+    assert scores["all_found"] == 1 / 4 and scores["mean_iou"] == pytest.approx(3 / 5)
+    assert scores["not_well_formed"] == 1
+    assert [record["index"] for _, record in cases] == [2, 1, 3]
+    assert [record["index"] for _, record in score_answers("detect", records, worst=1)[1]] == [2]
+
+
+@pytest.mark.parametrize(
+    ("task", "said", "order"),
+    [
+        ("caption", [("a star", ["a star"]), ("a red ring", ["a blue ring"]), ("x", ["two hearts"])], [2, 1, 0]),
+        ("vqa", [("red", ["red"] * 10), ("red", ["red"] * 2 + ["blue"] * 8), ("x", ["y"] * 6 + ["z"] * 4)], [2, 1]),
+        ("vqa", [("red", ["red"] * 10), ("x", ["y"] * 6 + ["z"] * 4), ("x", ["y"] * 10)], [2, 1]),  # where all agree
+        ("count", [("1", ["1"]), ("2", ["1"]), ("3", ["1"]), ("many", ["1"])], [3, 2, 1]),
+    ],
+)
+def test_the_worst_are_kept_in_their_order(task, said, order):
+    records = [
+        {"index": i, "answer": answer, "answers": truth, "suffix": truth[0]} for i, (answer, truth) in enumerate(said)
+    ]
+    for worst in range(1, len(order) + 1):
+        assert [record["index"] for _, record in score_answers(task, records, worst)[1]] == order[:worst]
+
+
 def test_masks_of_different_shape_are_refused():
     with pytest.raises(ValueError, match="of one size"):
         mean_mask_iou([([[1]], [[1, 0]])])

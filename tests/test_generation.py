@@ -361,11 +361,15 @@ def test_beams_end_when_nothing_more_is_allowed(tiny_model, pictures):
 
 
 def test_stop_strings_end_beams(tiny_model, pictures):
-    ask = {"model": tiny_model, "max_new_tokens": 12, "num_beams": 3}
-    free = generate(pictures, PROMPTS, **ask)
-    stop = free[0][4:6]
-    for text in generate(pictures, PROMPTS, stop=stop, **ask):
-        assert stop not in text
+    """At once, and also where the string lies across two tokens."""
+    decode = tiny_model.processor.tokenizer.decode
+    ask = {"model": tiny_model, "max_new_tokens": 12, "num_beams": 3, "return_logprobs": True}
+    free = generate(pictures, PROMPTS, **ask)[0].tokens
+    left, right = decode(free[:4]), decode(free[:5])
+    stop = right[len(left) - 1 : len(left) + 1]
+    assert right.startswith(left) and len(stop) == 2
+    for answer in generate(pictures, PROMPTS, stop=stop, **ask):
+        assert stop not in answer.text and stop not in decode(answer.tokens[:-1])
 
 
 def test_a_stop_token_is_no_text_of_beams(tiny_model, pictures):

@@ -161,6 +161,18 @@ def test_pairing_is_the_best_of_all():
         assert not good or len(found) == 3
 
 
+def test_found_is_what_covers_half():
+    truth = [(0, 0, 10, 10)]
+    assert compare_boxes([(0, 0, 10, 5)], truth) == (True, 0.5)
+    assert not compare_boxes([(0, 0, 10, 4.9)], truth)[0]
+
+
+def test_found_and_overlap_may_come_from_two_pairings():
+    """Side by side 1 and 4/9, crosswise 0.6 and 0.7: the first have the larger sum, of the second both count as found."""
+    truth, found = [(0, 0, 10, 10), (0, 0, 10, 7)], [(0, 0, 10, 10), (0, 3, 10, 9)]
+    assert compare_boxes(found, truth) == (True, pytest.approx((1 + 4 / 9) / 2))
+
+
 def test_many_boxes_are_paired():
     """Sixty boxes, each moved a little, in another order: pairing them back is the best that can be done."""
     rng = random.Random(0)

@@ -359,6 +359,23 @@ def test_damaged_folders_are_refused_and_leave_the_model_alone(name, adapter, mo
     assert not any(isinstance(module, LoraLinear) for module in fresh.modules())
 
 
+NEEDS_PEFT = {"use_dora": True, "lora_bias": True, "fan_in_fan_out": True, "modules_to_save": ["lm_head"]}
+NEEDS_PEFT |= {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 2}, "layer_replication": [[0, 2]]}
+NEEDS_PEFT |= {"trainable_token_indices": [5], "target_parameters": ["weight"], "alora_invocation_tokens": [5]}
+NEEDS_PEFT |= {"use_qalora": True, "use_bdlora": {"a": 1}, "arrow_config": {"a": 1}}
+NEEDS_PEFT |= dict.fromkeys(("kasa_config", "velora_config", "monteclora_config"), {"a": 1})
+
+
+def test_what_only_peft_can_do_is_refused(adapter, tiny_folder):
+    fresh = load(tiny_folder, device="cpu")
+    for key, value in NEEDS_PEFT.items():
+        edit(adapter, **{key: value})
+        with pytest.raises(ValueError, match=f"{key} is .* this adapter needs peft"):
+            load_adapter(fresh, adapter)
+        edit(adapter, **{key: None})
+    load_adapter(fresh, adapter)
+
+
 def test_an_adapter_of_layer_zero_alone(adapter, tiny_folder):
     """PEFT takes the number of one layer as well as a list of them."""
     edit(adapter, layers_to_transform=0)

@@ -33,6 +33,7 @@ from sigma_book.pocket import (
     write_tokenizer,
 )
 from sigma_book.processor import Processor
+from sigma_book.projector import prefix_mask
 from sigma_book.weights import load_model
 from sigma_book.world import COLOURS, SHAPES, SIZE, TASKS, ask, draw_scene, make_scene
 
@@ -142,12 +143,18 @@ def test_patches_know_what_covers_them(seed):
         assert shown[10] in candidates
         thing = scene.things[shown[10]]
         assert list(SHAPES)[shown[0]] == thing.shape and list(COLOURS)[shown[1]] == thing.colour
-        assert shown[6] == sum(other.kind == thing.kind for other in scene.things)
+        assert shown[2:6] == [round(edge / SIZE * 1023) for edge in thing.box]
+        for column, known in ((6, "kind"), (7, "shape"), (8, "colour")):
+            assert shown[column] == sum(getattr(other, known) == getattr(thing, known) for other in scene.things)
         assert shown[9] == len(scene.things)
+        kinds = [other.kind for other in scene.things]
+        before = len(set(kinds[: kinds.index(thing.kind)]))
+        assert shown[11:] == [before, len(set(kinds)) - 1 - before]
 
 
 def test_a_question_in_a_pack_stands_as_if_alone(fresh, processor):
-    """Scores inside a pack of five equal those of a pack of one, to float32 rounding."""
+    """Scores inside a pack of five equal those of a pack of one, to float32 rounding; and that is an ordinary row, but
+    that the picture sees itself alone."""
     packer, scene = Packer(processor), make_scene(11)
     rng = random.Random(0)
     asked = [(q.prompt, answer_text(q)) for q in questions_about(scene, dict.fromkeys(TASKS, 1), rng)]
@@ -165,6 +172,15 @@ def test_a_question_in_a_pack_stands_as_if_alone(fresh, processor):
         alone = [scores([pair]) for pair in asked]
     torch.testing.assert_close(together, torch.cat([one for one, _ in alone]), atol=1e-4, rtol=1e-4)
     assert targets.tolist() == torch.cat([target for _, target in alone]).tolist()
+    (prompt, answer), *_ = asked
+    pixel_values, ids, positions, labels, mask = packer.pack([scene], [asked[:1]])
+    batch = processor.prepare([draw_scene(scene)], [prompt], [answer])
+    wanted = prefix_mask(batch.attention_mask, batch.token_type_ids)
+    wanted[:, :, :64, 64:] = False
+    assert torch.equal(mask, wanted) and torch.equal(pixel_values, batch.pixel_values)
+    assert ids[0].tolist() == batch.input_ids[0, 64:].tolist()
+    assert positions[0].tolist() == [*range(1, len(batch.input_ids[0]) + 1)]
+    assert labels[0].tolist() == [*batch.labels[0, 65:].tolist(), -100]
 
 
 def test_rows_of_a_pack_do_not_mix(fresh, processor):

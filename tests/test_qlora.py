@@ -79,6 +79,12 @@ def test_what_is_quantized_and_what_never(model):
     assert {name.rpartition(".")[0] for name in kept.keys() - dict(model.named_parameters()).keys()} == quantized
 
 
+def test_a_bias_stays_as_it_is(model):
+    bias = model.vision_tower.encoder.layers[0].mlp.fc1.bias
+    quantize_nf4(model, ("fc1",))
+    assert model.vision_tower.encoder.layers[0].mlp.fc1.bias is bias is not None
+
+
 def test_moving_and_casting_keep_the_scales(model):
     quantize_nf4(model)
     layer = model.language_model.layers[0].mlp.up_proj

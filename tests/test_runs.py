@@ -78,7 +78,8 @@ def test_only_the_adapter_learns_and_only_it_is_in_a_checkpoint(data, tmp_path):
 
 def test_peft_reads_what_a_run_wrote(data, tiny_folder, tmp_path):
     """Equal scores to 1e-5 of the largest: float32 sums in another order."""
-    final = finetune(data, tmp_path / "run", FEW, model=tiny_folder, device="cpu")
+    config = TrainingConfig(**(vars(FEW) | {"dropout": 0.1}))
+    final = finetune(data, tmp_path / "run", config, model=tiny_folder, device="cpu")
     ours = load(tiny_folder, device="cpu", adapter=final)
     reference = AutoModelForImageTextToText.from_pretrained(tiny_folder, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(reference, final).eval()
@@ -92,7 +93,9 @@ def test_peft_reads_what_a_run_wrote(data, tiny_folder, tmp_path):
     largest = expected.abs().max()
     assert (scores - expected).abs().max() < 1e-5 * largest
     assert (merged - expected).abs().max() < 1e-5 * largest
-    assert json.loads((final / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_folder)
+    values = json.loads((final / "adapter_config.json").read_text())
+    assert values["base_model_name_or_path"] == str(tiny_folder)
+    assert [values[key] for key in ("r", "lora_alpha", "lora_dropout")] == [4, 8, 0.1]
 
 
 @pytest.mark.slow
@@ -157,6 +160,17 @@ def test_another_rank_does_not_go_on(data, tmp_path):
     finetune(data, tmp_path / "run", FEW, device="cpu")
     with pytest.raises(ValueError, match="holds a run with rank = 4, this one has 8"):
         finetune(data, tmp_path / "run", TrainingConfig(**(vars(FEW) | {"rank": 8})), device="cpu")
+
+
+def test_the_bill_is_that_of_the_longest_batch(data, tiny_folder, monkeypatch):
+    *rows, last = data.read_text().splitlines()
+    path = data.with_name("long.jsonl")
+    path.write_text("\n".join([*rows, json.dumps(json.loads(last) | {"suffix": "x" * 60})]))
+    shown = []
+    monkeypatch.setattr(runs, "training_bill", lambda *given: shown.extend(given) or stopped())
+    with pytest.raises(KeyboardInterrupt):
+        estimate(path, FEW, model=tiny_folder, device="cpu")
+    assert shown[2].input_ids.shape[1] > 60
 
 
 def test_the_bill_is_that_of_the_model(data):
@@ -302,6 +316,17 @@ def test_the_best_model_of_a_run_without_a_checkpoint_stays(data, tiny_folder, t
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+
+
+def test_the_steps_are_those_that_were_asked_for(data, tiny_folder, tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(runs, "train", lambda *given, **options: asked.update(options) or stopped())
+    config = TrainingConfig(max_steps=6, schedule="linear", warmup=2, clip=0.25, accumulate=3, dtype="bfloat16")
+    with pytest.raises(KeyboardInterrupt):
+        finetune(data, tmp_path / "run", config, model=tiny_folder, device="cpu")
+    wanted = {"steps": 6, "schedule": "linear", "warmup": 2, "clip": 0.25, "accumulate": 3, "autocast": torch.bfloat16}
+    assert {name: asked.get(name) for name in wanted} == wanted
+    assert [TrainingConfig(warmup=warmup).warmup_steps(200) for warmup in (0.05, 1, 7)] == [10, 1, 7]
 
 
 def test_a_run_that_begins_where_another_begins_notices_it(data, tiny_folder, tmp_path, monkeypatch, at_work):

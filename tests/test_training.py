@@ -20,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 import sigma_book
@@ -521,16 +522,20 @@ def test_dropout_is_recomputed_as_it_was():
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("freeze", [(), ("vision",)])
 def test_the_bill_is_what_a_step_holds(recompute, freeze):
-    """Bytes of the real tensors of the pocket model: weights, gradients, AdamW's means, and what autograd keeps."""
+    """Bytes of the real tensors of the pocket model: weights, gradients, AdamW's means, and what autograd keeps; and the
+    operations of three small batches, counted in one of them, in one case: counting takes a while."""
     model, processor = learner(POCKET, torch.float32)
-    config = TrainingConfig(freeze=freeze, recompute=recompute, dtype="float32", batch_size=4)
+    config = TrainingConfig(freeze=freeze, recompute=recompute, dtype="float32", batch_size=4, accumulate=3)
     batch = collate(processor, captions(4))
     bill = training_bill(model.config, config, batch, lambda model: freeze_parts(model, freeze))
     freeze_parts(model, freeze)
     if recompute:
         recompute_activations(blocks_of(model))
-    loss, kept = saved_bytes(lambda: answer_loss(model, batch), model.parameters())
-    loss.backward()
+    counter, counted = FlopCounterMode(display=False), freeze and not recompute
+    with counter if counted else contextlib.nullcontext():
+        loss, kept = saved_bytes(lambda: answer_loss(model, batch), model.parameters())
+        loss.backward()
+    assert not counted or bill.operations == pytest.approx(3 * counter.get_total_flops(), rel=0.05)
     optimizer = adamw_by_part(model, config)
     optimizer.step()
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -850,12 +855,16 @@ def test_an_examination_is_what_asking_one_by_one_gives(tiny_folder):
     model, processor = learner(tiny_folder, torch.float32)
     model.processor = processor
     examples = captions(5)
+    ask = {"model": model, "max_new_tokens": 8, "return_logprobs": True}
+    free = sigma_book.generate(examples[0].image, examples[0].prefix, **ask)
+    model.stop_ids = [1, free.tokens[2]]
     longest = [answer_tokens(collate(processor, [one])) for one in examples]
     limits = [max(longest[index // 2 * 2 : index // 2 * 2 + 2]) + 8 for index in range(5)]  # of the batch it is in
     said = [
         sigma_book.generate(one.image, one.prefix, model=model, max_new_tokens=limit)
         for one, limit in zip(examples, limits)
     ]
+    assert free.text.startswith(said[0]) and free.text != said[0]
     examples[1] = replace(examples[1], answers=("no", f"  {said[1]} "))
     found = examine(model, processor, examples, batch_size=2)
     losses, counts = [], []

@@ -153,6 +153,17 @@ def test_peft_s_narrowed_targets(twins, tmp_path):
     assert len(with_adapter) == 3  # q_proj of both parts, and the decoder's up_proj
 
 
+def test_what_is_left_out_means_peft_s_default(make_twins, tmp_path):
+    twins, defaults = make_twins(configuration()), peft.LoraConfig(target_modules=["q_proj"])
+    peft.get_peft_model(twins.reference, defaults).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({key: values[key] for key in ("peft_type", "target_modules")}))
+    load_adapter(twins.ours, tmp_path)
+    theirs = {"rank": defaults.r, "alpha": defaults.lora_alpha, "dropout": defaults.lora_dropout}
+    assert twins.ours.lora_config == LoraConfig(**theirs, targets=("q_proj",), use_rslora=defaults.use_rslora)
+
+
 def test_all_linear(twins, tmp_path):
     reference = peft.get_peft_model(twins.reference, peft.LoraConfig(r=2, target_modules="all-linear")).eval()
     make_strong(reference)
@@ -185,9 +196,10 @@ def test_older_names(twins, spelling, tmp_path):
     assert torch.equal(logits(fresh, inputs), expected)
 
 
-def test_merged_is_peft_s_merged_and_unmerged_is_the_base(twins, tmp_path):
+@pytest.mark.parametrize("config", [CASES[0], CASES[3], CASES[4]])  # the last two have maps with a bias
+def test_merged_is_peft_s_merged_and_unmerged_is_the_base(twins, config, tmp_path):
     inputs = examples(twins)
-    add_lora(twins.ours, LoraConfig(rank=3, alpha=4))
+    add_lora(twins.ours, config)
     make_strong(twins.ours)
     save_adapter(twins.ours, tmp_path)
     adapted = logits(twins.ours, inputs)
@@ -204,7 +216,8 @@ def test_merged_is_peft_s_merged_and_unmerged_is_the_base(twins, tmp_path):
 
 
 def test_sixteen_bits_flow_as_in_peft(twins, tmp_path):
-    """A bfloat16 base, a float32 adapter: the same casts at the same places, so logits agree to a bfloat16 step or two."""
+    """A bfloat16 base, a float32 adapter: the same casts at the same places, so one map gives the same bits, and logits
+    agree to a bfloat16 step or two."""
     twins.ours.bfloat16(), twins.reference.bfloat16()
     add_lora(twins.ours, LoraConfig(rank=3, alpha=5))
     make_strong(twins.ours)
@@ -213,6 +226,11 @@ def test_sixteen_bits_flow_as_in_peft(twins, tmp_path):
     reference = peft.PeftModel.from_pretrained(twins.reference, tmp_path).eval()
     assert all(p.dtype == torch.float32 for n, p in reference.named_parameters() if "lora_" in n)
     assert_same_logits(reference, twins.ours, examples(twins, dtype=torch.bfloat16), tolerance=0.03)
+    rows = torch.randn(5, 36, generator=torch.Generator().manual_seed(0)).bfloat16()
+    name = "language_model.layers.1.mlp.up_proj"
+    with torch.no_grad():
+        expected = reference.get_submodule(f"base_model.model.model.{name}")(rows)
+        assert torch.equal(twins.ours.get_submodule(name)(rows), expected)
 
 
 def rotations(hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

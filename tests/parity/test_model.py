@@ -88,9 +88,10 @@ def name(index: int) -> str:
 
 
 every = pytest.mark.parametrize("index", CONFIGURATIONS, ids=name)
+FEW = [index for index in CONFIGURATIONS if index % 7 < 2]
 a_third = pytest.mark.parametrize(  # the others are slow
     "index",
-    [pytest.param(i, marks=[pytest.mark.slow] * (i // 4 % 3 > 0), id=name(i)) for i in CONFIGURATIONS],
+    [pytest.param(i, marks=[pytest.mark.slow] * (i not in FEW), id=name(i)) for i in CONFIGURATIONS],
 )
 
 
@@ -99,13 +100,16 @@ def test_the_configurations_hold_what_they_should():
     tokens = {
         (c["vision_config"]["image_size"] // c["vision_config"]["patch_size"]) ** 2 for c in CONFIGURATIONS.values()
     }
-    assert len(texts) >= 40
-    for kind in ("gemma", "gemma2"):
-        ours = [text for text in texts if text["model_type"] == kind]
-        assert any(text["num_key_value_heads"] == 1 for text in ours)
-        assert any(text["num_key_value_heads"] == 2 < text["num_attention_heads"] for text in ours)
-        assert any(text["num_key_value_heads"] == text["num_attention_heads"] for text in ours)
-        assert {c["tie_word_embeddings"] for c in CONFIGURATIONS.values() if c["text_config"] in ours} == {True, False}
+    assert len(texts) >= 40 and len(FEW) <= 16
+    for chosen in ([*CONFIGURATIONS.values()], [CONFIGURATIONS[index] for index in FEW]):
+        for kind in ("gemma", "gemma2"):
+            ours = [text for text in (config["text_config"] for config in chosen) if text["model_type"] == kind]
+            assert any(text["num_key_value_heads"] == 1 for text in ours)
+            assert any(text["num_key_value_heads"] == 2 < text["num_attention_heads"] for text in ours)
+            assert any(text["num_key_value_heads"] == text["num_attention_heads"] for text in ours)
+            assert len({config["tie_word_embeddings"] for config in chosen if config["text_config"] in ours}) == 2
+        assert {text["sliding_window"] for text in ours} == {2, 3, 7, 20, 1000}
+        assert any("layer_types" in text for text in ours)
     assert all(text["head_dim"] * text["num_attention_heads"] != text["hidden_size"] for text in texts)
     assert all(text["hidden_size"] & (text["hidden_size"] - 1) for text in texts)  # no power of two
     assert min(tokens) == 4 and max(tokens) == 100
