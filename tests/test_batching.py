@@ -995,6 +995,7 @@ def run_many(engine, pictures, count: int) -> None:
         one.wait()
 
 
+@pytest.mark.slow
 def test_nothing_is_kept(tiny_model, pictures):
     """An engine that has answered many holds as many tensors as one that has answered a few."""
 

@@ -164,6 +164,7 @@ def kill_a_rank(job: Job, out: Path, after: int, rank: int | None = 1) -> None:
     os.kill(max(workers.values()) if rank is None else workers[rank], signal.SIGKILL)
 
 
+@pytest.mark.slow  # chapter 22 runs both schemes each time
 def test_fsdp_on_two_ranks_is_the_run_of_one(arguments, alone, tmp_path):
     out, more = tmp_path / "run", ("--dtype", "float32")
     code, printed, err = torchrun(2, arguments(out, *more, "--parallel", "fsdp"))

@@ -198,11 +198,11 @@ def test_the_finished_model_is_read_by_us_and_by_transformers(arguments, data, t
     "more",
     [
         ("--dtype", "bfloat16"),
-        ("--dtype", "float16"),
+        pytest.param(("--dtype", "float16"), marks=pytest.mark.slow),
         ("--optimizer", "adamw8bit"),
         ("--recompute", "--schedule", "linear", "--warmup", 2, "--weight-decay", 0.1),
         ("--freeze", "vision", "--projector-rate", 1e-2, "--decoder-rate", 1e-4),
-        ("--epochs", 2, "--workers", 1, "--seed", 7),
+        pytest.param(("--epochs", 2, "--workers", 1, "--seed", 7), marks=pytest.mark.slow),
     ],
     ids=lambda more: " ".join(map(str, more)),
 )

@@ -331,6 +331,7 @@ def test_the_top_patch_lies_on_the_object(pocket):
     assert centred >= 0.8 * right, f"{centred} of {right}"
 
 
+@pytest.mark.slow
 def test_another_answer_has_another_map(pocket):
     """The map belongs to the word: in a caption each colour points at its own thing more often than at the others."""
     near = far = 0
