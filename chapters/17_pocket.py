@@ -978,8 +978,7 @@ def quick_report(model: PaliGemma, processor: Processor) -> str:
 # %% [markdown]
 # ## How it went
 #
-# These are the logs of the run that made the model inside the package. (Muon's products were in
-# bfloat16 then.)
+# These are the logs of the run that made the model inside the package. (Muon's products were in bfloat16 then.)
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.4))

@@ -26,9 +26,9 @@ import sys
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -40,6 +40,7 @@ from sigma_book.gemma import GemmaAttention, RMSNorm
 from sigma_book.gqa import grouped_attention
 from sigma_book.kv_cache import KVCache
 from sigma_book.paligemma import PaliGemma
+from sigma_book.processor import SharedContext
 from sigma_book.rope import rotate
 
 # %%
@@ -351,29 +352,20 @@ def pack_for_fbgemm(codes: torch.Tensor, steps: torch.Tensor) -> list[torch.Scri
         return [_pack_piece(*piece) for piece in pieces]
 
 
-class _EngineForPacking:
-    """While threads pack, torch's engine, a setting of the whole process, is FBGEMM, whose layout `linear_prepack` makes."""
-
-    def __init__(self):
-        self._lock, self._threads, self._undo = threading.Lock(), 0, ExitStack()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._threads += 1
-            if self._threads == 1:
-                self._undo.enter_context(warnings.catch_warnings())
-                warnings.filterwarnings("ignore", message=".*deprecated.*")
-                self._undo.callback(setattr, torch.backends.quantized, "engine", torch.backends.quantized.engine)
-                torch.backends.quantized.engine = "fbgemm"
-
-    def __exit__(self, *failure) -> None:
-        with self._lock:
-            self._threads -= 1
-            if self._threads == 0:
-                self._undo.close()
+@contextmanager
+def _fbgemm_engine() -> Iterator[None]:
+    """Within it, torch's engine is FBGEMM, whose layout `linear_prepack` makes."""
+    before = torch.backends.quantized.engine
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deprecated.*")
+        torch.backends.quantized.engine = "fbgemm"
+        try:
+            yield
+        finally:
+            torch.backends.quantized.engine = before
 
 
-_FBGEMM = _EngineForPacking()
+_FBGEMM = SharedContext(_fbgemm_engine)
 
 
 def _pack_piece(codes: torch.Tensor, steps: torch.Tensor) -> torch.ScriptObject:
